@@ -1,0 +1,9 @@
+"""Errors that users meet, each with the value at fault and the remedy in its message."""
+
+
+class ManagedTableError(RuntimeError):
+    """An operation reached a managed table that is neither a lookup nor handled otherwise."""
+
+
+class UnsupportedOptimizerError(ValueError):
+    """An optimizer (or one of its options) that managed tables cannot be trained with."""

@@ -1,0 +1,347 @@
+"""Ranks with different numbers of batches: one that runs out follows the others until they have finished theirs.
+
+Following means to take part, with weight 0, in every sum of dense gradients, and in every optimizer step, so that dense
+parameters and versions stay the same on all ranks. Ranks that still have batches tell those that ended how many sums
+they have begun; nothing is sent about it while all ranks have batches.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from adaloader.agreement import broadcast
+from adaloader.optimizers import adopt_hyperparameters, hyperparameter_vector
+from pm.messages import Kind, Message
+
+if TYPE_CHECKING:
+    from adaloader.managed_model import ManagedModel
+
+_MOST_ITERATIONS = 1 << 32
+_UNASKED = -1
+
+
+class Follower:
+    """Keeps account, for one model, of which ranks have ended which of the iterations that are under way.
+
+    An iteration has the same number on all ranks: that of its loader, and how many that loader has had before. Messages
+    arrive on the manager's background thread; everything else happens on the trainer's.
+    """
+
+    def __init__(self, model: ManagedModel):
+        self._model = weakref.ref(model)
+        self._manager = model.manager
+        self._open: set[int] = set()
+        self._over: set[int] = set()
+        self._ended: dict[int, dict[int, Message]] = {}
+        self._announced: dict[int, tuple[int, ...]] = {}
+        self._last_sum = 0, 0, np.empty(0, np.int64)
+        self._answered: dict[int, set[int]] = {}
+        self._clears: dict[int, int] = {}
+        self._cleared: dict[int, set[int]] = {}
+        self._total_weight: float | None = None
+        self._postponed: Following | None = None
+        self._catching_up: Following | None = None
+        self._under_way: weakref.WeakSet[Following] = weakref.WeakSet()
+        self._passed_on = self._manager.on_control
+        self._manager.on_control = self._receive
+
+    def begin(self, loader: int, count: int, total_weight: float | None) -> Following:
+        """Iteration `count` of loader number `loader` begins; ranks may have different numbers of batches in it.
+
+        `total_weight` is that of the batches that some ranks have no part in, if known.
+        """
+        number = loader * _MOST_ITERATIONS + count
+        self._open.add(number)
+        following = Following(self, number, total_weight, _schedulers_of(self._model().optimizers))
+        self._under_way.add(following)
+        return following
+
+    def announce(self) -> None:
+        """This rank begins a sum of dense gradients: tell the ranks that have ended and would not notice."""
+        model = self._model()
+        self._last_sum = model.reducer.reductions + 1, self._manager.steps, self._cleared_since_sum()
+        following = {peer for number in self._open for peer in list(self._ended.get(number, ()))}
+        for peer in following:
+            self._send_last_sum(peer, _UNASKED)
+        if following:
+            self._manager.transport.wake()
+
+    def _send_last_sum(self, peer: int, iteration: int) -> None:
+        """Tell `peer` of the last sum, in answer to its having ended `iteration` if that is not `_UNASKED`."""
+        number, steps, cleared = self._last_sum
+        self._manager.transport.send(peer, Message(Kind.REDUCTIONS, (number, steps, iteration), (cleared,)))
+
+    def _cleared_since_sum(self) -> np.ndarray:
+        """Return the numbers of the tables whose gradient was cleared since this was last asked."""
+        tables = self._model().tables
+        numbers = [table.table.number for table in tables if table.clears != self._clears.get(table.table.number, 0)]
+        self._clears = {table.table.number: table.clears for table in tables}
+        return np.array(numbers, np.int64)
+
+    @property
+    def weight(self) -> tuple[float, float | None]:
+        """This rank's weight while it follows, and that of all ranks together."""
+        return 0.0, self._total_weight
+
+    def progress(self) -> tuple[int, int]:
+        """Steps that this rank has taken, and sums that it has taken part in."""
+        return self._manager.steps, self._model().reducer.reductions
+
+    def end(self, following: Following, counts: list[int], *, follow: bool) -> None:
+        """This rank has no more batches in an iteration, or has left its loop; with `follow`, stay until all have
+        ended."""
+        number = following.number
+        self._open.discard(number)
+        self._over.add(number)
+        model = self._model()
+        has_gradient = any(p.grad is not None and bool(p.grad.any()) for p in model.dense_parameters())
+        steps = self._manager.steps
+        numbers = (number, model.reducer.reductions, int(has_gradient), steps, int(follow))
+        arrays = (np.array(counts, np.int64), self._cleared_since_sum())
+        for peer in self._manager.peers:
+            self._manager.transport.send(peer, Message(Kind.END, numbers, arrays))
+        self._manager.transport.wake()
+        if follow:
+            self._total_weight = following.total_weight
+            while self._follow_once(number):
+                pass
+            ended = dict(self._ended.get(number, {}))
+            self._follow_to_the_end(following, list(ended.values()))
+            self._take_over_dense_state(model, steps, ended)
+        for over in [n for n in self._over if set(list(self._ended.get(n, ()))) >= set(self._manager.peers)]:
+            self._over.discard(over)
+            self._answered.pop(over, None)
+            del self._ended[over]
+
+    # Loops that take their next batch before they work on the present one
+
+    def postpone(self, following: Following) -> None:
+        """The loop has taken the end of an iteration, and has yet to work on its last batch."""
+        earlier, self._postponed = self._postponed, following
+        if earlier is not None:
+            self.end(earlier, earlier.counts(), follow=False)
+
+    def step_taken(self) -> None:
+        """This rank has taken a step of its own."""
+        for following in list(self._under_way):
+            following.step_taken()
+        if self._postponed is not None and self._postponed.iteration_is_worked_off():
+            self._follow_postponed(self._postponed.counts_after_this_step())
+
+    def gradient_goes(self) -> None:
+        """The loop clears gradients: those of its last batches, if not stepped, the others need before."""
+        if self._postponed is not None and self._postponed.gradient_was_not_stepped():
+            self._follow_postponed(self._postponed.counts())
+
+    def step_begins(self) -> None:
+        """This rank is about to take a step of its own: its schedulers must have come as far as the others'."""
+        if self._catching_up is not None:
+            following, self._catching_up = self._catching_up, None
+            following.catch_up()
+
+    def finish(self) -> None:
+        """Something else begins: what was postponed is due."""
+        if self._postponed is not None:
+            self._follow_postponed(self._postponed.counts())
+        self.step_begins()
+
+    def _follow_postponed(self, counts: list[int]) -> None:
+        following, self._postponed = self._postponed, None
+        self._catching_up = following  # later: the loop has not come to its scheduler yet
+        self.end(following, counts, follow=True)
+
+    # On the background thread
+
+    def _receive(self, source: int, message: Message) -> None:
+        if message.kind == Kind.END:
+            self._ended.setdefault(message.numbers[0], {})[source] = message
+            self._send_last_sum(source, message.numbers[0])
+        elif message.kind == Kind.REDUCTIONS:
+            number = message.numbers[0]
+            self._cleared.setdefault(number, set()).update(message.arrays[0].tolist())
+            self._announced[source] = max(self._announced.get(source, (0, 0)), message.numbers[:2])
+            self._answered.setdefault(message.numbers[2], set()).add(source)
+        elif self._passed_on is not None:
+            self._passed_on(source, message)
+
+    # Following
+
+    def _follow_once(self, iteration: int) -> bool:
+        """Wait for something to do and do it; return False once all others have ended the iteration."""
+        manager, model = self._manager, self._model()
+
+        def all_ended() -> bool:
+            return set(list(self._ended.get(iteration, ()))) | manager.closed_peers >= set(manager.peers)
+
+        def sum_begun() -> bool:
+            number, steps = max(list(self._announced.values()), default=(0, 0))
+            return number > model.reducer.reductions and steps <= manager.steps  # what was stepped before comes first
+
+        def all_answered() -> bool:
+            """A step may arrive before the sum that it follows is known here; after a rank's answer it cannot."""
+            return self._answered.get(iteration, set()) | manager.closed_peers >= set(manager.peers)
+
+        manager.wait_until(
+            lambda: all_answered() and (sum_begun() or manager.step_of_others() is not None or all_ended()),
+            lambda: f"rank {self._still_busy(iteration)} to end its iteration of the loader",
+        )
+        if sum_begun():
+            self._join_sum(model)
+        elif (step := manager.step_of_others()) is not None:
+            self._step_along(model, *step)
+        else:
+            return False
+        return True
+
+    def _still_busy(self, iteration: int) -> str:
+        ended = self._ended.get(iteration, {})
+        return ", ".join(str(peer) for peer in self._manager.peers if peer not in ended)
+
+    def _join_sum(self, model: ManagedModel) -> None:
+        for parameter in model.dense_parameters():
+            parameter.grad = None  # it comes whole from the others
+        due = model.reducer.reductions + 1
+        self._clear(model, self._cleared.get(due, set()))
+        self._cleared = {number: tables for number, tables in list(self._cleared.items()) if number > due}
+        model.joining = True
+        try:
+            model.reducer.join()
+        finally:
+            model.joining = False
+
+    def _clear(self, model: ManagedModel, numbers: set[int]) -> None:
+        """Clear the gradients that the others have cleared: what this rank had left of its last batches counts no
+        more."""
+        for table in model.tables:
+            if table.table.number in numbers:
+                table.clear_gradient()
+
+    def _follow_to_the_end(self, following: Following, ends: list[Message]) -> None:
+        """Do what those that ended last did after their last sum; note how far their schedulers had come."""
+        model = self._model()
+        last = [end for end in ends if end.numbers[1] == model.reducer.reductions]
+        self._clear(model, {number for end in last for number in end.arrays[1].tolist()})
+        if last and not any(end.numbers[2] for end in last):
+            for parameter in model.dense_parameters():
+                parameter.grad = None
+        counts = [end.arrays[0].tolist() for end in ends if len(end.arrays[0]) == len(following.schedulers)]
+        following.furthest = [max(each) for each in zip(*counts, strict=True)]
+
+    def _take_over_dense_state(self, model: ManagedModel, own_steps: int, ended: dict[int, Message]) -> None:
+        """Have ranks that followed steps continue from the dense state of one that took them all (collective).
+
+        The loop may do more to gradients, between backward and step, than a rank outside its loop can know of
+        (clipping, say). Without it this changes nothing. Where a rank has left its loop, nothing can be agreed on.
+        """
+        if set(ended) != set(self._manager.peers) or not all(end.numbers[4] for end in ended.values()):
+            return
+        steps = {self._manager.rank: own_steps} | {peer: end.numbers[3] for peer, end in ended.items()}
+        furthest = max(steps.values())
+        if min(steps.values()) == furthest:
+            return
+        dense = model.dense_parameters()
+        tensors = list(dense)
+        for optimizer in model.optimizers:
+            for parameter in dense:
+                state = optimizer.state.get(parameter, {})
+                tensors += [state[name] for name in sorted(state) if torch.is_tensor(state[name])]
+        source = min(rank for rank, taken in steps.items() if taken == furthest)
+        broadcast(tensors, model.process_group, source)
+
+    def _step_along(self, model: ManagedModel, number: int, vector: np.ndarray) -> None:
+        """Take the step that the others take, with their hyperparameters."""
+        optimizer = model.optimizers[number]
+        mine = hyperparameter_vector(optimizer)
+        adopt_hyperparameters(optimizer, vector)
+        model.joining = True
+        try:
+            optimizer.step()
+        finally:
+            model.joining = False
+            adopt_hyperparameters(optimizer, mine)
+
+
+class Following:
+    """This rank's part in one iteration in which ranks may have different numbers of batches.
+
+    Args:
+        follower: of the model.
+        number: of the iteration, the same on all ranks.
+        total_weight: of the batches that some ranks have no part in, if known.
+        schedulers: of the model's optimizers.
+
+    `furthest` is how far the others' schedulers had come when they ended it, known once this rank has followed them.
+    """
+
+    def __init__(self, follower: Follower, number: int, total_weight: float | None, schedulers: list[LRScheduler]):
+        self.number = number
+        self.total_weight = total_weight
+        self.schedulers = schedulers
+        self.iteration_is_worked_off: Callable[[], bool] = lambda: True
+        self.gradient_was_not_stepped: Callable[[], bool] = lambda: False
+        self._follower = follower
+        self._progress_at_start = follower.progress()
+        self._counts_at_step: list[int] | None = None
+        self._gains_after_step: list[int] | None = None
+        self.furthest: list[int] = []
+
+    def ended(self, reason: str, *, handed_out: bool, later: bool) -> None:
+        """The iteration has ended; `later` says that the loop has yet to work on a batch of it."""
+        if reason == "exhausted" and later:
+            self._follower.postpone(self)
+            return
+        # A loop that has had batches and made no step is no training: what it lacks, nobody waits for.
+        trained = not handed_out or self._follower.progress() != self._progress_at_start
+        self._follower.end(self, self.counts(), follow=reason == "exhausted" and trained)
+        self.catch_up()
+
+    def step_taken(self) -> None:
+        """Note how far the schedulers are in a step of the loop's."""
+        self._counts_at_step = self.counts()
+
+    def batch_begun(self) -> None:
+        """Note how far they have come between the step before and this batch."""
+        if self._counts_at_step is not None:
+            self._gains_after_step = [now - b for now, b in zip(self.counts(), self._counts_at_step, strict=True)]
+            self._counts_at_step = None
+
+    def counts_after_this_step(self) -> list[int]:
+        """Return how far the schedulers will be when the loop, which is in a step, has done what it does after one."""
+        if self._gains_after_step is None:
+            return self.counts()
+        return [now + gain for now, gain in zip(self.counts(), self._gains_after_step, strict=True)]
+
+    def catch_up(self) -> None:
+        """Take the scheduler steps that the others took in the loop after this rank had left it."""
+        for scheduler, count in zip(self.schedulers, self.furthest, strict=False):
+            while scheduler._step_count < count:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # about an order of calls that is the others'
+                    scheduler.step()
+
+    def counts(self) -> list[int]:
+        """Return how far the schedulers are."""
+        return [scheduler._step_count for scheduler in self.schedulers]
+
+
+def _schedulers_of(optimizers: list[Optimizer]) -> list[LRScheduler]:
+    """Return the learning-rate schedulers of `optimizers` that are stepped by themselves; PyTorch keeps no list of
+    them."""
+    found = [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), LRScheduler)
+        and not isinstance(each, ReduceLROnPlateau)
+        and any(each.optimizer is optimizer for optimizer in optimizers)
+    ]
+    inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
+    return [each for each in found if id(each) not in inner]

@@ -1,0 +1,166 @@
+"""One pass over a loader: what happens to each of its batches between reading and handing out, and at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from adaloader.batches import Batch
+
+if TYPE_CHECKING:
+    from adaloader.feed import Feed
+    from adaloader.following import Following
+
+# A loop that was handed more batches than this and has looked up none reads them for something else than training.
+_MOST_AHEAD_UNSEEN = 2
+
+
+class Iteration:
+    """Follows the batches of one iterator; a loader may have several at a time.
+
+    `ahead` is how many batches the loop holds beyond the one that it works on (None: not known yet), `steps_of_a_batch`
+    how many steps the batch before the last one took.
+
+    Args:
+        feed: of the loader.
+        weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
+        start: number of the first batch.
+        following: what to do at the end where ranks may have different numbers of batches.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        weight_of: Callable[[int, Any], tuple[float, float | None]],
+        start: int,
+        following: Following | None,
+    ):
+        self.feed = feed
+        self.following = following
+        self.trains = feed.steps_expected
+        self.ended = False
+        self.ahead: int | None = None
+        self.steps_of_a_batch: int | None = None
+        self._model = feed.model
+        self._weight_of = weight_of
+        self._read: dict[int, Batch] = {}
+        self._start = self._next_handed = start
+        self._last_used: tuple[int, int] | None = None
+        self._steps_when_handed: int | None = None
+        self._sums_when_used = 0
+        self._model.watch.iterations.add(self)
+
+    # Called by the loader's iterator
+
+    def on_read(self, number: int, data: Any) -> None:
+        batch = Batch(number, self, self._weight_of(number, data), data, self._expected_version(number))
+        self.feed.plan(batch)
+        self._read[number] = batch
+
+    def on_yield(self, number: int, data: Any) -> None:
+        batch, model = self._read[number], self._model
+        model.watch.end_if_used()
+        self._wait_for_keys(batch)
+        if batch.error is not None:
+            raise batch.error
+        if self.feed.derives:
+            model.watch.handed_out(batch, model.batches.active)
+        del self._read[number]
+        self._steps_when_handed = self._steps_since_use()
+        self._next_handed = number + 1
+        model.batches.handed_out(batch)
+
+    def on_end(self, reason: str) -> None:
+        model = self._model
+        self.ended = True
+        has_work_left = reason == "exhausted" and self._has_work_left()
+        if reason == "exhausted":
+            model.watch.exhausted()
+            if not has_work_left:
+                model.watch.left(self)
+            model.batches.drop([batch for batch in model.batches.of(self) if batch.used_at is not None])
+        else:
+            self.leave()
+        if self.following is not None:
+            self.following.iteration_is_worked_off = self._is_worked_off
+            self.following.gradient_was_not_stepped = self._gradient_was_not_stepped
+            handed_out = self._next_handed > self._start
+            self.following.ended(reason, handed_out=handed_out, later=has_work_left)
+
+    # Called by whoever sees what the loop does with the batches
+
+    def first_used(self, batch: Batch) -> None:
+        steps = self._model.manager.steps
+        self.ahead = max(0, self._next_handed - 1 - batch.number)
+        if self._last_used is not None and batch.number > self._last_used[0]:
+            taken = steps - self._last_used[1]
+            self.steps_of_a_batch = taken
+            self.feed.steps_measured(taken / (batch.number - self._last_used[0]))
+        self._last_used = (batch.number, steps)
+        if self.following is not None:
+            self._sums_when_used = self._model.reducer.reductions
+            self.following.batch_begun()
+
+    def plan_again(self) -> None:
+        """More is known now of what batches look up: plan those that are read, and those handed out and not yet
+        used."""
+        waiting = [b for b in self._model.batches.unused(self) if b.data is not None and not b.tables]
+        for batch in [*self._read.values(), *waiting]:
+            batch.planned.wait()
+            for plan in batch.plans():
+                self._model.manager.release(plan)
+            batch.tables, batch.error = {}, None
+            batch.planned.clear()
+            batch.expected = self._expected_version(batch.number)
+            self.feed.plan(batch)
+        for batch in waiting:
+            self._wait_for_keys(batch)
+
+    def leave(self) -> None:
+        """The loop is over before its end: forget what was read for it."""
+        self._model.watch.left(self)
+        for batch in self._read.values():
+            batch.planned.wait()
+        read, self._read = list(self._read.values()), {}
+        self._model.batches.drop(read + self._model.batches.of(self))
+
+    # Within
+
+    def _steps_since_use(self) -> int | None:
+        """Return the steps since the batch that was taken up last was first looked up; None if there was none."""
+        return None if self._last_used is None else self._model.manager.steps - self._last_used[1]
+
+    def _has_work_left(self) -> bool:
+        """Whether the loop, which has taken the end, will still work on a batch that it has."""
+        if self.ahead is None and self._next_handed - self._start > _MOST_AHEAD_UNSEEN:
+            return False
+        if self.ahead != 0 and self._model.batches.unused(self):
+            return True
+        # It may take the next batch before it steps: so it was with the one before.
+        taken = self._steps_since_use()
+        return taken is not None and taken == self._steps_when_handed and taken < (self.steps_of_a_batch or 0)
+
+    def _is_worked_off(self) -> bool:
+        """Whether the loop has taken as many steps for the last batch as for the one before it."""
+        if self._model.batches.unused(self) or self._last_used is None:
+            return False
+        return self._model.manager.steps - self._last_used[1] >= max(1, self.steps_of_a_batch or 1)
+
+    def _gradient_was_not_stepped(self) -> bool:
+        """Whether the last batch has had a backward and no step: the loop accumulates, and leaves some at the end."""
+        if self._model.batches.unused(self) or self._last_used is None:
+            return False
+        return self._steps_since_use() == 0 and self._model.reducer.reductions > self._sums_when_used
+
+    def _expected_version(self, number: int) -> int:
+        used, steps = self._last_used or (self._next_handed, self._model.manager.steps)
+        return steps + int((number - used) * self.feed.steps_per_batch)
+
+    def _wait_for_keys(self, batch: Batch) -> None:
+        if not batch.planned.is_set():
+            started = time.perf_counter()
+            batch.planned.wait()
+            waited = time.perf_counter() - started
+            self._model.manager.traffic.wait_seconds += waited
+            self._model.manager.traffic.seconds["waiting"] += waited

@@ -1,0 +1,393 @@
+"""`AdaLoader`: a `DataLoader` that reads ahead, so that every table row is on this rank before the batch that needs
+it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from adaloader.lookahead import LookaheadIterator, Place
+from adaloader.sampling import EpochIterator, GlobalBatchSampler, Shares
+from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
+
+Keys = str | None | Mapping[object, Callable[[Any], Any]]
+
+
+# torchdata calls it when a loader is made, and PyTorch 2.13 says so on every rank; a user can do nothing about it.
+warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+
+
+class AdaLoader(StatefulDataLoader):
+    """A `torch.utils.data.DataLoader` that also manages the embedding tables of a model (collective, with a model).
+
+    Takes everything that `DataLoader` takes and, as torchdata's `StatefulDataLoader`, gives and takes `state_dict()`:
+    the
+    position of the last batch handed out. Without `model` it is just that. With it, the model's tables move into the
+    parameter
+    manager, batches are read ahead and the rows that they need are brought to this rank; `optimizer.step()` updates
+    rows as it updates everything else. Under `mpirun` the ranks share each global batch, and results equal one
+    process's.
+
+    Args:
+        dataset, batch_size, ...: as `DataLoader`; `batch_size` is per rank. Unless a sampler is given, batch t of N
+            ranks is batch t of a plain loader with `batch_size=N*batch_size`, cut into N contiguous shares.
+        model: the model to train, on the CPU, not wrapped in DistributedDataParallel.
+        optimizer: the optimizer, or several, over its parameters; None for a loader that only evaluates.
+        lookahead: batches to read ahead of the loop (0: none).
+        staleness: steps that a rank may be behind the others' updates; 0 (synchronous and exact) is what there is.
+        keys: "auto" derives which rows a batch needs by watching a step; a mapping from table (its name, parameter or
+            module) to a function batch -> ids replaces that for the tables in it, and is called on another thread; None
+            fetches all rows on demand.
+        min_rows: embeddings with fewer rows stay dense parameters; 1 manages all.
+        comm: an mpi4py communicator; by default MPI.COMM_WORLD under mpirun or srun, else this process is alone.
+        batch_weight: function of a batch giving its weight in the average over ranks. For loaders whose ranks have
+            batches of their own; by default each rank with a batch counts 1.
+        timeout_seconds: how long to wait for another rank before an error names it.
+
+    Raises:
+        ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
+            ranks that differ, or settings other than those of the model's first loader.
+        UnsupportedOptimizerError: if a table's optimizer is not supported.
+        RuntimeError: under mpirun without mpi4py.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler=None,
+        batch_sampler=None,
+        num_workers: int = 0,
+        collate_fn=None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn=None,
+        multiprocessing_context=None,
+        generator=None,
+        *,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        lookahead: int = DEFAULT_LOOKAHEAD,
+        staleness: int | None = 0,
+        keys: Keys = "auto",
+        min_rows: int = DEFAULT_MIN_ROWS,
+        comm=None,
+        batch_weight: Callable[[Any], float] | None = None,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        **kwargs,
+    ):
+        orders = (
+            model is not None and sampler is None and batch_sampler is None and not isinstance(dataset, IterableDataset)
+        )
+        super().__init__(
+            dataset,
+            batch_size,
+            False if orders else shuffle,  # our own sampler follows; torchdata's draws a seed when it is made
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            **kwargs,
+        )
+        self._session: Session | None = None
+        self._place = None
+        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds)
+        if model is None:
+            _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm)
+            return
+        self._shuffles_or_generates = orders and (bool(shuffle) or generator is not None)
+        order = "batches of the rank's own"
+        if orders:
+            order = f"{len(dataset)} samples, {batch_size=}, {drop_last=}, random={self._shuffles_or_generates}"
+        self._session = Session(model, optimizer, settings, order)
+        self._ordered: GlobalBatchSampler | None = None
+        if orders:
+            self._ordered = GlobalBatchSampler(
+                dataset,
+                batch_size,
+                shuffle=bool(shuffle),
+                drop_last=drop_last,
+                generator=generator,
+                rank=self._session.rank,
+                ranks=self._session.ranks,
+                plain_lead=self.num_workers * (self.prefetch_factor or 0),
+            )
+            # DataLoader forbids these assignments after construction, and this is still part of it.
+            object.__setattr__(self, "batch_sampler" if batch_size is not None else "sampler", self._ordered)
+            if batch_size is not None:
+                object.__setattr__(self, "sampler", self._ordered.sampler)
+
+    @classmethod
+    def wrap(
+        cls,
+        iterable: Iterable,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        lookahead: int = DEFAULT_LOOKAHEAD,
+        staleness: int | None = 0,
+        keys: Keys = "auto",
+        min_rows: int = DEFAULT_MIN_ROWS,
+        comm=None,
+        batch_weight: Callable[[Any], float] | None = None,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> WrappedLoader:
+        """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
+        rank's own.
+
+        Collective. Keywords as for `AdaLoader`. A rank that runs out of batches first contributes zero until the
+        others have finished theirs.
+        """
+        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds)
+        return WrappedLoader(iterable, model, optimizer, settings)
+
+    def __len__(self) -> int:
+        """Return the batches of a pass; where ranks share each batch, the same on all, though some may get one less."""
+        ordered = self._ordered if self._session is not None else None
+        return super().__len__() if ordered is None else ordered.global_batches
+
+    def __iter__(self) -> Iterator:
+        session = self._session
+        if session is None:
+            return super().__iter__()
+        session.begin_iteration()
+        if self._shuffles_or_generates:
+            session.share_random_state(self.generator)
+        inner = super().__iter__()
+        epoch = None if self._ordered is None else self._ordered.epoch
+        weight = session.settings.batch_weight
+        if epoch is None:
+            uneven, last_weight, weight_of = True, None, _own_weight(weight, None)
+        else:
+            uneven, last_weight = _last_batch(epoch.shares)
+            weight_of = _shared_weight(epoch.shares, weight)
+        passed = session.iteration(
+            weight_of, start=inner._num_yielded, uneven=uneven, last_weight=None if weight is not None else last_weight
+        )
+        iterator = LookaheadIterator(
+            session.watched(inner),
+            session.settings.lookahead,
+            snapshot=inner.state_dict,
+            on_read=passed.on_read,
+            on_yield=passed.on_yield,
+            on_end=passed.on_end,
+            start=inner._num_yielded,
+        )
+        self._place = iterator.place
+        return _LoaderIterator(self, iterator, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the last batch handed out, in torchdata's form."""
+        if self._place is None or self._place.state is None:
+            return super().state_dict()
+        return self._place.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the next iteration begin where `state_dict` was taken."""
+        self._place = None
+        super().load_state_dict(state_dict)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the model's tables have cost so far; see `Session.stats`."""
+        return self._need_session().stats()
+
+    def close(self) -> None:
+        """End this loader (and, with the last one of its model, this rank's part in the manager)."""
+        if self._session is not None:
+            self._session.close()
+
+    def _need_session(self) -> Session:
+        if self._session is None:
+            raise RuntimeError("this AdaLoader was built without model=, so it manages no tables")
+        return self._session
+
+
+class _LoaderIterator(Iterator):
+    """Keeps its loader alive; tells the sample order how often the loop has asked, so that random draws come when a
+    plain loader makes them.
+    """
+
+    def __init__(self, loader, iterator: LookaheadIterator, epoch: EpochIterator | None = None):
+        self._loader, self._iterator, self._epoch = loader, iterator, epoch
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __next__(self):
+        if self._epoch is not None:
+            self._epoch.keep_up(self._iterator.place.yielded + 1)
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Drop what was read ahead; no more batches come."""
+        self._iterator.close()
+
+
+class WrappedLoader:
+    """Any re-iterable of batches with AdaLoader's management; made by `AdaLoader.wrap`."""
+
+    def __init__(self, iterable: Iterable, model: nn.Module, optimizer, settings: Settings):
+        if isinstance(iterable, Iterator) or not _is_iterable(iterable):
+            raise TypeError(
+                f"AdaLoader.wrap needs something that can be iterated again and again, got {type(iterable).__name__}: "
+                "pass the loader or list itself"
+            )
+        self.iterable = iterable
+        self._session = Session(model, optimizer, settings, "batches of the rank's own")
+        self._position: _Position | None = None
+        self._resume: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.iterable)
+
+    def __getattr__(self, name: str):
+        """What the wrapped loader offers (`dataset`, `batch_size`, ...) is offered here."""
+        if name.startswith("_") or name == "iterable":
+            raise AttributeError(name)
+        return getattr(self.iterable, name)
+
+    def __iter__(self) -> Iterator:
+        session = self._session
+        session.begin_iteration()
+        resume, self._resume = self._resume, None
+        with session.feed.reading():
+            inner, start = self._begin(resume)
+        lengths = session.lengths_of_ranks(self._certain_length())
+        weight_of = _own_weight(session.settings.batch_weight, lengths)
+        passed = session.iteration(weight_of, start=start, uneven=True, last_weight=1.0 if lengths else None)
+        position = _Position(resume is not None and resume["ended"])
+
+        def on_end(reason: str) -> None:
+            position.ended = reason == "exhausted"
+            passed.on_end(reason)
+
+        iterator = LookaheadIterator(
+            session.watched(inner),
+            session.settings.lookahead,
+            snapshot=self.iterable.state_dict if self._is_stateful else None,
+            on_read=passed.on_read,
+            on_yield=passed.on_yield,
+            on_end=on_end,
+            start=start,
+        )
+        position.place = iterator.place
+        self._position = position
+        return _LoaderIterator(self, iterator)
+
+    def _certain_length(self) -> int | None:
+        """Return how many batches the source has, None where `len()` may be an estimate."""
+        source = self.iterable
+        is_map_style = isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset)
+        return len(source) if is_map_style or isinstance(source, (list, tuple)) else None
+
+    @property
+    def _is_stateful(self) -> bool:
+        return hasattr(self.iterable, "state_dict") and hasattr(self.iterable, "load_state_dict")
+
+    def _begin(self, resume: dict[str, Any] | None) -> tuple[Iterator, int]:
+        """Return an iterator over the source, and the number of its first batch, where `resume` says."""
+        if resume is None:
+            return iter(self.iterable), 0
+        if self._is_stateful and resume["source"] is not None:
+            self.iterable.load_state_dict(resume["source"])
+            return iter(self.iterable), 0 if resume["ended"] else resume["yielded"]
+        inner = iter(self.iterable)
+        start = 0 if resume["ended"] else resume["yielded"]
+        for _ in range(start):
+            next(inner, None)
+        return inner, start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the last batch handed out: their number, whether the end was reached, and the source's
+        own state where it has one.
+        """
+        if self._position is not None:
+            return self._position.state_dict()
+        return {"yielded": 0, "ended": False, "source": None} if self._resume is None else dict(self._resume)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the next iteration begin where `state_dict` was taken; a source without a state is read up to there."""
+        if set(state_dict) != {"yielded", "ended", "source"}:
+            raise ValueError(f"not a state of a wrapped loader: it has the entries {sorted(state_dict)}")
+        self._position = None
+        self._resume = dict(state_dict)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the model's tables have cost so far; see `Session.stats`."""
+        return self._session.stats()
+
+    def close(self) -> None:
+        """End this loader (and, with the last one of its model, this rank's part in the manager)."""
+        self._session.close()
+
+
+@dataclass
+class _Position:
+    """Where an iteration over a wrapped source is."""
+
+    ended: bool
+    place: Place | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"yielded": self.place.yielded, "ended": self.ended, "source": self.place.state}
+
+
+def _is_iterable(given) -> bool:
+    return hasattr(given, "__iter__") or hasattr(given, "__getitem__")
+
+
+def _own_weight(
+    batch_weight: Callable[[Any], float] | None, lengths: list[int] | None
+) -> Callable[[int, Any], tuple[float, float | None]]:
+    """Weights where each rank has batches of its own: they count equally, or by `batch_weight`.
+
+    With the ranks' `lengths`, the sum of weights is known without asking: it is the number of ranks that have the
+    batch.
+    """
+    if lengths is not None:
+        return lambda number, batch: (1.0, float(sum(length > number for length in lengths)))
+    return lambda number, batch: (1.0 if batch_weight is None else float(batch_weight(batch)), None)
+
+
+def _shared_weight(
+    shares: Shares, batch_weight: Callable[[Any], float] | None
+) -> Callable[[int, Any], tuple[float, float | None]]:
+    """Weights where ranks have shares of one batch: by samples, or by `batch_weight`."""
+
+    def weight_of(number: int, batch: Any) -> tuple[float, float | None]:
+        if batch_weight is not None:
+            return float(batch_weight(batch)), None
+        mine, all_ranks = shares.share(number)
+        return float(mine), float(all_ranks)
+
+    return weight_of
+
+
+def _last_batch(shares: Shares) -> tuple[bool, float | None]:
+    """Return whether some ranks have no share of the last batch, and how many samples it has."""
+    last = shares.global_batches - 1
+    if last < 0:
+        return False, None
+    samples = shares.share(last)[1]
+    return samples < shares.ranks, float(samples)
+
+
+def _refuse_model_keywords(**keywords) -> None:
+    given = [name for name, value in keywords.items() if value is not None]
+    if given:
+        raise ValueError(f"AdaLoader got {', '.join(given)} but no model: pass model= too")

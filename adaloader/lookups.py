@@ -1,0 +1,200 @@
+"""The lookups that a managed table can serve: each remaps its ids to a slab and issues the operation there."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from adaloader.errors import ManagedTableError
+from adaloader.rows_view import guarded
+from adaloader.slabs import expand
+
+_ID_DTYPES = (torch.int64, torch.int32)
+_MORE_THAN_NUMBERS = (torch.Tensor, np.ndarray, slice, list, tuple, range, str)
+
+
+def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    """`torch.nn.functional.embedding` of a managed table. `sparse` is ignored: row gradients always are."""
+    table, ids = _table_and_ids(weight, input, "embedding")
+    slab, positions = table.look_up(ids, "embedding", by_frequency=scale_grad_by_freq and _trains(weight))
+    if max_norm is not None:
+        table.renormed(slab, positions, float(max_norm), float(norm_type))
+    padding = -1
+    if padding_idx is not None:
+        padding = _position_of(slab, _padding_row(table, padding_idx))
+    with table.owner.paused():
+        return _as_seen_from(weight, expand(slab, positions, ids.shape, padding))
+
+
+def aten_embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    """`torch.embedding`, where -1 means no padding row."""
+    return embedding(indices, weight, None if padding_idx < 0 else padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def embedding_bag(
+    input,
+    weight,
+    offsets=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    mode="mean",
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=None,
+):
+    """`torch.nn.functional.embedding_bag` of a managed table, all modes, with offsets or a matrix of ids."""
+    table, ids = _table_and_ids(weight, input, "embedding_bag")
+    if scale_grad_by_freq and mode == "max":
+        raise ValueError("embedding_bag: mode='max' does not support scale_grad_by_freq=True")
+    slab, positions = table.look_up(ids, "embedding_bag", by_frequency=scale_grad_by_freq and _trains(weight))
+    if max_norm is not None:
+        table.renormed(slab, positions, float(max_norm), float(norm_type))
+    padding = None
+    if padding_idx is not None:
+        at = _position_of(slab, _padding_row(table, padding_idx))
+        padding = None if at < 0 else at
+    with table.owner.paused():
+        rows = slab.tensor if len(slab.rows) else _one_row(slab.tensor)
+        pooled = F.embedding_bag(
+            torch.from_numpy(positions).view(ids.shape),
+            rows,
+            offsets.long() if isinstance(offsets, torch.Tensor) and offsets.dtype in _ID_DTYPES else offsets,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=padding,
+        )
+        return _as_seen_from(weight, pooled)
+
+
+def index_select(input, dim, index):
+    """`index_select` of rows (dim 0) of a managed table."""
+    if dim not in (0, -2):
+        raise ManagedTableError(
+            f"index_select of table {input._managed.name!r} along dimension {dim} would read every row of it; only "
+            "rows (dimension 0) can be looked up"
+        )
+    table, ids = _table_and_ids(input, index, "index_select")
+    if ids.ndim > 1:
+        raise IndexError(f"index_select: the index must have one dimension, got {ids.ndim}")
+    slab, positions = table.look_up(ids, "index_select")
+    with table.owner.paused():
+        return _as_seen_from(input, expand(slab, positions, torch.Size((ids.numel(),))))
+
+
+def get_item(weight, index):
+    """`table[ids]`: an integer, a list, array or tensor of them (negative ones count from the end), a short
+    slice."""
+    table = weight._managed
+    parts = index if isinstance(index, tuple) else tuple(index) if _is_tuple_to_pytorch(index) else (index,)
+    if not parts:
+        raise _whole_table(table, index)
+    first, rest = parts[0], parts[1:]
+    ids = _from_the_front(table, _ids_of_index(table, first))
+    slab, positions = table.look_up(ids, "indexing")
+    basic = ids.ndim == 0 or isinstance(first, slice)
+    advanced = any(_is_advanced(part) for part in rest)
+    with table.owner.paused():
+        if advanced and not basic:
+            at = torch.from_numpy(positions).view(ids.shape)
+            return _as_seen_from(weight, slab.tensor[(at, *rest)])
+        rows = _as_seen_from(weight, expand(slab, positions, ids.shape))
+        if rest:
+            rows = rows[(slice(None),) * ids.ndim + rest]
+        return guarded(rows, table.name) if basic and not advanced else rows
+
+
+def _is_tuple_to_pytorch(index) -> bool:
+    """Whether PyTorch takes a sequence for a tuple of indices: a short one that holds more than numbers."""
+    if not isinstance(index, (list, range)) or len(index) >= 32:
+        return False
+    return any(part is None or part is Ellipsis or isinstance(part, _MORE_THAN_NUMBERS) for part in index)
+
+
+def _is_advanced(part) -> bool:
+    """Whether PyTorch pairs this part of an index with the ids, instead of applying it to each row."""
+    return isinstance(part, (torch.Tensor, np.ndarray, list, range, tuple, bool))
+
+
+def _from_the_front(table, ids: torch.Tensor) -> torch.Tensor:
+    """Return ids with negative ones counted from the end of the table."""
+    num_rows = table.table.spec.rows
+    if not ids.numel() or ids.is_floating_point() or ids.is_complex() or int(ids.min()) >= 0:
+        return ids
+    counted = torch.where(ids < 0, ids + num_rows, ids)
+    if int(counted.min()) < 0:
+        raise IndexError(
+            f"id {int(counted.min()) - num_rows} is out of range for table {table.name!r} with {num_rows} rows "
+            f"(valid ids: {-num_rows} to {num_rows - 1})"
+        )
+    return counted
+
+
+def _ids_of_index(table, index) -> torch.Tensor:
+    """Return the ids that the first part of an index stands for; an error if it stands for no rows in particular."""
+    if isinstance(index, (list, range, np.ndarray)):
+        index = torch.as_tensor(index if len(index) else np.empty(np.shape(index), np.int64))
+    if isinstance(index, torch.Tensor) and not hasattr(index, "_managed"):
+        if index.dtype in (torch.bool, torch.uint8):
+            raise _whole_table(table, index)
+        return index
+    if isinstance(index, slice) and index != slice(None):
+        num_rows = table.table.spec.rows
+        rows = range(*index.indices(num_rows))
+        if rows.step < 0:
+            raise ValueError(f"table {table.name!r}[{index!r}]: the step of a slice must be positive")
+        if len(rows) < num_rows // 2:
+            return torch.arange(rows.start, rows.stop, rows.step)
+    if hasattr(index, "__index__") and not isinstance(index, (bool, torch.Tensor)):
+        return torch.tensor(operator.index(index))
+    raise _whole_table(table, index)
+
+
+def _whole_table(table, index) -> ManagedTableError:
+    return ManagedTableError(
+        f"table {table.name!r}[{index!r}] would read the whole table, whose rows AdaLoader manages; index it with "
+        f"integer ids, or keep it dense: AdaLoader(..., min_rows={table.table.spec.rows + 1})"
+    )
+
+
+def _table_and_ids(weight, ids, operation):
+    if hasattr(ids, "_managed"):
+        raise ManagedTableError(f"{operation}: table {ids._managed.name!r} was given where ids belong")
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(
+            f"{operation} of table {weight._managed.name!r} needs a tensor of ids, got {type(ids).__name__}"
+        )
+    return weight._managed, ids
+
+
+def _trains(weight) -> bool:
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def _as_seen_from(weight, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a detached view carry no gradient, though the slab that they come from does."""
+    return rows if weight.requires_grad else rows.detach()
+
+
+def _padding_row(table, padding_idx: int) -> int:
+    num_rows = table.table.spec.rows
+    row = padding_idx + num_rows if padding_idx < 0 else padding_idx
+    if not 0 <= row < num_rows:
+        raise ValueError(f"padding_idx {padding_idx} is out of range for table {table.name!r} with {num_rows} rows")
+    return row
+
+
+def _position_of(slab, row: int) -> int:
+    """Return where `row` is in the slab, -1 if it was not looked up."""
+    at = np.flatnonzero(slab.rows == row)
+    return int(at[0]) if len(at) else -1
+
+
+def _one_row(empty: torch.Tensor) -> torch.Tensor:
+    """A slab of one zero row for an operation that refuses a table without rows, though no id points to it."""
+    return torch.cat([empty, empty.new_zeros(1, empty.shape[1])])

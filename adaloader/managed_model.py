@@ -1,0 +1,243 @@
+"""A model whose tables are managed: its tables, its batches in flight, its optimizers, and the manager behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import pm
+from adaloader.batches import Batch, Batches
+from adaloader.dense import DenseReducer
+from adaloader.managed_table import ManagedTable
+from adaloader.optimizers import groups_by_parameter, hyperparameter_name, hyperparameter_vector, rule_for, snapshot
+from adaloader.slabs import Buffers, Part
+from adaloader.table_values import load_values
+from adaloader.watch import Watch
+
+if TYPE_CHECKING:
+    from adaloader.following import Follower
+
+log = logging.getLogger("adaloader")
+
+managed_models: weakref.WeakKeyDictionary[nn.Module, ManagedModel] = weakref.WeakKeyDictionary()
+
+
+class ManagedModel:
+    """Everything that the loaders of one model share.
+
+    Invariant: a lookup is matched to one of the open `batches` by comparing ids. Rows change version with
+    `optimizer.step()`, not with batches.
+    """
+
+    def __init__(self, model: nn.Module, manager: pm.Manager, settings: dict[str, object]):
+        self.model = weakref.ref(model)
+        self.manager = manager
+        self.settings = settings
+        self.tables: list[ManagedTable] = []
+        self.optimizers: list[Optimizer] = []
+        self.buffers = Buffers()
+        self.batches = Batches(manager)
+        self.watch = Watch()
+        self.reducer: DenseReducer | None = None
+        self.joining = False
+        self.follower: Follower | None = None
+        self.optimizer_steps = 0
+        self.writes = 0
+        self.sessions = 0
+        self.sessions_made = 0
+        self.process_group = None
+        self.on_table_added: Callable[[ManagedModel, ManagedTable], None] = lambda model, table: None
+        self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
+        self.exporting = False
+        self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
+        self.importing: dict[ManagedTable, torch.Tensor] | None = None
+        self._hook_handles: list[object] = []
+
+    @property
+    def ranks(self) -> int:
+        return self.manager.ranks
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes when rows may have changed: steps taken, and writes from outside the optimizer."""
+        return self.manager.steps, self.writes
+
+    def table_added(self, table: ManagedTable) -> None:
+        """A parameter turned out to be a table when it was first used."""
+        self.tables.append(table)
+        self.on_table_added(self, table)
+
+    def tables_in_order(self) -> list[ManagedTable]:
+        """Return the tables in an order that is the same on every rank, whatever each used first."""
+        return sorted(self.tables, key=lambda table: table.table.number)
+
+    # Lookups
+
+    def observe(self, table: ManagedTable, ids: torch.Tensor, operation: str) -> None:
+        """Tell the recorder, if one is watching this step, of a lookup."""
+        self.watch.lookup(table.name, ids, operation)
+
+    def paused(self) -> contextlib.AbstractContextManager:
+        """What runs inside is ours: the recorder, if there is one, does not see it."""
+        return self.watch.paused()
+
+    def candidates(self, table: ManagedTable) -> list[Batch]:
+        """Return the open batches that intend rows of `table`, the one in use first."""
+        return self.batches.candidates(table.table.number)
+
+    def used(self, batch: Batch) -> None:
+        """A lookup was matched to `batch`."""
+        self.batches.used(batch)
+
+    def relooked(self, table: ManagedTable, ids: np.ndarray, *, all_intended: bool) -> None:
+        """A lookup of `ids` (int64 `[n]`) was not foreseen: its batch was finished too early, or is not understood
+        yet."""
+        if self.batches.looked_up_late(table.table.number, ids):
+            return
+        batch = self.batches.unmatched(ids)
+        if batch is not None and not all_intended:
+            self.watch.not_foreseen(batch, table.name)
+
+    # Gradients
+
+    def weight_of_backward(self) -> tuple[float, float | None]:
+        """Return (weight of this rank's present gradient, all ranks' together or None)."""
+        if self.joining:
+            return self.follower.weight
+        if self.follower is not None:
+            self.follower.announce()
+        return self.batches.weight() or (1.0, None if self.ranks > 1 else 1.0)
+
+    def backward_reached(self, table: ManagedTable, part: Part) -> None:
+        table.hidden = False
+        if isinstance(table.table.spec.rule, pm.Frozen):
+            raise RuntimeError(
+                f"table {table.name!r} received a gradient, but no loader was given an optimizer that holds it: pass "
+                "optimizer= to AdaLoader, or set requires_grad_(False) on the table"
+            )
+        if self.reducer is None:
+            part.scale = 1.0
+        else:
+            self.reducer.touch()
+
+    def reduced(self, factor: float) -> None:
+        """The backward that just ended counts `factor` in the average over ranks."""
+        for table in self.tables:
+            for part in table.parts:
+                if part.scale is None:
+                    part.scale = factor
+
+    def gradient_goes(self) -> None:
+        """The loop clears what tables have gathered."""
+        if self.follower is not None:
+            self.follower.gradient_goes()
+
+    # Optimizer steps
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are not managed tables."""
+        tables = {id(table.parameter) for table in self.tables}
+        model = self.model()
+        return [] if model is None else [p for p in model.parameters() if id(p) not in tables]
+
+    def attach(self, optimizers: list[Optimizer]) -> None:
+        """Have steps of `optimizers` update the managed rows that they hold."""
+        for optimizer in optimizers:
+            if any(known is optimizer for known in self.optimizers):
+                continue
+            self.optimizers.append(optimizer)
+            this = weakref.ref(self)
+
+            def before(optimizer, args, kwargs, this=this):
+                return None if this() is None else this()._before_step(optimizer, args, kwargs)
+
+            def after(optimizer, args, kwargs, this=this):
+                if this() is not None:
+                    this()._after_step(optimizer)
+
+            self._hook_handles.append(optimizer.register_step_pre_hook(before))
+            self._hook_handles.append(optimizer.register_step_post_hook(after))
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Prepare a step; one with a closure, which makes its gradients itself, is prepared after each call of that."""
+        if not self.joining:
+            self.watch.step_begins()
+            if self.follower is not None:
+                self.follower.step_begins()
+        for table, group in self._held_by(optimizer):
+            if not isinstance(table.table.spec.rule, pm.Frozen):
+                rule_for(optimizer, group, table.name)  # options may have changed since the loader was built
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._gradients_are_made()
+            return None
+
+        def evaluated():
+            self._hide_gradients(False)
+            loss = closure()
+            self._gradients_are_made()
+            return loss
+
+        return args[:1], {**kwargs, "closure": evaluated}
+
+    def _gradients_are_made(self) -> None:
+        if self.reducer is not None and not self.joining:
+            self.reducer.finish_step()
+        self._hide_gradients(True)
+
+    def _held_by(self, optimizer: Optimizer) -> list[tuple[ManagedTable, dict[str, object]]]:
+        """Return the tables that `optimizer` holds, each with its parameter group."""
+        groups = groups_by_parameter(optimizer)
+        return [(t, groups[id(t.parameter)]) for t in self.tables if id(t.parameter) in groups]
+
+    def _hide_gradients(self, hidden: bool) -> None:
+        """Hide them from the optimizer's own step: rows are updated after it."""
+        for table in self.tables:
+            table.hidden = hidden
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._hide_gradients(False)
+        if self.reducer is not None and self.joining:
+            self.reducer.finish_step()
+        number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
+        gradients, groups = [], {}
+        for table, group in self._held_by(optimizer):
+            groups[table.table.number] = snapshot(group)
+            gradients += table.step_gradients()
+        finished = self.batches.finish_used()
+        vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
+        self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)
+        self.optimizer_steps += 1
+        if self.follower is not None and not self.joining:
+            self.follower.step_taken()
+
+    def describe_hyperparameter(self, optimizer: int, at: int) -> str:
+        return hyperparameter_name(self.optimizers[optimizer], at)
+
+    # Writes from outside the optimizer
+
+    def overwrite(self, table: ManagedTable, values: torch.Tensor, operation: str) -> None:
+        """Set all rows of `table` to `values` `[num_rows, dim]` (one rank only, unless all ranks are importing)."""
+        if self.importing is not None:
+            self.importing[table] = values
+            return
+        if self.ranks > 1:
+            raise RuntimeError(
+                f"{operation} on table {table.name!r}: its rows are spread over {self.ranks} ranks; load them with "
+                "adaloader.load_full_state_dict(model, state_dict), which all ranks call"
+            )
+        if tuple(values.shape) != tuple(table.parameter.shape):
+            raise ValueError(
+                f"{operation} on table {table.name!r}: expected shape {tuple(table.parameter.shape)}, got "
+                f"{tuple(values.shape)}"
+            )
+        load_values(self.manager, table.table, values)
+        self.writes += 1

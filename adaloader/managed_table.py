@@ -1,0 +1,289 @@
+"""A managed table: which slab each of its lookups runs on, and the row gradient that it has gathered."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+import cuda_ops
+import pm
+from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
+
+if TYPE_CHECKING:
+    from adaloader.managed_model import ManagedModel
+
+_ID_DTYPES = (torch.int64, torch.int32)
+
+
+@dataclass
+class BatchRows:
+    """The rows of one table that one batch needs.
+
+    Args:
+        rows: distinct row ids, int64 `[U]`.
+        sites: per expected lookup, its ids (int64 `[n]`) and their positions in `rows` (int64 `[n]`).
+        plan: the intent for them.
+        slab: made at the first lookup, and anew when rows have changed since (`slab_version`).
+    """
+
+    rows: np.ndarray
+    sites: list[tuple[np.ndarray, np.ndarray]]
+    plan: pm.RowPlan
+    slab: Slab | None = None
+    slab_version: tuple[int, int] | None = None
+    next_site: int = 0
+    index: cuda_ops.KeyIndex | None = None
+
+    def positions_of(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the positions (int64 `[n]`) of ids that equal those of a lookup that was expected; else None."""
+        for step in range(len(self.sites)):
+            at = (self.next_site + step) % len(self.sites)
+            expected, positions = self.sites[at]
+            if expected.size == ids.size and np.array_equal(expected, ids):
+                self.next_site = at + 1
+                return positions
+        return None
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions (int64 `[n]`) of distinct `rows` (int64 `[n]`), -1 where the batch did not intend
+        them."""
+        if self.index is None:
+            self.index = cuda_ops.KeyIndex()
+            self.index.add(self.rows, np.arange(len(self.rows), dtype=np.int64))
+        return self.index.find(rows)
+
+
+@dataclass
+class LookupCounts:
+    """Unique rows looked up, by how they came here."""
+
+    rows: int = 0
+    intended: int = 0
+    on_demand: int = 0
+
+
+@dataclass
+class ManagedTable:
+    """One table of a model, between the model's lookups and the manager's rows.
+
+    Invariant: `parts` are all gradients that arrived since the gradient was last cleared; `has_gradient` says whether
+    `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    table: pm.Table
+    model: weakref.ref[ManagedModel]
+    parts: list[Part] = field(default_factory=list)
+    has_gradient: bool = False
+    hidden: bool = False
+    counts: LookupCounts = field(default_factory=LookupCounts)
+    frequency_lookups: tuple[int, int] = (0, 0)
+    all_rows_held: bool = False
+    clears: int = 0
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    @property
+    def owner(self) -> ManagedModel:
+        model = self.model()
+        if model is None:
+            raise RuntimeError(f"table {self.name!r} outlived the model that it belongs to")
+        return model
+
+    # Lookups
+
+    def look_up(self, ids: torch.Tensor, operation: str, *, by_frequency: bool = False) -> tuple[Slab, np.ndarray]:
+        """Return the slab for a lookup of `ids` (any shape) and the ids' positions in it (int64 `[n]`).
+
+        Raises:
+            TypeError: if ids are not integers.
+            IndexError: if an id is out of range; both before any other rank is left waiting.
+        """
+        flat = self._flat_ids(ids, operation)
+        model = self.owner
+        model.observe(self, ids, operation)
+        for batch in model.candidates(self):
+            expected = batch.tables[self.table.number]
+            positions = expected.positions_of(flat)
+            if positions is not None:
+                model.used(batch)
+                self.counts.rows += len(expected.rows)
+                self.counts.intended += len(expected.rows)
+                if by_frequency:
+                    return self._frequency_slab(expected.rows, expected.plan, positions), positions
+                return self._slab_of(expected), positions
+        return self._unexpected(flat, by_frequency)
+
+    def _flat_ids(self, ids: torch.Tensor, operation: str) -> np.ndarray:
+        if ids.dtype not in _ID_DTYPES:
+            raise TypeError(
+                f"{operation} of table {self.name!r} got ids of dtype {ids.dtype}; ids must be torch.int64 or "
+                "torch.int32 (call .long() on them)"
+            )
+        if ids.device.type != "cpu":
+            raise RuntimeError(
+                f"{operation} of table {self.name!r} got ids on {ids.device}; managed tables live in host memory"
+            )
+        flat = ids.detach().reshape(-1).numpy()
+        return flat if flat.dtype == np.int64 else flat.astype(np.int64)
+
+    def check_range(self, rows: np.ndarray) -> None:
+        """Raise IndexError naming table, id and bounds if a row is out of range."""
+        if len(rows):
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or high >= self.table.spec.rows:
+                bad = low if low < 0 else high
+                raise IndexError(
+                    f"id {bad} is out of range for table {self.name!r} with {self.table.spec.rows} rows "
+                    f"(valid ids: 0 to {self.table.spec.rows - 1})"
+                )
+
+    def _slab_of(self, expected: BatchRows) -> Slab:
+        model = self.owner
+        version = model.version
+        slab = expected.slab
+        if (
+            slab is None
+            or expected.slab_version != version
+            or slab.tensor.requires_grad != self.parameter.requires_grad
+        ):
+            out = model.buffers.take(len(expected.rows), self.table.spec.dim, self.table.spec.dtype)
+            model.manager.read(expected.plan, out)
+            plan = None if expected.plan.released else expected.plan
+            slab = make_slab(self, expected.rows, out, plan)
+            expected.slab, expected.slab_version = slab, version
+        return slab
+
+    def _frequency_slab(self, rows: np.ndarray, plan: pm.RowPlan | None, positions: np.ndarray) -> Slab:
+        """A slab of its own: its gradient is divided by this lookup's frequencies alone."""
+        model = self.owner
+        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        if plan is not None:
+            model.manager.read(plan, out)
+        else:
+            model.manager.pull(self.table, rows, out)
+        counts = cuda_ops.segment_count(positions, len(rows))
+        return make_slab(self, rows, out, plan, counts, self._next_ordinal())
+
+    def _next_ordinal(self) -> int:
+        """Number the lookups whose gradients are divided by frequency: from 1 at each step, so that ranks agree.
+
+        The step is part of the number, for gradients may outlive it (a loop that never clears them).
+        """
+        steps = self.owner.manager.steps
+        step, count = self.frequency_lookups
+        self.frequency_lookups = (steps, count + 1 if step == steps else 1)
+        return steps << 20 | self.frequency_lookups[1]
+
+    def _unexpected(self, flat: np.ndarray, by_frequency: bool) -> tuple[Slab, np.ndarray]:
+        """Serve ids that no batch's expected lookup equals: from what batches intended, and the rest on demand."""
+        rows, positions = cuda_ops.dedup(flat)
+        self.check_range(rows)
+        self.counts.rows += len(rows)
+        model = self.owner
+        best, found = None, None
+        for batch in model.candidates(self):
+            at = batch.tables[self.table.number].find(rows)
+            if found is None or (at >= 0).sum() > (found >= 0).sum():
+                best, found = batch, at
+        model.relooked(self, flat, all_intended=found is not None and bool((found >= 0).all()))
+        if best is not None and len(rows) and (found >= 0).all():
+            self.counts.intended += len(rows)
+            expected = best.tables[self.table.number]
+            if not by_frequency:
+                return self._slab_of(expected), found[positions]
+        elif best is not None and (found >= 0).any():
+            return self._partly_intended(best, rows, found, positions, by_frequency)
+        else:
+            self.counts.on_demand += len(rows)
+        if by_frequency:
+            return self._frequency_slab(rows, None, positions), positions
+        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        model.manager.pull(self.table, rows, out)
+        return make_slab(self, rows, out, None), positions
+
+    def _partly_intended(self, batch, rows, found, positions, by_frequency) -> tuple[Slab, np.ndarray]:
+        model = self.owner
+        here = np.flatnonzero(found >= 0)
+        absent = np.flatnonzero(found < 0)
+        self.counts.intended += len(here)
+        self.counts.on_demand += len(absent)
+        slab = self._slab_of(batch.tables[self.table.number])
+        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        out[here] = slab.array[found[here]]
+        out[absent] = model.manager.pull(self.table, rows[absent], np.empty((len(absent), out.shape[1]), out.dtype))
+        if by_frequency:
+            counts = cuda_ops.segment_count(positions, len(rows))
+            return make_slab(self, rows, out, None, counts, self._next_ordinal()), positions
+        return make_slab(self, rows, out, None), positions
+
+    def renormed(self, slab: Slab, positions: np.ndarray, max_norm: float, norm_type: float) -> None:
+        """Scale looked-up rows whose norm is above `max_norm` down to it, here and in main copies, before the
+        lookup."""
+        touched, _ = cuda_ops.dedup(positions)
+        values = slab.array[touched]
+        changed = cuda_ops.renorm(values, max_norm, norm_type)
+        if changed.any():
+            slab.array[touched[changed]] = values[changed]
+            self.owner.manager.renorm(self.table, slab.rows[touched[changed]], max_norm, norm_type)
+
+    # Gradients
+
+    def receive(self, part: Part) -> None:
+        """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
+        if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
+            part.values = part.values / torch.from_numpy(part.counts).clamp(min=1).to(part.values.dtype)[:, None]
+            part.counts = None
+        self.parts.append(part)
+        self.has_gradient = True
+        self.owner.backward_reached(self, part)
+
+    def clear_gradient(self, *, keep_zero: bool = False) -> None:
+        """Forget the gradient; with `keep_zero` it becomes a gradient of zeros instead of None."""
+        if self.parts:
+            self.owner.gradient_goes()
+        self.parts = []
+        self.has_gradient = keep_zero and self.has_gradient
+        self.clears += 1
+
+    def step_gradients(self) -> list[pm.TableGradient]:
+        """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
+        if not self.has_gradient:
+            return []
+        plain = [part for part in self.parts if part.counts is None]
+        counted = sum_per_lookup([part for part in self.parts if part.counts is not None])
+        merged = [coalesce_or_only(plain, self)] if plain or not counted else []
+        self.parts = merged + counted  # a loop that never clears its gradients must not pile up their parts
+        return [
+            pm.TableGradient(
+                self.table,
+                part.rows,
+                part.values.detach().numpy(),
+                1.0 if part.scale is None else part.scale,
+                part.plan,
+                part.ordinal,
+                part.counts,
+            )
+            for part in merged + counted
+        ]
+
+
+def sum_per_lookup(parts: list[Part]) -> list[Part]:
+    """Sum those of `parts` (with counts) that several backward passes gave for one lookup."""
+    by_lookup: dict[int, list[Part]] = {}
+    for part in parts:
+        by_lookup.setdefault(part.ordinal, []).append(part)
+    return [same[0] if len(same) == 1 else add_up(same) for same in by_lookup.values()]
+
+
+def coalesce_or_only(parts: list[Part], table: ManagedTable) -> Part:
+    """Return the sum of `parts` (without counts) as one part, an empty one if there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return coalesce(parts) if parts else no_rows(table)

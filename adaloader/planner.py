@@ -1,0 +1,133 @@
+"""The thread that turns batches read ahead into intents: derives ids, dedups them, and tells the manager."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import cuda_ops
+from adaloader.batches import Batch
+from adaloader.managed_table import BatchRows, ManagedTable
+from intents import Program, ReplayError, structure
+
+if TYPE_CHECKING:
+    from adaloader.managed_model import ManagedModel
+
+log = logging.getLogger("adaloader")
+
+
+class Planner:
+    """Works off batches in order, on a thread of its own that ends with `close()`.
+
+    Args:
+        model: whose tables, programs and manager.
+        key_functions: by table, functions batch -> ids (tensor, array or list of int) in place of derivation; they are
+            called on the planner's thread.
+    """
+
+    def __init__(self, model: ManagedModel, key_functions: Mapping[ManagedTable, Callable[[Any], Any]]):
+        self._model = model
+        self._key_functions = key_functions
+        self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._scratch = cuda_ops.DedupScratch()
+        self._said: set[str] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="adaloader-planner", daemon=True)
+        self._thread.start()
+
+    def plan(self, batch: Batch) -> None:
+        """Find out what `batch` needs of each table, and intend it; `batch.planned` is set when that is done."""
+        if self._closed:
+            raise RuntimeError("this loader was closed; build another one to go on")
+        self._queue.put(batch)
+
+    def close(self) -> None:
+        """Let the thread end once it has worked off what it was given."""
+        self._closed = True
+        self._queue.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            started = time.perf_counter()
+            try:
+                batch.tables = self._tables_of(batch)
+                self._model.manager.flush_intents()
+            except BaseException as error:  # raised where the batch is handed out
+                batch.error = error
+            self._model.manager.traffic.seconds["keys"] += time.perf_counter() - started
+            batch.planned.set()
+            batch = None  # waiting for the next, the thread must not keep this one alive
+
+    def _tables_of(self, batch: Batch) -> dict[int, BatchRows]:
+        by_table: dict[ManagedTable, list[np.ndarray]] = {}
+        for table, function in self._key_functions.items():
+            by_table.setdefault(table, []).append(_as_ids(table, function(batch.data)))
+        for table, ids in self._derived(batch):
+            by_table.setdefault(table, []).append(ids)
+        return {
+            table.table.number: needed
+            for table, ids in by_table.items()
+            if (needed := self._intend(table, ids, batch.expected)) is not None
+        }
+
+    def _derived(self, batch: Batch) -> list[tuple[ManagedTable, np.ndarray]]:
+        """Return what a program says of the batch, and note there whether one does."""
+        batch.structure, batch.foreseen, batch.underived = structure(batch.data), False, frozenset()
+        for program in list(self._model.watch.programs):
+            if not program.matches(batch.structure):
+                continue
+            try:
+                replayed = program.replay(batch.data)
+            except ReplayError as error:
+                self._say_once(f"a batch's keys could not be derived ({error}); its rows come on demand")
+                continue
+            return self._by_table(batch, program, replayed)
+        return []
+
+    def _by_table(self, batch: Batch, program: Program, replayed) -> list[tuple[ManagedTable, np.ndarray]]:
+        batch.foreseen = True
+        batch.underived = frozenset(site.table for site in program.sites if site.reason is not None)
+        by_name = {table.name: table for table in self._model.tables if table not in self._key_functions}
+        return [(by_name[site.table], ids) for site, ids in replayed if site.table in by_name]
+
+    def _intend(self, table: ManagedTable, ids_of_sites: list[np.ndarray], expected: int) -> BatchRows | None:
+        ids_of_sites = [np.array(ids) for ids in ids_of_sites]  # the loop may change the batch under a view
+        everything = ids_of_sites[0] if len(ids_of_sites) == 1 else np.concatenate(ids_of_sites)
+        rows, inverse = cuda_ops.dedup(everything, self._scratch)
+        try:
+            table.check_range(rows)
+        except IndexError as error:  # raised again, in the user's code, by the lookup of these ids
+            self._say_once(f"not intended: {error}")
+            return None
+        plan = self._model.manager.intend(table.table, rows, expected)
+        ends = np.cumsum([len(ids) for ids in ids_of_sites])
+        sites = list(zip(ids_of_sites, np.split(inverse, ends[:-1]), strict=True))
+        return BatchRows(rows, sites, plan)
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message)
+
+
+def _as_ids(table: ManagedTable, ids: Any) -> np.ndarray:
+    """Return what a user's key function gave as int64 `[n]`.
+
+    Raises:
+        TypeError: if it is not made of integers.
+    """
+    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(
+            f"keys= for table {table.name!r} returned values of dtype {array.dtype}; it must return integer ids"
+        )
+    return array.reshape(-1).astype(np.int64)

@@ -1,0 +1,72 @@
+"""Rows that plain PyTorch hands out as a view of the table (`table[3]`, `table[2:5]`): they can be read, not written.
+
+A write to such a view changes the table in plain PyTorch. Here the rows are a copy, and a write would be lost silently.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from adaloader.deferred_tensor import operation_name
+from adaloader.errors import ManagedTableError
+
+# In-place by name, but they change no value.
+_HARMLESS = {"requires_grad_", "detach_", "rename_", "share_memory_"}
+_ASSIGNMENTS = {
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ifloordiv__",
+    "__imod__",
+    "__ipow__",
+}
+
+
+class RowsView(torch.Tensor):
+    """A copy of some rows of the table named `table_name`; views of it are guarded too, other results are not."""
+
+    table_name: str
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        written = kwargs.get("out")
+        source = (
+            args[0] if args else next((kwargs[name] for name in ("input", "tensor", "self") if name in kwargs), None)
+        )
+        if written is None and _writes_first(func):
+            written = source
+        for target in written if isinstance(written, (list, tuple)) else (written,):
+            if isinstance(target, RowsView):
+                raise ManagedTableError(
+                    f"{operation_name(func)} would write to rows of table {target.table_name!r}, but what indexing "
+                    "returns of a managed table is a copy: rows change by optimizer steps, or all at once by "
+                    "table.copy_(values) and adaloader.load_full_state_dict"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        return guarded(result, source.table_name) if _is_view_of(result, source) else result
+
+
+def guarded(rows: torch.Tensor, table_name: str) -> RowsView:
+    """Return `rows` as a `RowsView`, with the same memory and place in the autograd graph."""
+    view = rows.as_subclass(RowsView)
+    view.table_name = table_name
+    return view
+
+
+def _writes_first(func) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    return in_place or name in _ASSIGNMENTS or (name == "__set__" and func.__self__ is torch.Tensor.data)
+
+
+def _is_view_of(result, source) -> bool:
+    return (
+        type(result) is torch.Tensor
+        and isinstance(source, RowsView)
+        and result.numel() > 0
+        and result.untyped_storage().data_ptr() == torch.Tensor.untyped_storage(source).data_ptr()
+    )

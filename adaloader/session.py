@@ -1,0 +1,402 @@
+"""One loader's part in managing a model: its settings, its feed, and the state that it shares with the model's other
+loaders."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import pm
+from adaloader import adoption
+from adaloader.agreement import broadcast
+from adaloader.candidate import decide_now, find_candidates, watch_candidates
+from adaloader.deferred_tensor import program_of
+from adaloader.dense import DenseReducer
+from adaloader.feed import Feed
+from adaloader.following import Follower
+from adaloader.iteration import Iteration
+from adaloader.managed_model import ManagedModel, managed_models
+from adaloader.managed_table import ManagedTable
+from adaloader.optimizer_state import hook_optimizer
+from adaloader.optimizers import group_of
+from adaloader.process_group import process_group
+from adaloader.ranks import (
+    default_comm,
+    end_job_if_failed,
+    end_job_on_failure,
+    end_job_unless,
+    launched_ranks,
+    same_comm,
+)
+from adaloader.sampling import random_state, set_random_state
+from adaloader.state import hook_modules, hook_state_dicts
+from adaloader.table_values import all_numbers
+from adaloader.whereabouts import Whereabouts
+
+DEFAULT_LOOKAHEAD = 5
+DEFAULT_MIN_ROWS = 1000
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+_ONE_DATASET = (
+    "give all ranks the whole dataset, which is shared out here, or all ranks batches of their own: "
+    "AdaLoader.wrap(DataLoader(...), ...)"
+)
+
+_open_managers: weakref.WeakSet[pm.Manager] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keywords of a loader; see `AdaLoader`."""
+
+    lookahead: int
+    staleness: int | None
+    keys: str | None | Mapping[object, Callable[[Any], Any]]
+    min_rows: int
+    comm: object
+    batch_weight: Callable[[Any], float] | None
+    timeout_seconds: float
+
+    def __post_init__(self):
+        if not _is_int(self.lookahead) or self.lookahead < 0:
+            raise ValueError(f"lookahead must be a number of batches, 0 or more; got {self.lookahead!r}")
+        if self.staleness != 0 or isinstance(self.staleness, bool):
+            raise ValueError(f"staleness={self.staleness!r} is not available; only 0 (synchronous, exact) is")
+        if not _is_int(self.min_rows) or self.min_rows < 1:
+            raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
+        if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive; got {self.timeout_seconds!r}")
+        if not (self.keys is None or self.keys == "auto" or isinstance(self.keys, Mapping)):
+            raise ValueError(f'keys must be "auto", None or a mapping of tables to functions; got {self.keys!r}')
+        if self.batch_weight is not None and not callable(self.batch_weight):
+            raise TypeError(f"batch_weight must be a function of a batch, got {self.batch_weight!r}")
+        if self.comm is not None and not hasattr(self.comm, "Dup"):
+            raise TypeError(f"comm must be an mpi4py communicator, got {type(self.comm).__name__}")
+
+    def shared(self) -> dict[str, object]:
+        """What all loaders of one model must agree on."""
+        return {"min_rows": self.min_rows, "staleness": self.staleness, "comm": self.comm}
+
+
+class Session:
+    """Connects one loader to its managed model, which is made with the model's first loader (collective)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        settings: Settings,
+        order: str,
+    ):
+        optimizers = _as_list(optimizer)
+        _check_model(model)
+        self.settings = settings
+        managed = managed_models.get(model)
+        if managed is None:
+            managed = _manage(model, optimizers, settings, order)
+        else:
+            _check_same_settings(managed, settings)
+            _attach_later(managed, optimizers)
+        self.managed = managed
+        self.feed = Feed(managed, _keys_by_table(managed, settings.keys), bool(optimizers))
+        managed.sessions += 1
+        managed.sessions_made += 1
+        self._number = managed.sessions_made
+        self._uneven_iterations = 0
+        self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
+        # A loader, or an iterator of its, that nobody holds any more leaves no thread behind.
+        self._close_feed = weakref.finalize(self, self.feed.close)
+
+    @property
+    def rank(self) -> int:
+        return self.managed.manager.rank
+
+    @property
+    def ranks(self) -> int:
+        return self.managed.manager.ranks
+
+    def begin_iteration(self) -> None:
+        """A new iteration of the loader begins: what the loop still held of earlier ones is finished.
+
+        Raises:
+            RuntimeError: if the loader was closed.
+        """
+        if not self._close_feed.alive:
+            raise RuntimeError("this loader was closed; build another one to go on")
+        for iteration in list(self._iterations):
+            if iteration.ended:
+                iteration.leave()
+        if self.managed.follower is not None:
+            self.managed.follower.finish()
+
+    def iteration(
+        self,
+        weight_of: Callable[[int, Any], tuple[float, float | None]],
+        *,
+        start: int,
+        uneven: bool,
+        last_weight: float | None = None,
+    ) -> Iteration:
+        """Return what goes with one pass over the loader, whose first batch is number `start`.
+
+        Args:
+            weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
+            uneven: whether ranks may have different numbers of batches.
+            last_weight: what the batches count together that some ranks have no share of, if known.
+        """
+        following = None
+        if uneven and self.feed.steps_expected and self.managed.follower is not None:
+            self._uneven_iterations += 1
+            following = self.managed.follower.begin(self._number, self._uneven_iterations, last_weight)
+        made = Iteration(self.feed, weight_of, start, following)
+        self._iterations.add(made)
+        return made
+
+    def lengths_of_ranks(self, batches: int | None) -> list[int] | None:
+        """Return how many batches each rank has in the iteration that begins, None if a rank does not know
+        (collective).
+
+        Asked only where it saves messages: a model of tables alone has no dense gradients, whose sum would tell the
+        sum of weights. Loaders that evaluate need none, and one rank may iterate them alone.
+        """
+        managed = self.managed
+        if managed.reducer is None or managed.reducer.has_trained or not self.feed.steps_expected:
+            return None
+        known = batches is not None and self.settings.batch_weight is None
+        lengths = all_numbers(managed.manager, batches if known else -1)
+        return lengths if min(lengths) >= 0 else None
+
+    def watched(self, inner: Iterator) -> Iterator:
+        """Return `inner` with the recorder looking away while it reads."""
+        return _Unwatched(inner, self.feed)
+
+    def share_random_state(self, generator: torch.Generator | None) -> None:
+        """Continue, on every rank, from rank 0's random state (collective)."""
+        manager = self.managed.manager
+        if manager.ranks > 1:
+            state = random_state(generator)
+            manager.transport.collective(lambda comm: comm.Ibcast(state, 0), manager.timeout_seconds)
+            set_random_state(generator, state)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts since the model's first loader was built, on this rank.
+
+        steps: optimizer steps. lookups: unique rows looked up, over all lookups. intent_coverage: share of them that
+        were intended before (1.0 before the first lookup). on_demand: those that were not. wait_seconds: time that
+        the trainer's thread waited for rows, in `next`, lookups and `step`. bytes_sent, bytes_received: of rows,
+        gradients, intents. memory_bytes: of rows held, with state and index. tables: the same counts by table.
+        seconds: where time went, on whatever thread.
+        """
+        managed, manager = self.managed, self.managed.manager
+        counts = {table.name: table.counts for table in managed.tables}
+        rows = sum(c.rows for c in counts.values())
+        intended = sum(c.intended for c in counts.values())
+        return {
+            "steps": managed.optimizer_steps,
+            "lookups": rows,
+            "intent_coverage": intended / rows if rows else 1.0,
+            "on_demand": sum(c.on_demand for c in counts.values()),
+            "wait_seconds": manager.traffic.wait_seconds,
+            "bytes_sent": manager.bytes_sent,
+            "bytes_received": manager.bytes_received,
+            "memory_bytes": manager.memory_bytes,
+            "tables": {
+                name: {"lookups": c.rows, "intended": c.intended, "on_demand": c.on_demand}
+                for name, c in counts.items()
+            },
+            "seconds": dict(manager.traffic.seconds),
+        }
+
+    def close(self) -> None:
+        if not self._close_feed.alive:
+            return
+        managed = self.managed
+        if managed.follower is not None:
+            managed.follower.finish()
+        for iteration in list(self._iterations):
+            iteration.leave()
+        self._close_feed()
+        managed.sessions -= 1
+        if managed.sessions == 0:
+            managed.manager.close()
+
+
+class _Unwatched(Iterator):
+    def __init__(self, inner: Iterator, feed: Feed):
+        self._inner, self._feed = inner, feed
+
+    def __next__(self):
+        with self._feed.reading():
+            return next(self._inner)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_list(optimizer) -> list[Optimizer]:
+    optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for given in optimizers:
+        if not isinstance(given, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(given).__name__}")
+    return optimizers
+
+
+def _check_model(model) -> None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"model is wrapped in {type(model).__name__}: pass the model itself (model.module) and call that; "
+            f"AdaLoader "
+            "averages its gradients over ranks"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"parameter {name!r} is on device meta and has no values: build the model on the CPU, or within "
+                "adaloader.deferred_init() where its tables are too large for that"
+            )
+
+
+def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, order: str) -> ManagedModel:
+    """Take over the tables of `model` (collective)."""
+    comm = settings.comm if settings.comm is not None else default_comm()
+    found = adoption.find_tables(model, settings.min_rows)
+    adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
+    if comm is None or comm.size == 1:
+        manager = pm.Manager()
+    else:
+        end_job_on_failure()
+        manager = pm.SynchronousManager(comm, settings.timeout_seconds)
+        manager.on_failure = partial(end_job_unless, partial(getattr, manager, "failure_is_known"))
+        _open_managers.add(manager)
+    managed = ManagedModel(model, manager, settings.shared())
+    if manager.ranks > 1:
+        managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
+    manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
+    weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
+    try:
+        adoption.agree(manager, "tables or settings", _describe(model, found, optimizers, settings))
+        adoption.agree(manager, "dataset, batches or weights", f"{order}, {weighted}", _ONE_DATASET)
+    except ValueError:  # on all ranks
+        manager.close()
+        raise
+    managed.attach(optimizers)
+    adoption.adopt(managed, found, adoption.specs_for(found, optimizers, adoption.seeds_of_rank_0(manager, found)))
+    if manager.ranks > 1:
+        _reduce_dense_parameters(managed, model, comm, settings.timeout_seconds)
+        end_job_on_failure()  # torch.distributed has set a hook of its own
+    watch_candidates(managed, find_candidates(model, found, settings.min_rows))
+    hook_state_dicts(managed, model)
+    managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
+    managed_models[model] = managed
+    return managed
+
+
+def _describe(model, found, optimizers, settings) -> str:
+    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    programs = [program.describe() for p in found.values() if (program := program_of(p)) is not None]
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    return repr((settings.min_rows, list(found), kinds, parameters, programs))
+
+
+def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, timeout_seconds: float) -> None:
+    tables = {id(table.parameter) for table in managed.tables}
+    dense = [(name, p) for name, p in model.named_parameters() if id(p) not in tables]
+    group = managed.process_group = process_group(comm, timeout_seconds=timeout_seconds)
+    broadcast([p for _, p in dense] + list(model.buffers()), group)
+    whereabouts = Whereabouts(managed.manager, lambda: managed.reducer.begun)
+    managed.reducer = DenseReducer(
+        dense,
+        group,
+        weights=managed.weight_of_backward,
+        on_reduced=managed.reduced,
+        timeout_seconds=timeout_seconds,
+        describe_peers=whereabouts.describe,
+        in_vain=whereabouts.why_in_vain,
+    )
+
+
+def _check_same_settings(managed: ManagedModel, settings: Settings) -> None:
+    for name, value in settings.shared().items():
+        first = managed.settings[name]
+        if not (same_comm(value, first) if name == "comm" else value == first):
+            raise ValueError(
+                f"this model already has a loader with {name}={first!r}, and this one asks for {name}={value!r}; "
+                f"loaders "
+                "of one model must agree on that"
+            )
+
+
+def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
+    """A later loader brings optimizers that the first one did not have."""
+    fresh = [o for o in optimizers if not any(o is known for known in managed.optimizers)]
+    for table in managed.tables:
+        place = group_of(fresh, table.parameter, table.name)
+        if place is None:
+            continue
+        if not isinstance(table.table.spec.rule, pm.Frozen):
+            raise ValueError(
+                f"table {table.name!r} is already trained by the optimizer of an earlier loader of this model; a "
+                f"table has "
+                "one optimizer"
+            )
+        adoption.adopt_later(managed, table, fresh[place[0]], place[1])
+    managed.attach(fresh)
+    for optimizer in fresh:
+        hook_optimizer(managed, optimizer)
+
+
+def _keys_by_table(managed: ManagedModel, keys) -> str | None | dict[ManagedTable, Callable[[Any], Any]]:
+    if not isinstance(keys, Mapping):
+        return keys
+    model = managed.model()
+    by_table = {}
+    for given, function in keys.items():
+        decide_now(given if isinstance(given, nn.Parameter) else dict(model.named_parameters()).get(given))
+        table = _find_table(managed, model, given)
+        if not callable(function):
+            raise TypeError(f"keys= for table {table.name!r} must be a function of a batch, got {function!r}")
+        by_table[table] = function
+    return by_table
+
+
+def _find_table(managed: ManagedModel, model: nn.Module, given) -> ManagedTable:
+    for table in managed.tables:
+        if given is table.parameter or (isinstance(given, str) and given == table.name):
+            return table
+    if isinstance(given, nn.Module):
+        for parameter in given.parameters(recurse=False):
+            for table in managed.tables:
+                if table.parameter is parameter:
+                    return table
+    if isinstance(given, str):
+        names = dict(model.named_parameters(remove_duplicate=False))
+        names.update({name: getattr(m, "weight", None) for name, m in model.named_modules()})
+        for table in managed.tables:
+            if names.get(given) is table.parameter:
+                return table
+    names = [table.name for table in managed.tables]
+    shown = given if isinstance(given, str) else type(given).__name__
+    raise ValueError(f"keys= names {shown!r}, which is no managed table; managed are {names}")
+
+
+if launched_ranks() > 1:
+    end_job_on_failure()  # from now on: what fails before the first loader is built would leave the others waiting
+
+
+@atexit.register
+def _serve_until_all_are_done() -> None:
+    """A rank that ends keeps serving its rows until the others have ended too."""
+    end_job_if_failed()
+    for manager in list(_open_managers):
+        manager.close(linger=True)

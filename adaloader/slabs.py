@@ -1,0 +1,184 @@
+"""Slabs: the rows that a batch works on, as one compact tensor, and the gradients that arrive for them."""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+import cuda_ops
+import pm
+
+if TYPE_CHECKING:
+    from adaloader.managed_table import ManagedTable
+
+# Fresh memory costs a page fault per 4 KiB; sizes are rounded so that a buffer fits the next batch's slab as well.
+_BUFFER_ROWS = 1024
+_MOST_BUFFERS = 16
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    """Return how often each array of the list is referred to, the list and this count itself included."""
+    counts = []
+    for array in arrays:
+        counts.append(sys.getrefcount(array))  # a loop's variable: versions of Python count these differently
+    return counts
+
+
+_REFERENCES_OF_UNUSED = _references([np.empty(1)])[0]
+
+
+class Buffers:
+    """Memory for slabs, used again once nothing refers to it any more (a graph may keep a slab beyond its batch)."""
+
+    def __init__(self):
+        self._kept: list[np.ndarray] = []
+
+    def take(self, rows: int, dim: int, dtype: str) -> np.ndarray:
+        """Return an array `[rows, dim]` with unspecified contents."""
+        wanted = max(1, -(-rows // _BUFFER_ROWS)) * _BUFFER_ROWS * dim
+        unused = [count == _REFERENCES_OF_UNUSED for count in _references(self._kept)]
+        for kept, free in zip(self._kept, unused, strict=True):
+            if free and kept.dtype == dtype and wanted <= kept.size <= 2 * wanted:
+                return kept[: rows * dim].reshape(rows, dim)
+        made = np.empty(wanted, dtype)
+        still = zip(self._kept, unused, strict=True)
+        self._kept = [k for k, free in still if not free or k.dtype != dtype or k.size >= wanted][-_MOST_BUFFERS:]
+        self._kept.append(made)
+        return made[: rows * dim].reshape(rows, dim)
+
+
+@dataclass
+class Part:
+    """One backward's gradient for the rows of one slab.
+
+    Args:
+        rows: distinct row ids, int64 `[U]`.
+        values: gradient `[U, dim]`.
+        plan: the plan that the rows belong to, if any.
+        scale: factor still to be applied; None until the backward that made it is over.
+        counts: times each row was looked up (int64 `[U]`), where the frequency divides the gradient.
+        ordinal: number of the lookup within the step, for gradients divided by frequency.
+    """
+
+    rows: np.ndarray
+    values: torch.Tensor
+    plan: pm.RowPlan | None
+    scale: float | None
+    counts: np.ndarray | None = None
+    ordinal: int = 0
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows of one table at one version.
+
+    Args:
+        rows: distinct row ids, int64 `[U]`.
+        array: their values `[U, dim]`.
+        tensor: the same memory as a leaf of the autograd graph; its gradient goes to the table.
+        plan: the intent that brought the rows, if any.
+        seconds: where the time of its backward is added.
+    """
+
+    rows: np.ndarray
+    array: np.ndarray
+    tensor: torch.Tensor
+    plan: pm.RowPlan | None
+    seconds: dict[str, float]
+
+
+def make_slab(
+    table: ManagedTable,
+    rows: np.ndarray,
+    array: np.ndarray,
+    plan: pm.RowPlan | None,
+    counts: np.ndarray | None = None,
+    ordinal: int = 0,
+) -> Slab:
+    """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
+    with torch.inference_mode(False):
+        tensor = torch.from_numpy(array)
+        if table.parameter.requires_grad:
+            tensor.requires_grad_(True)
+            to_table = weakref.ref(table)
+
+            def deliver(leaf: torch.Tensor) -> None:
+                receiver = to_table()
+                grad, leaf.grad = leaf.grad, None
+                if receiver is not None and grad is not None:
+                    receiver.receive(Part(rows, grad, plan, None, counts, ordinal))
+
+            tensor.register_post_accumulate_grad_hook(deliver)
+    return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds)
+
+
+class _Expand(torch.autograd.Function):
+    """out[i] = slab[positions[i]]; the gradient is summed per slab row, leaving out the padding row."""
+
+    @staticmethod
+    def forward(ctx, tensor, array, positions, shape, padding, seconds):
+        ctx.positions, ctx.padding, ctx.slab_shape, ctx.seconds = positions, padding, tensor.shape, seconds
+        out = torch.empty(*shape, tensor.shape[1], dtype=tensor.dtype, device="cpu")
+        cuda_ops.expand(array, positions, out.numpy().reshape(-1, tensor.shape[1]))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        started = time.perf_counter()
+        rows, dim = ctx.slab_shape
+        if torch.is_grad_enabled():  # backward(create_graph=True): stay differentiable
+            positions = torch.from_numpy(ctx.positions)
+            flat = grad.reshape(-1, dim)
+            if ctx.padding >= 0:
+                flat = flat.masked_fill((positions == ctx.padding)[:, None], 0)
+            summed = grad.new_zeros(rows, dim).index_add(0, positions, flat)
+        else:
+            summed = torch.empty(rows, dim, dtype=grad.dtype, device="cpu")
+            flat = grad.contiguous().numpy().reshape(-1, dim)
+            cuda_ops.segment_sum(flat, ctx.positions, summed.numpy(), skip=ctx.padding)
+        ctx.seconds["backward"] += time.perf_counter() - started
+        return summed, None, None, None, None, None
+
+
+def expand(slab: Slab, positions: np.ndarray, shape: torch.Size, padding: int = -1) -> torch.Tensor:
+    """Return `slab.tensor[positions]` as a tensor `[*shape, dim]`.
+
+    Args:
+        slab: `[U, dim]`.
+        positions: int64 `[n]`, n the number of elements of `shape`.
+        shape: shape of the ids.
+        padding: position whose row gets no gradient, -1 for none.
+    """
+    return _Expand.apply(slab.tensor, slab.array, positions, shape, padding, slab.seconds)
+
+
+def no_rows(table: ManagedTable) -> Part:
+    """Return a gradient of `table` that is zero everywhere."""
+    empty = torch.empty(0, table.table.spec.dim, dtype=table.parameter.dtype, device="cpu")
+    return Part(np.empty(0, np.int64), empty, None, 1.0)
+
+
+def coalesce(parts: list[Part]) -> Part:
+    """Sum parts without counts into one over their distinct rows, with its scale applied."""
+    rows, inverse = cuda_ops.dedup(np.concatenate([part.rows for part in parts]))
+    stacked = torch.cat([_scaled(part) for part in parts])
+    values = torch.empty(len(rows), stacked.shape[1], dtype=stacked.dtype, device="cpu")
+    cuda_ops.segment_sum(stacked.numpy(), inverse, values.numpy())
+    return Part(rows, values, None, 1.0)
+
+
+def add_up(parts: list[Part]) -> Part:
+    """Sum parts that several backward passes gave for the same lookup, whose rows, plan and counts they share."""
+    values = torch.stack([_scaled(part) for part in parts]).sum(0)
+    return replace(parts[0], values=values, scale=1.0)
+
+
+def _scaled(part: Part) -> torch.Tensor:
+    values = part.values.detach()  # that of backward(create_graph=True) has a graph
+    return values if part.scale in (None, 1.0) else values * part.scale

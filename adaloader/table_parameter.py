@@ -1,0 +1,251 @@
+"""The parameter that a managed table leaves in the model: its identity, shape and dtype, and no values.
+
+Every operation on it passes `__torch_function__`, above autograd. A lookup runs on a slab (`lookups.py`); a question
+about its form is answered; a few others are handled here; anything else is an error that names table and operation.
+Code that reaches below that (C++ extensions, TorchScript) finds NaN: the storage is one NaN, whatever the shape.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from adaloader import lookups
+from adaloader.conversion import METHODS, check_stays
+from adaloader.deferred_tensor import constant_tensor, operation_name
+from adaloader.errors import ManagedTableError
+from adaloader.row_gradient import RowGradient, row_gradient
+
+if TYPE_CHECKING:
+    from adaloader.managed_table import ManagedTable
+
+
+class _ManagedTensor:
+    """What the parameter and its detached views share."""
+
+    _managed: ManagedTable
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None and isinstance(_subject(func, args, kwargs), _ManagedTensor):
+            return handler(*args, **kwargs)
+        if func in FORM or func in _FORM_OF_ARGUMENT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        table = _table_among((*args, *kwargs.values()))
+        if table is None:
+            return NotImplemented
+        name = operation_name(func)
+        raise ManagedTableError(
+            f"{name} was called on table {table.name!r} {list(table.parameter.shape)}, whose rows AdaLoader manages: "
+            "only lookups of rows (embedding, embedding_bag, index_select, table[ids]) are possible. To use the "
+            f"whole table as a tensor keep it dense: AdaLoader(..., min_rows={table.table.spec.rows + 1})"
+        )
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        table = self._managed
+        return (
+            f"{type(self).__name__}(table={table.name!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"requires_grad={self.requires_grad}; rows are managed by AdaLoader)"
+        )
+
+    def __deepcopy__(self, memo):
+        raise ManagedTableError(
+            f"table {self._managed.name!r} cannot be copied: its rows live in the parameter manager. Copy the model "
+            "before the loader is built, or load adaloader.full_state_dict(model) into a new one"
+        )
+
+    def __reduce_ex__(self, protocol):
+        raise ManagedTableError(
+            f"table {self._managed.name!r} cannot be pickled: its rows live in the parameter manager. Save "
+            "adaloader.full_state_dict(model) instead"
+        )
+
+
+class TableParameter(_ManagedTensor, nn.Parameter):
+    """A managed table as the model and the optimizers hold it; a parameter becomes one in place."""
+
+    @property
+    def grad(self) -> RowGradient | None:
+        table = self._managed
+        return row_gradient(table) if table.has_gradient and not table.hidden else None
+
+    @grad.setter
+    def grad(self, value) -> None:
+        if value is None:
+            self._managed.clear_gradient()
+        elif not (isinstance(value, RowGradient) and value._table is self._managed):
+            raise ManagedTableError(
+                f"the gradient of table {self._managed.name!r} can be set to None or changed in place (mul_, clamp_, "
+                f"zero_), not replaced by {type(value).__name__}"
+            )
+
+    @grad.deleter
+    def grad(self) -> None:
+        self._managed.clear_gradient()
+
+
+class TableView(_ManagedTensor, torch.Tensor):
+    """A detached view of a managed table: lookups of it give rows without gradient."""
+
+
+def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
+    """Turn `parameter` into a `TableParameter` in place and free its values; identity, shape and hooks stay."""
+    requires_grad = parameter.requires_grad
+    stand_in = constant_tensor(parameter.shape, float("nan"), dtype=parameter.dtype, device="cpu")
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.grad.__set__(parameter, None)
+        torch.Tensor.data.__set__(parameter, stand_in)
+    parameter.__class__ = TableParameter
+    parameter._managed = table
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.requires_grad_(parameter, requires_grad)
+
+
+def _subject(func, args: tuple, kwargs: dict):
+    """Return what a call works on: a table's handler serves that table, not one that is among other arguments."""
+    place, names = (1, ("weight",)) if func in _WEIGHT_SECOND else (0, ("input", "weight", "self"))
+    if len(args) > place:
+        return args[place]
+    return next((kwargs[name] for name in names if name in kwargs), None)
+
+
+def _table_among(arguments) -> ManagedTable | None:
+    for argument in arguments:
+        if isinstance(argument, _ManagedTensor):
+            return argument._managed
+        if isinstance(argument, (list, tuple)):
+            found = _table_among(argument)
+            if found is not None:
+                return found
+    return None
+
+
+def _view(tensor, *args, **kwargs) -> TableView:
+    """Return the table without its gradient (`detach()`, `.data`)."""
+    table = tensor._managed
+    stand_in = constant_tensor(tensor.shape, float("nan"), dtype=tensor.dtype, device="cpu")
+    view = torch.Tensor._make_subclass(TableView, stand_in)
+    view._managed = table
+    return view
+
+
+def _set_data(tensor, value) -> None:
+    table = tensor._managed
+    if isinstance(value, _ManagedTensor) and value._managed is table:
+        return
+    table.owner.overwrite(table, value, f"assigning {tensor.__class__.__name__}.data")
+
+
+def _copy_(tensor, source, non_blocking=False):
+    tensor._managed.owner.overwrite(tensor._managed, source, "copy_")
+    return tensor
+
+
+def _to(tensor, *args, **kwargs):
+    """`to` and its relatives: nothing to do for the dtype and device that the table has; an error for others."""
+    check_stays(tensor._managed.name, tensor.dtype, args, kwargs)
+    return tensor
+
+
+def _converted(wanted: dict[str, object]):
+    return lambda tensor, *args, **kwargs: _to(tensor, **wanted)
+
+
+def _type(tensor, dtype=None, non_blocking=False, **kwargs):
+    """`type()` names the tensor type; with a dtype it is a conversion."""
+    if dtype is None:
+        return torch.empty(0, dtype=tensor.dtype, device="cpu").type()
+    return _to(tensor, torch.empty(0).type(dtype).dtype)
+
+
+def _format(tensor, spec: str) -> str:
+    return format(repr(tensor), spec)
+
+
+def _requires_grad_(tensor, requires_grad=True):
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.requires_grad_(tensor, requires_grad)
+    return tensor
+
+
+def _set_requires_grad(tensor, requires_grad) -> None:
+    _requires_grad_(tensor, requires_grad)
+
+
+def _like(value):
+    """`zeros_like` and its relatives: the same number everywhere, which takes the memory of one."""
+
+    def handler(input, fill_value=value, *, dtype=None, device=None, requires_grad=False, **kwargs):
+        dtype = input.dtype if dtype is None else dtype
+        device = input.device if device is None else device
+        return constant_tensor(input.shape, fill_value, dtype=dtype, device=device, requires_grad=requires_grad)
+
+    return handler
+
+
+def _no_hook(tensor, hook):
+    raise ManagedTableError(
+        f"a hook on table {tensor._managed.name!r} would never be called: its gradient arrives as rows. Read "
+        "parameter.grad (its .rows and .values) after backward instead"
+    )
+
+
+_PROPERTIES = """shape dtype device ndim requires_grad is_leaf layout is_cuda is_cpu is_sparse is_sparse_csr
+is_quantized is_meta is_mkldnn is_mps is_xla is_xpu is_nested is_ipu is_vulkan is_mtia is_maia names itemsize nbytes
+grad_fn output_nr _version _backward_hooks _post_accumulate_grad_hooks retains_grad _is_param""".split()
+_METHODS = """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous
+element_size get_device is_signed is_conj is_neg is_inference is_same_size __len__ new_zeros new_ones new_full new_empty
+new_tensor is_shared""".split()
+_FUNCTIONS = """is_floating_point is_complex numel is_same_size result_type is_conj is_neg is_signed is_inference
+_has_compatible_shallow_copy_type""".split()
+
+# Questions about a table's form, which need no value of it.
+FORM = (
+    {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES if hasattr(torch.Tensor, name)}
+    | {getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)}
+    | {getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)}
+)
+
+LOOKUPS = {
+    nn.functional.embedding: lookups.embedding,
+    torch.embedding: lookups.aten_embedding,
+    nn.functional.embedding_bag: lookups.embedding_bag,
+    torch.index_select: lookups.index_select,
+    torch.Tensor.index_select: lookups.index_select,
+    torch.Tensor.__getitem__: lookups.get_item,
+}
+
+_HANDLERS = (
+    LOOKUPS
+    | {
+        torch.Tensor.detach: _view,
+        torch.detach: _view,
+        torch.Tensor.data.__get__: _view,
+        torch.Tensor.data.__set__: _set_data,
+        torch.Tensor.copy_: _copy_,
+        torch.Tensor.to: _to,
+        torch.Tensor.type: _type,
+        torch.Tensor.type_as: lambda tensor, other: _to(tensor, other.dtype),
+        torch.Tensor.__format__: _format,
+        torch.Tensor.retain_grad: lambda tensor: None,
+        torch.Tensor.requires_grad_: _requires_grad_,
+        torch.Tensor.requires_grad.__set__: _set_requires_grad,
+        torch.Tensor.register_hook: _no_hook,
+        torch.Tensor.register_post_accumulate_grad_hook: _no_hook,
+        torch.zeros_like: _like(0.0),
+        torch.ones_like: _like(1.0),
+        torch.empty_like: _like(0.0),
+        torch.full_like: _like(0.0),
+    }
+    | {method: _converted(wanted) for method, wanted in METHODS.items()}
+)
+
+_WEIGHT_SECOND = {nn.functional.embedding, nn.functional.embedding_bag}
+
+# Calls on another tensor, of which a table among the arguments gives the form alone.
+_FORM_OF_ARGUMENT = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.is_same_size, torch.Tensor.is_set_to}

@@ -1,0 +1,86 @@
+"""What rank 0 has for all: whole tables into the manager, each owner keeping its rows; numbers, text and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import pm
+
+_CHUNK_BYTES = 4 << 20
+
+
+def load_values(manager: pm.Manager, table: pm.Table, values: torch.Tensor | None) -> None:
+    """Set every row of `table` from rank 0's `values` `[rows, dim]`; other ranks' are not read (collective)."""
+    for rows, chunk in _own_rows_from_rank_0(manager, table, values, table.spec.dim):
+        manager.load_rows(table, rows, chunk, None)
+    manager.rewrite_ended()
+
+
+def load_states(manager: pm.Manager, table: pm.Table, states: torch.Tensor | None) -> None:
+    """Set the optimizer state of every row from rank 0's `states` `[rows, state_words]` (collective)."""
+    words = table.store.record_class.state_words
+    if words == 0:
+        return
+    for rows, chunk in _own_rows_from_rank_0(manager, table, states, words):
+        table.store.set_states(manager.touch(table, rows), chunk)
+
+
+def _own_rows_from_rank_0(
+    manager: pm.Manager, table: pm.Table, source: torch.Tensor | None, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (rows, their part of rank 0's `source`) for the rows that this rank owns, chunk by chunk (collective)."""
+    dtype = np.dtype(table.spec.dtype)
+    chunk_rows = max(1, _CHUNK_BYTES // (width * dtype.itemsize))
+    for start in range(0, table.spec.rows, chunk_rows):
+        rows = np.arange(start, min(start + chunk_rows, table.spec.rows), dtype=np.int64)
+        if manager.rank == 0:
+            chunk = source[start : start + len(rows)].detach().to("cpu", getattr(torch, table.spec.dtype))
+            chunk = np.ascontiguousarray(chunk.numpy())
+        else:
+            chunk = np.empty((len(rows), width), dtype)
+        if manager.ranks > 1:
+            chunk = broadcast_array(manager, chunk)
+            mine = np.flatnonzero(manager.directory.owner_of(table.keys(rows)) == manager.rank)
+            rows, chunk = rows[mine], chunk[mine]
+        yield rows, chunk
+
+
+def broadcast_array(manager: pm.Manager, array: np.ndarray) -> np.ndarray:
+    """Return rank 0's `array` on every rank (collective); it may be written on the others."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if flat.size:
+        manager.transport.collective(lambda comm: comm.Ibcast(flat, 0), manager.timeout_seconds)
+    return array
+
+
+def numbers_of_rank_0(manager: pm.Manager, numbers: list[int]) -> list[int]:
+    """Return rank 0's `numbers` on every rank (collective)."""
+    return numbers if manager.ranks == 1 else broadcast_array(manager, np.array(numbers, np.int64)).tolist()
+
+
+def text_of_rank_0(manager: pm.Manager, text: str) -> str:
+    """Return rank 0's `text` on every rank (collective)."""
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    (length,) = numbers_of_rank_0(manager, [len(encoded)])
+    if manager.rank:
+        encoded = np.empty(length, np.uint8)
+    return text if manager.ranks == 1 else broadcast_array(manager, encoded.copy()).tobytes().decode()
+
+
+def broadcast_tensor(manager: pm.Manager, tensor: torch.Tensor) -> None:
+    """Overwrite the other ranks' `tensor` (on the CPU, contiguous, any dtype) with rank 0's (collective)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(flat), _CHUNK_BYTES):
+        broadcast_array(manager, flat[start : start + _CHUNK_BYTES])
+
+
+def all_numbers(manager: pm.Manager, number: int) -> list[int]:
+    """Return every rank's `number`, in rank order (collective)."""
+    if manager.ranks == 1:
+        return [number]
+    mine, everyones = np.array([number], np.int64), np.empty(manager.ranks, np.int64)
+    manager.transport.collective(lambda comm: comm.Iallgather(mine, everyones), manager.timeout_seconds)
+    return everyones.tolist()

@@ -1,0 +1,63 @@
+"""Kernels: every hot function of the project once by name, with the body chosen by where its arrays are.
+
+The functions here work on plain arrays (NumPy arrays, or torch tensors, whose memory is shared and never
+copied) and know nothing of tables, ranks or batches. CPU bodies are Numba functions in `cuda_ops/cpu`,
+compiled when first called and kept on disk, and run without the interpreter's lock. The room imports NumPy,
+Numba and torch, and nothing of ours. Read `dispatch.py` first, then `cpu/rows.py`, which says how records lie
+in memory.
+"""
+
+from cuda_ops.cpu import dedup as _dedup
+from cuda_ops.cpu import delta as _delta
+from cuda_ops.cpu import partition as _partition
+from cuda_ops.cpu import renorm as _renorm
+from cuda_ops.cpu import rows as _rows
+from cuda_ops.cpu import schedule as _schedule
+from cuda_ops.cpu import segment as _segment
+from cuda_ops.cpu import steps as _steps
+from cuda_ops.cpu import update as _update
+from cuda_ops.cpu.dedup import DedupScratch
+from cuda_ops.cpu.index import KeyIndex
+from cuda_ops.dispatch import by_device
+
+dedup = by_device(_dedup.dedup)
+dedup_counts = by_device(_dedup.dedup_counts)
+gather = by_device(_rows.gather)
+scatter = by_device(_rows.scatter)
+expand = by_device(_segment.expand)
+segment_sum = by_device(_segment.segment_sum)
+segment_count = by_device(_segment.segment_count)
+sgd_update = by_device(_update.sgd_update)
+adagrad_update = by_device(_update.adagrad_update)
+note_touches = by_device(_schedule.note_touches)
+select_due = by_device(_schedule.select_due)
+owners = by_device(_partition.owners)
+partition = by_device(_partition.partition)
+renorm = by_device(_renorm.renorm)
+delta = by_device(_delta.delta)
+merge = by_device(_delta.merge)
+last_steps = by_device(_steps.last_steps)
+mark_steps = by_device(_steps.mark_steps)
+
+__all__ = [
+    "DedupScratch",
+    "KeyIndex",
+    "adagrad_update",
+    "dedup",
+    "dedup_counts",
+    "delta",
+    "expand",
+    "gather",
+    "last_steps",
+    "mark_steps",
+    "merge",
+    "note_touches",
+    "owners",
+    "partition",
+    "renorm",
+    "scatter",
+    "segment_count",
+    "segment_sum",
+    "select_due",
+    "sgd_update",
+]

@@ -1,0 +1,75 @@
+"""What all kernels share: how they are compiled, a hash, a memory prefetch and a bounds check."""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# NumPy's error model leaves out the test for division by zero, which would keep a loop from being vectorised.
+kernel = njit(cache=True, nogil=True, error_model="numpy")
+# A product and a sum may be rounded once together, as PyTorch's own vectorised loops do: the same bits
+# result.
+fused_kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+# For small helpers that exist only inside kernels: they are compiled into each, and not kept on their own.
+helper = njit(nogil=True, error_model="numpy")
+
+_CACHE_LINE_BYTES = 64
+# How many records ahead of the one in work memory is asked for the next: enough to cover a miss of the page
+# table too.
+ROWS_AHEAD = 16
+# Lines to ask for at the beginning of each record; the processor's own stream prefetch follows from there,
+# and more would push out of the first cache what is about to be used.
+_TOUCHED_LINES = 8
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the cache line of `array[index]` (contiguous array, int64 index) without waiting for it."""
+    signature = types.void(array, types.int64)
+
+    def generate(context, builder, signature, args):
+        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        address = builder.gep(proxy.data, [args[1]])
+        address = builder.bitcast(address, ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        # llvm.prefetch(address, read = 0, locality: every level = 3, data cache = 1)
+        builder.call(function, [address, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@helper
+def mix(key):
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): int64 key to a well mixed uint64."""
+    bits = np.uint64(key)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+@helper
+def touch(words, begin, count):
+    """Prefetch the first cache lines of `words[begin : begin + count]`."""
+    line_words = _CACHE_LINE_BYTES // words.itemsize
+    reach = min(count, _TOUCHED_LINES * line_words)
+    for word in range(0, reach - 1, line_words):
+        prefetch(words, begin + word)
+    prefetch(words, begin + reach - 1)
+
+
+@kernel
+def first_outside(indices, bound):
+    """Position of the first of `indices` (int64 vector) that is not in [0, bound); -1 if there is none."""
+    limit = np.uint64(bound)
+    outside = False
+    for i in range(indices.size):
+        outside |= np.uint64(indices[i]) >= limit
+    if outside:
+        for i in range(indices.size):
+            if np.uint64(indices[i]) >= limit:
+                return i
+    return -1

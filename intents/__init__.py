@@ -1,0 +1,25 @@
+"""Which keys a batch will look up, learned by watching one step.
+
+A :class:`Recorder` watches the first step of a training loop and turns every lookup that it is told of into a
+small program of integer operations on the batch; a :class:`Program` replays that on later batches, on any
+thread, without a trace. This room imports nothing of the others but ``cuda_ops``. Read ``recorder.py`` first,
+then ``tape.py`` (what is kept of a step), ``derive.py`` (from a tape to one program per batch), ``dims.py``
+(constants that follow the sizes of a batch) and ``program.py`` (replaying). ``batch.py`` says what the
+tensors of a batch are.
+"""
+
+from .batch import leaves, register_container, structure
+from .program import Program, ReplayError
+from .recorder import Recorder, Recording
+from .sites import Site
+
+__all__ = [
+    "Program",
+    "Recorder",
+    "Recording",
+    "ReplayError",
+    "Site",
+    "leaves",
+    "register_container",
+    "structure",
+]

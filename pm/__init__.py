@@ -1,0 +1,26 @@
+"""The parameter manager: keeps tables' rows as records on the ranks that own them, and brings them where needed.
+
+A `Manager` serves one rank; a `SynchronousManager` several, over MPI, with results that equal one process's. Records
+live in `store.py`, who owns a key is asked of `directory.py`, and one background thread per rank (`transport.py`) moves
+typed messages (`messages.py`). The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then
+`synchronous.py` (asking for rows) and `serving.py` (owning them).
+"""
+
+from pm.manager import Manager
+from pm.rules import SGD, Adagrad, Frozen
+from pm.synchronous import SynchronousManager
+from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.waiting import PeerError
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Frozen",
+    "Manager",
+    "PeerError",
+    "RowPlan",
+    "SynchronousManager",
+    "Table",
+    "TableGradient",
+    "TableSpec",
+]

@@ -1,0 +1,279 @@
+"""The parameter manager of one rank that is alone: rows live here, are read here, and are updated here."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import cuda_ops
+from pm.keys import rows_of, table_of
+from pm.pieces import Piece, Summing
+from pm.store import RecordClass, RecordStore
+from pm.tables import RowPlan, Table, TableGradient, TableSpec
+
+# A store reserves this many times the rows declared when it is made, so that tables added later find room in it.
+_RESERVE_FACTOR = 2
+_CHUNK_ROWS = 1 << 16
+
+
+@dataclass
+class Traffic:
+    """What the manager has counted; seconds are those that the trainer's thread waited for rows."""
+
+    on_demand_pulls: int = 0
+    wait_seconds: float = 0.0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("keys", "exchange", "gather", "backward", "update", "waiting"), 0.0)
+    )
+
+
+class Manager:
+    """Holds the rows of all managed tables and updates them step by step.
+
+    `steps` is the number of optimizer steps that this rank has handed over, and so the version that its lookups must
+    see. Methods are called from the trainer's thread, but for `intend` and `release`, which any thread may call.
+    """
+
+    rank = 0
+    ranks = 1
+
+    def __init__(self):
+        self.tables: list[Table] = []
+        self.steps = 0
+        self.traffic = Traffic()
+        self._stores: list[tuple[RecordStore, int]] = []
+        self._plan_numbers = itertools.count()
+        self._summing = Summing()
+        self._structure = threading.RLock()  # guards indices and slot allocation
+        self._values = threading.Lock()  # held to write values while they may be read, and to read them then
+
+    # Tables
+
+    def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
+        """Declare tables, all of them at once where they can share stores (collective); return them in order."""
+        added = []
+        declared: dict[RecordClass, int] = {}
+        for spec in specs:
+            declared[spec.record_class] = declared.get(spec.record_class, 0) + spec.rows
+        for spec in specs:
+            store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
+            added.append(Table(spec, len(self.tables), store))
+            self.tables.append(added[-1])
+        return added
+
+    def _store_for(self, record_class: RecordClass, rows: int, declared_rows: int) -> RecordStore:
+        for at, (store, declared) in enumerate(self._stores):
+            if store.record_class == record_class and declared + rows <= store.capacity:
+                self._stores[at] = (store, declared + rows)
+                return store
+        store = RecordStore(record_class, max(rows, declared_rows) * _RESERVE_FACTOR)
+        self._stores.append((store, rows))
+        return store
+
+    def replace_rule(self, table: Table, spec: TableSpec) -> None:
+        """Give `table` another update rule (collective): its records move to a store of the new class."""
+        with self._structure:
+            held_keys, held_slots = table.store.index.items()
+            mine = table_of(held_keys) == table.number
+            keys, slots = held_keys[mine], held_slots[mine]
+            old, table.store = table.store, self._store_for(spec.record_class, spec.rows, spec.rows)
+            table.spec = spec
+            for start in range(0, len(keys), _CHUNK_ROWS):
+                part = slice(start, start + _CHUNK_ROWS)
+                values = old.values(slots[part], np.empty((len(keys[part]), spec.dim), spec.dtype))
+                new_slots = table.store.allocate(len(keys[part]))
+                table.store.index.add(keys[part], new_slots)
+                table.store.set_values(new_slots, values)
+                self._initialise_state(table, rows_of(keys[part]), new_slots)
+            old.release(keys)
+            self._forget(old, spec.rows)
+
+    def _forget(self, store: RecordStore, rows: int) -> None:
+        """A table of `rows` rows has left `store`: give back its room, and the store itself with its last table."""
+        used = any(table.store is store for table in self.tables)
+        self._stores = [
+            (kept, declared - rows if kept is store else declared)
+            for kept, declared in self._stores
+            if used or kept is not store
+        ]
+
+    def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return those of `rows` (int64 `[n]`) whose main copy belongs on this rank."""
+        return rows
+
+    def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the slots (int64 `[n]`) of distinct `rows` (int64 `[n]`) owned by this rank; make absent ones."""
+        keys = table.keys(rows)
+        with self._structure:
+            slots = table.store.index.find(keys)
+            absent = np.flatnonzero(slots < 0)
+            if len(absent):
+                made = table.store.allocate(len(absent))
+                values = np.empty((len(absent), table.spec.dim), table.spec.dtype)
+                table.spec.fill(rows[absent], values)
+                table.store.set_values(made, values)
+                self._initialise_state(table, rows[absent], made)
+                table.store.index.add(keys[absent], made)
+                slots[absent] = made
+        return slots
+
+    def _initialise_state(self, table: Table, rows: np.ndarray, slots: np.ndarray) -> None:
+        words = table.store.record_class.state_words
+        if words:
+            initial = table.spec.rule.initial_state(table.spec.group)
+            states = np.full((len(slots), words), initial, table.spec.dtype)
+            if table.spec.fill_states is not None:
+                table.spec.fill_states(rows, states)
+            table.store.set_states(slots, states)
+        cuda_ops.mark_steps(table.store.steps, table.store.record_class.record_bytes, slots, 0)
+
+    # Rows
+
+    def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
+        """Say that distinct `rows` (int64 `[U]`, in range) will be looked up at about version `expected`."""
+        with self._structure:
+            return RowPlan(next(self._plan_numbers), table, rows, expected, self.touch(table, rows), table.store)
+
+    def slots_of(self, plan: RowPlan) -> np.ndarray:
+        """Return the slots of the plan's rows here; they change when its table is given another rule."""
+        if plan.store is not plan.table.store:
+            with self._structure:
+                plan.slots = self.touch(plan.table, plan.rows if plan.own is None else plan.rows[plan.own])
+                plan.store = plan.table.store
+        return plan.slots
+
+    def flush_intents(self) -> None:
+        """Send what `intend` and `release` have gathered."""
+
+    def release(self, plan: RowPlan) -> None:
+        """The plan's batch is finished: its rows need not be kept up to date for it any more."""
+        plan.released = True
+
+    def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
+        """Write the plan's rows at the current version to `out` `[U, dim]`, waiting for those not here yet."""
+        started = time.perf_counter()
+        plan.table.store.values(self.slots_of(plan), out)
+        self.traffic.seconds["gather"] += time.perf_counter() - started
+        return out
+
+    def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Write distinct `rows` (int64 `[n]`, in range) at the current version to `out` `[n, dim]`, on demand."""
+        self.traffic.on_demand_pulls += 1
+        return table.store.values(self.touch(table, rows), out)
+
+    def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
+        """Scale down the main copies of distinct `rows` whose norm is above `max_norm`, as `embedding_renorm_` does."""
+        self.renorm_own(table, rows, max_norm, norm_type)
+
+    def renorm_own(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
+        """As `renorm`, of rows that this rank owns; copies of those that change are stale from the next version on."""
+        slots = self.touch(table, rows)
+        values = table.store.values(slots, np.empty((len(rows), table.spec.dim), table.spec.dtype))
+        changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
+        with self._values:
+            table.store.set_values(slots[changed], values[changed])
+        self._mark_changed(table, slots[changed])
+
+    def _mark_changed(self, table: Table, slots: np.ndarray) -> None:
+        record_bytes = table.store.record_class.record_bytes
+        cuda_ops.mark_steps(table.store.steps, record_bytes, slots, self._version_after_step())
+
+    # Steps
+
+    def submit(
+        self,
+        gradients: Sequence[TableGradient],
+        groups: Mapping[int, dict[str, object]],
+        *,
+        finished: Sequence[RowPlan] = (),
+        optimizer: int = 0,
+        vector: np.ndarray | None = None,
+    ) -> None:
+        """Apply one optimizer step (collective).
+
+        Args:
+            gradients: of the tables that have one on this rank; several of one table are summed.
+            groups: the hyperparameters to use, by number of table, of every table that the optimizer holds.
+            finished: plans of batches that end with this step.
+            optimizer: number of the optimizer that steps.
+            vector: all its hyperparameters as float64; ranks must agree on them.
+        """
+        started = time.perf_counter()
+        by_table: dict[int, list[TableGradient]] = {}
+        for gradient in gradients:
+            by_table.setdefault(gradient.table.number, []).append(gradient)
+        for number, parts in by_table.items():
+            table = self.tables[number]
+            pieces = []
+            for part in parts:
+                slots = self.slots_of(part.plan) if part.plan is not None else self.touch(table, part.rows)
+                pieces.append(Piece(slots, part.values, part.scale, part.ordinal, part.counts))
+            self.apply(table, pieces, groups[number])
+        for plan in finished:
+            self.release(plan)
+        self.steps += 1
+        self.traffic.seconds["update"] += time.perf_counter() - started
+
+    def apply(self, table: Table, pieces: list[Piece], group: dict[str, object]) -> None:
+        """Update records with the sum of one step's pieces of a table's gradient, at slots of this rank."""
+        slots, grads, scale = self._summing.combine(pieces, table.spec.dim)
+        table.gradient_steps += 1
+        if len(slots):
+            version = self._version_after_step()
+            table.spec.rule.apply(table.store, slots, grads, scale, group, table.gradient_steps, version)
+
+    def _version_after_step(self) -> int:
+        return self.steps + 1
+
+    def settle(self) -> None:
+        """Wait until every step that this rank has handed over is applied (collective)."""
+
+    # Whole tables
+
+    def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
+        """Set values and, where given, optimizer state of distinct `rows` of which this rank is the owner."""
+        slots = self.touch(table, rows)
+        table.store.set_values(slots, values)
+        if states is not None:
+            table.store.set_states(slots, states)
+        self._mark_changed(table, slots)
+
+    def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield (rows, values, states) of the records of `table` that this rank owns, in chunks."""
+        with self._structure:
+            keys, slots = table.store.index.items()
+        mine = table_of(keys) == table.number
+        keys, slots = keys[mine], slots[mine]
+        for start in range(0, len(keys), _CHUNK_ROWS):
+            part = slots[start : start + _CHUNK_ROWS]
+            values = table.store.values(part, np.empty((len(part), table.spec.dim), table.spec.dtype))
+            yield rows_of(keys[start : start + _CHUNK_ROWS]), values, table.store.states(part)
+
+    def gather_table(self, table: Table, receive: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
+        """Hand all held rows of `table` to `receive(rows, values, states)` on rank 0, in chunks (collective)."""
+        for rows, values, states in self.held_rows(table):
+            receive(rows, values, states)
+
+    def rewrite_ended(self) -> None:
+        """Rows were set by `load_rows` (collective): what was prepared of them before is stale."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the rows that this rank holds, with their state and index."""
+        return sum(store.memory_bytes for store, _ in self._stores)
+
+    @property
+    def bytes_sent(self) -> int:
+        return 0
+
+    @property
+    def bytes_received(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        """This rank is done; with several, rows cannot be had afterwards."""

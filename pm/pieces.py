@@ -1,0 +1,85 @@
+"""Gradients as they arrive at the owner, in pieces of one rank and lookup each, and their sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import cuda_ops
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One rank's part of a table's gradient, at slots of this rank's store.
+
+    Args:
+        slots: int64 `[n]`, distinct.
+        values: `[n, dim]`.
+        scale: factor still to be applied to `values`.
+        ordinal: which lookup of its step it belongs to, where gradients are divided by frequency.
+        counts: how often each row was looked up on that rank (int64 `[n]`); None where that does not matter.
+    """
+
+    slots: np.ndarray
+    values: np.ndarray
+    scale: float
+    ordinal: int
+    counts: np.ndarray | None
+
+
+class Summing:
+    """Sums pieces in the order in which they are given, in memory that it keeps. For one thread at a time."""
+
+    def __init__(self):
+        self._scratch = cuda_ops.DedupScratch()
+        self._sums: dict[np.dtype, np.ndarray] = {}
+
+    def combine(self, pieces: list[Piece], dim: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return (distinct slots int64 `[U]`, gradient `[U, dim]`, factor still to apply) of one or more pieces.
+
+        Pieces that have counts are summed per ordinal and divided by their rows' counts together. The arrays are good
+        until the next call.
+        """
+        plain = [piece for piece in pieces if piece.counts is None]
+        by_ordinal: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            if piece.counts is not None:
+                by_ordinal.setdefault(piece.ordinal, []).append(piece)
+        plain += [self._divided_by_frequency(group, dim) for group in by_ordinal.values()]
+        return self._sum(plain, dim)
+
+    def _sum(self, pieces: list[Piece], dim: int) -> tuple[np.ndarray, np.ndarray, float]:
+        pieces = [piece for piece in pieces if len(piece.slots)] or pieces[:1]
+        first = pieces[0]
+        if len(pieces) == 1:
+            return first.slots, first.values, first.scale
+        scale = first.scale
+        if any(piece.scale != scale for piece in pieces):
+            pieces = [Piece(p.slots, p.values * p.values.dtype.type(p.scale), 1.0, 0, None) for p in pieces]
+            scale = 1.0
+        slots, inverse = cuda_ops.dedup(np.concatenate([piece.slots for piece in pieces]), self._scratch)
+        total = self._zeroed(len(slots), dim, first.values.dtype)
+        start = 0
+        for piece in pieces:
+            end = start + len(piece.slots)
+            cuda_ops.merge(total.reshape(-1), dim, inverse[start:end], piece.values)
+            start = end
+        return slots, total, scale
+
+    def _zeroed(self, rows: int, dim: int, dtype: np.dtype) -> np.ndarray:
+        kept = self._sums.get(dtype)
+        if kept is None or kept.size < rows * dim:
+            kept = self._sums[dtype] = np.empty(rows * dim + rows * dim // 4, dtype)
+        total = kept[: rows * dim].reshape(rows, dim)
+        total[...] = 0
+        return total
+
+    def _divided_by_frequency(self, pieces: list[Piece], dim: int) -> Piece:
+        """Sum pieces of one lookup over ranks and divide each row by how often all ranks looked it up together."""
+        everywhere = np.concatenate([piece.slots for piece in pieces])
+        slots, inverse = cuda_ops.dedup(everywhere, self._scratch)
+        counts = np.bincount(inverse, np.concatenate([piece.counts for piece in pieces]), minlength=len(slots))
+        counts = np.maximum(counts, 1)  # rows that only came along with those looked up have no gradient to divide
+        _, values, scale = self._sum([Piece(p.slots, p.values, p.scale, 0, None) for p in pieces], dim)
+        return Piece(slots, values / counts[:, None].astype(values.dtype), scale, 0, None)

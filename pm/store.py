@@ -1,0 +1,181 @@
+"""The record store: fixed-size records of one class in one reserved range of memory, and the index from key to slot."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+import cuda_ops
+
+# Not in Python's mmap module before 3.11; reserve address space only, so that a declared table costs no memory.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_STEP_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RecordClass:
+    """What records of one store have in common.
+
+    Args:
+        dim: values per row.
+        dtype: numpy dtype name of value and state, "float32" or "float64".
+        rule: name of the update rule whose state the records hold.
+        state_words: words (of `dtype`) of optimizer state per row.
+    """
+
+    dim: int
+    dtype: str
+    rule: str
+    state_words: int
+
+    @property
+    def stride(self) -> int:
+        """Words per record: value, state, and an 8-byte word for the step of the last update, aligned to 8 bytes."""
+        itemsize = np.dtype(self.dtype).itemsize
+        payload = (self.dim + self.state_words) * itemsize
+        padded = -(-payload // _STEP_BYTES) * _STEP_BYTES
+        return (padded + _STEP_BYTES) // itemsize
+
+    @property
+    def record_bytes(self) -> int:
+        return self.stride * np.dtype(self.dtype).itemsize
+
+
+class RecordStore:
+    """Records of one class, grown without copying.
+
+    The whole capacity is reserved as address space and backed by memory page by page as slots are first written, so
+    records never move while the store grows and kernels see one flat array. Invariant: a slot is either free or holds
+    the record of exactly one key, and `index` maps that key to it.
+
+    Args:
+        record_class: the layout.
+        capacity: most records that can ever be held (address space, not memory).
+
+    Raises:
+        MemoryError: if the address space cannot be reserved.
+    """
+
+    def __init__(self, record_class: RecordClass, capacity: int):
+        self.record_class = record_class
+        self.capacity = max(1, int(capacity))
+        self.stride = record_class.stride
+        dtype = np.dtype(record_class.dtype)
+        reserved_bytes = self.capacity * record_class.record_bytes
+        try:
+            self._memory = mmap.mmap(-1, reserved_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(
+                f"cannot reserve {reserved_bytes} bytes of address space for {self.capacity} records of "
+                f"{record_class.record_bytes} bytes ({error}); raise the limit on virtual memory (ulimit -v)"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            _advise_huge_pages(self._memory)
+        self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride)
+        self.steps = np.frombuffer(self._memory, dtype=np.int64, count=reserved_bytes // _STEP_BYTES)
+        self.index = cuda_ops.KeyIndex()
+        self._next_slot = 0
+        self._free = np.empty(0, np.int64)
+        self._pins: dict[int, int] = {}
+        self._released_while_pinned: set[int] = set()
+
+    def __len__(self) -> int:
+        return self._next_slot - len(self._free)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the records held and of their index."""
+        return len(self) * self.record_class.record_bytes + self.index.memory_bytes
+
+    def allocate(self, count: int) -> np.ndarray:
+        """Return `count` free slots (int64), reusing released ones first.
+
+        Raises:
+            MemoryError: if more records are asked for than were reserved.
+        """
+        reused = self._free[len(self._free) - min(count, len(self._free)) :]
+        fresh = count - len(reused)
+        if self._next_slot + fresh > self.capacity:
+            raise MemoryError(
+                f"the record store is full: {len(self)} of {self.capacity} records are held and {count} more "
+                "are asked for; declare all tables before the first loader is built"
+            )
+        self._free = self._free[: len(self._free) - len(reused)]
+        slots = np.concatenate([reused, np.arange(self._next_slot, self._next_slot + fresh, dtype=np.int64)])
+        self._next_slot += fresh
+        return slots
+
+    def release(self, keys: np.ndarray) -> None:
+        """Forget the records of `keys` (int64 `[n]`, all held); a pinned slot is reused only after its last unpin."""
+        slots = self.index.remove(keys)
+        pinned = np.fromiter((int(s) in self._pins for s in slots), bool, len(slots)) if self._pins else None
+        if pinned is not None and pinned.any():
+            self._released_while_pinned.update(slots[pinned].tolist())
+            slots = slots[~pinned]
+        self._free = np.concatenate([self._free, slots])
+
+    def pin(self, slots: np.ndarray) -> None:
+        """Keep `slots` from being reused until `unpin` has been called as often."""
+        for slot in slots.tolist():
+            self._pins[slot] = self._pins.get(slot, 0) + 1
+
+    def unpin(self, slots: np.ndarray) -> None:
+        """Undo one `pin` of each of `slots`; a slot that was released meanwhile becomes free with its last one.
+
+        Raises:
+            ValueError: if a slot is not pinned.
+        """
+        for slot in slots.tolist():
+            if slot not in self._pins:
+                raise ValueError(f"slot {slot} is not pinned")
+            self._pins[slot] -= 1
+            if self._pins[slot] == 0:
+                del self._pins[slot]
+                if slot in self._released_while_pinned:
+                    self._released_while_pinned.discard(slot)
+                    self._free = np.append(self._free, slot)
+
+    def move(self, keys: np.ndarray) -> np.ndarray:
+        """Move the records of `keys` (int64 `[n]`, all held) to other slots; return those (int64 `[n]`)."""
+        old = self.index.find(keys)
+        new = self.allocate(len(keys))
+        records = np.empty((len(keys), self.stride), self.words.dtype)
+        cuda_ops.gather(self.words, self.stride, old, records)
+        cuda_ops.scatter(self.words, self.stride, new, records)
+        self.release(keys)
+        self.index.add(keys, new)
+        return new
+
+    def values(self, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Copy the values of `slots` (int64 `[n]`) to `out` `[n, dim]` and return it."""
+        return cuda_ops.gather(self.words, self.stride, slots, out)
+
+    def set_values(self, slots: np.ndarray, rows: np.ndarray) -> None:
+        """Write `rows` `[n, dim]` as the values of `slots` (int64 `[n]`, distinct)."""
+        cuda_ops.scatter(self.words, self.stride, slots, rows)
+
+    def states(self, slots: np.ndarray) -> np.ndarray:
+        """Return the optimizer state of `slots` (int64 `[n]`) as a new array `[n, state_words]`."""
+        out = np.empty((len(slots), self.record_class.state_words), self.words.dtype)
+        return cuda_ops.gather(self.words, self.stride, slots, out, offset=self.record_class.dim)
+
+    def set_states(self, slots: np.ndarray, states: np.ndarray) -> None:
+        """Write `states` `[n, state_words]` as the optimizer state of `slots` (int64 `[n]`, distinct)."""
+        cuda_ops.scatter(self.words, self.stride, slots, states, offset=self.record_class.dim)
+
+
+def reserve_zeros(count: int, dtype: type) -> np.ndarray:
+    """Return zeros `[count]` that take address space only, and memory page by page as they are first written."""
+    size = max(1, count) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return np.frombuffer(memory, dtype, count)
+
+
+def _advise_huge_pages(memory: mmap.mmap) -> None:
+    """Ask for large pages: random rows of a big table otherwise miss the TLB at every access."""
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them serves small pages, which is slower and as right
+        return

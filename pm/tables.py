@@ -1,0 +1,102 @@
+"""What the manager knows of a table, and the gradients that a step hands it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pm.keys import make_keys
+from pm.rules import Rule
+from pm.store import RecordClass, RecordStore
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table as its user declares it.
+
+    Args:
+        name: the parameter's first name in the model.
+        rows: number of rows declared.
+        dim: values per row.
+        dtype: "float32" or "float64".
+        rule: how steps update its rows.
+        group: the optimizer's parameter group, whose hyperparameters the initial state follows.
+        fill: called with (rows int64 `[n]`, out `[n, dim]`): writes the initial values of rows touched first.
+        fill_states: the same for their optimizer state, out `[n, state_words]`; None: what the rule and group say.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    dtype: str
+    rule: Rule
+    group: Mapping[str, object]
+    fill: Callable[[np.ndarray, np.ndarray], None]
+    fill_states: Callable[[np.ndarray, np.ndarray], None] | None = None
+
+    @property
+    def record_class(self) -> RecordClass:
+        return RecordClass(self.dim, self.dtype, self.rule.name, self.rule.state_words(self.dim))
+
+
+@dataclass
+class Table:
+    """A table that the manager holds: its spec, number, store, and the steps in which it had a gradient."""
+
+    spec: TableSpec
+    number: int
+    store: RecordStore
+    gradient_steps: int = 0
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        return make_keys(self.number, rows)
+
+
+@dataclass
+class RowPlan:
+    """The rows of one table that one batch needs: an intent, and where each row is to be found.
+
+    `rows` (int64 `[U]`) are distinct. With one rank `slots` (int64 `[U]`) are theirs, in `store`. With several, `own`
+    holds the positions in `rows` that this rank owns and `slots` their slots; `remote[p]` the positions that rank p
+    owns, whose values arrive in `staging` in the order of `remote` concatenated (`staging_start[p]` is the first of
+    rank p's).
+    """
+
+    number: int
+    table: Table
+    rows: np.ndarray
+    expected: int
+    slots: np.ndarray
+    store: RecordStore
+    own: np.ndarray | None = None
+    remote: list[np.ndarray] = field(default_factory=list)
+    staging: np.ndarray | None = None
+    staging_start: list[int] = field(default_factory=list)
+    answered: set[int] = field(default_factory=set)
+    released: bool = False
+
+
+@dataclass(frozen=True)
+class TableGradient:
+    """A step's gradient of one table on one rank.
+
+    Args:
+        table: the table.
+        rows: distinct row ids, int64 `[U]`.
+        values: gradient `[U, dim]`, already summed per row on this rank.
+        scale: factor still to be applied to `values`.
+        plan: the plan whose `rows` these are, if any: then keys need not travel.
+        ordinal: gradients of different ordinals are divided by their own counts before they are summed.
+        counts: how often each row was looked up on this rank (int64 `[U]`), where gradients are divided by the
+            frequency over all ranks; None otherwise.
+    """
+
+    table: Table
+    rows: np.ndarray
+    values: np.ndarray
+    scale: float = 1.0
+    plan: RowPlan | None = None
+    ordinal: int = 0
+    counts: np.ndarray | None = None

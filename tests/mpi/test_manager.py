@@ -1,0 +1,625 @@
+"""The manager of several ranks by itself, against dense tables that every rank computes for itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import pm
+from pm.messages import Kind
+from tests.pm.oracle import GROUPS, DenseTable, make_spec, random_gradient, some_rows
+
+TIMEOUT = 60.0
+
+
+@pytest.fixture
+def managers(comm):
+    """A function that makes managers, all of them closed when the test is over."""
+    made = []
+
+    def make(timeout_seconds: float = TIMEOUT) -> pm.SynchronousManager:
+        made.append(pm.SynchronousManager(comm, timeout_seconds))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()
+    for manager in made:
+        manager.close(linger=True)
+        assert not manager.transport.alive
+
+
+def meet(comm) -> None:
+    """Wait, asleep, until every rank is here; not through the manager that is under test."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(1e-4)
+
+
+def out_for(table: pm.Table, rows: np.ndarray) -> np.ndarray:
+    return np.full((len(rows), table.spec.dim), np.nan, table.spec.dtype)
+
+
+def pulled(manager: pm.Manager, table: pm.Table, rows: np.ndarray) -> np.ndarray:
+    return manager.pull(table, rows, out_for(table, rows))
+
+
+def read(manager: pm.Manager, plan: pm.RowPlan) -> np.ndarray:
+    return manager.read(plan, out_for(plan.table, plan.rows))
+
+
+def gathered(manager: pm.Manager, table: pm.Table) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Rank 0's rows of a whole table: values and states by row; {} elsewhere (collective)."""
+    found = {}
+
+    def receive(rows, values, states):
+        for row, value, state in zip(rows.tolist(), values.copy(), states.copy(), strict=True):
+            assert row not in found, "a row came twice"
+            found[row] = value, state
+
+    manager.gather_table(table, receive if manager.rank == 0 else None)
+    return found
+
+
+# --- random programs ---
+
+
+@dataclass
+class World:
+    """One random program, which all ranks draw alike; each does its own rank's part of it on its manager.
+
+    Every random draw is made by every rank in the same order, whoever it is for.
+    """
+
+    manager: pm.SynchronousManager
+    rng: np.random.Generator
+    steps: int = 14
+    tables: list[pm.Table] = field(default_factory=list)
+    dense: list[DenseTable] = field(default_factory=list)
+    plans: dict[int, list[pm.RowPlan]] = field(default_factory=dict)
+    kept: list[pm.RowPlan] = field(default_factory=list)
+
+    def run(self) -> list[dict]:
+        self.declare(int(self.rng.integers(1, 4)))
+        self.lookahead = int(self.rng.choice([0, 1, 4, 9]))
+        self.in_thread = self.rng.random() < 0.5
+        self.hot = [some_rows(self.rng, table.spec.rows) for table in self.tables]
+        self.needs = {step: self.draw_needs() for step in range(self.steps + self.lookahead + 1)}
+        for step in range(self.lookahead):
+            self.intend(step)
+        for step in range(self.steps):
+            self.intend(step + self.lookahead)
+            self.use(step)
+            if self.rng.random() < 0.15:
+                self.renorm()
+            if self.rng.random() < 0.1:
+                self.rewrite()
+            self.step(step)
+            if step == self.steps // 2 and self.rng.random() < 0.5:
+                self.declare(1)
+        return self.finish()
+
+    def declare(self, count: int) -> None:
+        specs = []
+        for number in range(len(self.tables), len(self.tables) + count):
+            rows, dim = int(self.rng.choice([1, 7, 40, 150])), int(self.rng.choice([1, 3, 8]))
+            dtype, rule = str(self.rng.choice(["float32", "float64"])), str(self.rng.choice(["sgd", "adagrad"]))
+            specs.append(make_spec(number, rows, dim, dtype, rule))
+        self.dense += [DenseTable(len(self.tables) + at, spec) for at, spec in enumerate(specs)]
+        self.tables += self.manager.add_tables(specs)
+
+    def draw_needs(self) -> list[list[np.ndarray]]:
+        """Rows by rank and table: some that every step uses, some of this step alone, at times none."""
+        needs = []
+        for _ in range(self.manager.ranks):
+            of_rank = []
+            for table, hot in zip(self.tables, self.hot, strict=True):
+                rows = some_rows(self.rng, table.spec.rows, most=max(1, table.spec.rows // 3))
+                often = hot[self.rng.random(len(hot)) < 0.7]
+                of_rank.append(self.rng.permutation(np.union1d(rows, often)))
+            needs.append(of_rank if self.rng.random() > 0.1 else [np.empty(0, np.int64) for _ in of_rank])
+        return needs
+
+    def intend(self, step: int) -> None:
+        """Intend what a step needs: rightly, too early, too late, wrongly, twice, or not at all."""
+        calls = []
+        for rank in range(self.manager.ranks):
+            for table, rows in zip(self.tables, self.needs[step][rank], strict=False):
+                kind = self.rng.choice(["right"] * 6 + ["early", "late", "twice", "missing", "wrong"])
+                shift = int(self.rng.integers(1, 5)) * {"early": -1, "late": 1}.get(str(kind), 0)
+                wrong = some_rows(self.rng, table.spec.rows)
+                if rank != self.manager.rank or kind == "missing":
+                    continue
+                for _ in range(2 if kind == "twice" else 1):
+                    calls.append((table, wrong if kind == "wrong" else rows, max(0, step + shift)))
+        self.plans[step] = []
+        if self.in_thread:
+            thread = threading.Thread(target=self.make_plans, args=(step, calls))
+            thread.start()
+            thread.join()
+        else:
+            self.make_plans(step, calls)
+
+    def make_plans(self, step: int, calls: list[tuple]) -> None:
+        for call in calls:
+            self.plans[step].append(self.manager.intend(*call))
+        self.manager.flush_intents()
+
+    def use(self, step: int) -> None:
+        """Look up what the step needs, and now and then what another step does, and rows of no plan."""
+        later = self.rng.random(self.manager.ranks)[self.manager.rank] < 0.2
+        again = self.rng.random(self.manager.ranks)[self.manager.rank] < 0.2
+        plans = [*self.plans[step], *(self.plans[step + self.lookahead] if later else ()), *self.kept]
+        for plan in plans + (plans if again else []):
+            self.check(read(self.manager, plan), plan.table, plan.rows, f"read at step {step}")
+        for table in self.tables:
+            rows = [some_rows(self.rng, table.spec.rows) for _ in range(self.manager.ranks)][self.manager.rank]
+            if rows.sum() % 3 == 0:
+                self.check(pulled(self.manager, table, rows), table, rows, f"pull at step {step}")
+
+    def check(self, values: np.ndarray, table: pm.Table, rows: np.ndarray, what: str) -> None:
+        self.dense[table.number].check(values, rows, what)
+
+    def step(self, step: int) -> None:
+        """One of two optimizers steps: it holds every other table. Random ranks have random gradients."""
+        optimizer = int(self.rng.integers(2))
+        held = [table for table in self.tables if table.number % 2 == optimizer]
+        mine, done = [], []
+        for table in held:
+            table.spec.group["lr"] = self.dense[table.number].spec.group["lr"] = 0.3 / (1 + step)
+            pieces = []
+            for rank in range(self.manager.ranks):
+                for part in range(int(self.rng.choice([0, 1, 1, 1, 2]))):
+                    own = (
+                        [plan for plan in self.plans[step] if plan.table is table] if rank == self.manager.rank else []
+                    )
+                    needed = self.needs[step][rank]
+                    drawn = some_rows(self.rng, table.spec.rows)
+                    wanted = needed[table.number] if table.number < len(needed) else drawn
+                    rows = drawn if self.rng.random() < 0.3 else wanted
+                    piece = random_gradient(self.rng, table.spec, rows, counted=part == 1)
+                    pieces.append(piece)
+                    if rank == self.manager.rank:
+                        plan = next((p for p in own if np.array_equal(p.rows, rows)), None)
+                        rows, values, scale, ordinal, counts = piece
+                        mine.append(pm.TableGradient(table, rows, values.copy(), scale, plan, ordinal, counts))
+            if pieces:
+                self.dense[table.number].step(pieces)
+        for plan in self.plans.pop(step):
+            how = (plan.number * 2654435761 % 97) / 97  # not drawn: ranks have different plans
+            if how < 0.6:
+                done.append(plan)
+            elif how < 0.8:
+                self.kept.append(plan)
+            else:
+                self.manager.release(plan)  # before the step: rows must then travel with the gradient
+        done += self.kept[:-2]
+        self.kept = self.kept[-2:]
+        groups = {table.number: dict(table.spec.group) for table in held}
+        vector = np.array([table.spec.group["lr"] for table in held] + [np.nan])
+        self.manager.submit(mine, groups, finished=done, optimizer=optimizer, vector=vector)
+        for gradient in mine:
+            gradient.values[...] = np.nan  # once the step is over the user may do what they like with it
+
+    def renorm(self) -> None:
+        """One rank's lookup scales rows down: pulls find them so at once, copies are so from the next step on."""
+        self.manager.barrier()
+        rank = int(self.rng.integers(self.manager.ranks))
+        number = int(self.rng.integers(len(self.tables)))
+        table, rows = self.tables[number], some_rows(self.rng, self.tables[number].spec.rows)
+        limits = float(self.rng.uniform(0.2, 1.0)), float(self.rng.choice([1.0, 2.0, np.inf]))
+        if rank == self.manager.rank:
+            self.manager.renorm(table, rows, *limits)
+        self.manager.barrier()
+        self.dense[number].renorm(rows, *limits)
+        self.check(pulled(self.manager, table, rows), table, rows, "renorm")
+
+    def rewrite(self) -> None:
+        """Owners set rows from outside, as loading a state does: every plan sees it at once."""
+        self.manager.barrier()
+        number = int(self.rng.integers(len(self.tables)))
+        table, rows = self.tables[number], some_rows(self.rng, self.tables[number].spec.rows)
+        values = self.rng.standard_normal((len(rows), table.spec.dim)).astype(table.spec.dtype)
+        mine = np.isin(rows, self.manager.rows_owned(table, rows))
+        self.manager.load_rows(table, rows[mine], values[mine], None)
+        self.manager.rewrite_ended()
+        self.dense[number].values[rows] = values
+        for plan in [*self.kept, *(plan for plans in self.plans.values() for plan in plans)][:6]:
+            self.check(read(self.manager, plan), plan.table, plan.rows, "after rewriting")
+        self.manager.barrier()
+
+    def finish(self) -> list[dict]:
+        self.manager.settle()
+        results = []
+        for table, dense in zip(self.tables, self.dense, strict=True):
+            found = gathered(self.manager, table)
+            results.append(found)
+            if self.manager.rank == 0:
+                rows = np.array(sorted(found), np.int64)
+                values = np.array([found[row][0] for row in rows]).reshape(len(rows), table.spec.dim)
+                self.check(values, table, rows, "gathered")
+                untouched = np.setdiff1d(np.arange(table.spec.rows), rows)
+                np.testing.assert_array_equal(
+                    dense.values[untouched], DenseTable(table.number, table.spec).values[untouched]
+                )
+        return results
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_random_programs_equal_dense_tables(managers, seed, number):
+    manager = managers()
+    World(manager, np.random.default_rng([seed, number])).run()
+    assert manager.applied == manager.steps == 14
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_a_program_repeats_bit_by_bit(managers, seed, number):
+    first, second = (World(managers(), np.random.default_rng([seed, number])).run() for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for row, (value, state) in one.items():
+            np.testing.assert_array_equal(value, other[row][0])
+            np.testing.assert_array_equal(state, other[row][1])
+
+
+def test_nothing_is_left_of_what_is_done(managers, seed):
+    manager = managers()
+    world = World(manager, np.random.default_rng(seed))
+    world.run()
+    for plans in (world.kept, *world.plans.values()):
+        for plan in plans:
+            manager.release(plan)
+    manager.flush_intents()
+    manager.submit([], {})
+    manager.settle()
+    manager.barrier()
+    serving, asking = manager._serving, manager._asking
+    assert not any(asked.plans for asked in serving._asked)
+    assert not asking._plans and not asking._released and not asking._pulled
+    assert not serving._rounds and not serving.groups
+
+
+# --- what travels, and when ---
+
+
+class Tap:
+    """Counts the rows that this rank sends as an owner: (peer, plan) -> [(version at which they left, how many)]."""
+
+    def __init__(self, manager: pm.SynchronousManager):
+        self.rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.arrived: list[tuple[int, int]] = []
+        send, on_rows = manager.transport.send, manager._handlers[Kind.ROWS]
+
+        def tapped(peer, message):
+            if message.kind == Kind.ROWS:
+                left = self.rows.setdefault((peer, message.numbers[0]), [])
+                left.append((manager.applied, len(message.arrays[1])))
+            send(peer, message)
+
+        def arriving(source, message):
+            self.arrived.append((message.numbers[0], manager.others.ready[source]))
+            on_rows(source, message)
+
+        manager.transport.send = tapped
+        manager._handlers[Kind.ROWS] = arriving
+        manager.barrier()  # nothing is sent before every rank counts
+
+    def total(self) -> int:
+        return sum(count for left in self.rows.values() for _, count in left)
+
+
+def run_steps(manager, table, rows_of_step, steps, lookahead):
+    """Intend `lookahead` steps ahead, look up and train; meet between, so that intents are known in time."""
+    plans = {}
+    for step in range(steps + lookahead):
+        plans[step] = manager.intend(table, rows_of_step(step), step)
+        manager.flush_intents()
+        manager.barrier()
+        at = step - lookahead
+        if at >= 0:
+            values = read(manager, plans[at])
+            gradient = pm.TableGradient(table, plans[at].rows, np.ones_like(values), 1.0, plans[at])
+            manager.submit([gradient], {0: GROUPS["sgd"]}, finished=[plans[at]])
+            manager.settle()
+    return plans
+
+
+@pytest.mark.ranks(2)
+def test_a_row_that_nobody_touches_in_between_travels_once_and_early(managers, comm):
+    manager, per_step, steps, lookahead = managers(), 60, 12, 4
+    (table,) = manager.add_tables([make_spec(0, 100_000, 4, "float32", "sgd")])
+    tap = Tap(manager)
+    rng = np.random.default_rng(3)
+    schedule = rng.permutation(100_000)[: (steps + lookahead) * manager.ranks * per_step]
+    schedule = schedule.reshape(steps + lookahead, manager.ranks, per_step)
+    plans = run_steps(manager, table, lambda step: schedule[step, manager.rank], steps, lookahead)
+    manager.barrier()
+    by_number = {plan.number: step for step, plan in plans.items()}  # all ranks number their plans alike
+    for (peer, number), left in tap.rows.items():
+        wanted = schedule[by_number[number], peer]
+        assert [count for _, count in left] == [len(manager.rows_owned(table, wanted))], "once, and all of them"
+        assert left[0][0] <= max(0, by_number[number] - lookahead + 1), "as soon as it was known"
+    sent = {peer: [by_number[n] for p, n in tap.rows if p == peer] for peer in manager.peers}
+    for peer, of_steps in sent.items():
+        needed = [s for s in range(steps) if len(manager.rows_owned(table, schedule[s, peer]))]
+        assert set(needed) <= set(of_steps)
+    for number, ready in tap.arrived:
+        if by_number[number] >= lookahead:
+            assert ready < by_number[number], "it arrived before READY of the version that uses it"
+
+
+@pytest.mark.ranks(2)
+def test_rows_of_consecutive_steps_travel_when_they_are_needed(managers, comm):
+    manager, steps, lookahead = managers(), 10, 4
+    (table,) = manager.add_tables([make_spec(0, 500, 4, "float32", "sgd")])
+    tap = Tap(manager)
+    hot = np.arange(200, dtype=np.int64)
+    plans = run_steps(manager, table, lambda step: hot, steps, lookahead)
+    manager.barrier()
+    by_number = {plan.number: step for step, plan in plans.items()}
+    owned = len(manager.rows_owned(table, hot))
+    for (_, number), left in tap.rows.items():
+        assert left == [(by_number[number], owned)], "once, at the version that uses them"
+    assert tap.total() == (steps + 1) * owned * len(manager.peers)
+
+
+@pytest.mark.ranks(2)
+def test_intents_in_the_wrong_order_cost_a_row_sent_in_vain_at_most(managers, comm):
+    manager = managers()
+    (table,) = manager.add_tables([make_spec(0, 400, 2, "float32", "sgd")])
+    tap = Tap(manager)
+    rows = np.arange(400, dtype=np.int64)
+    plans = {}
+    for version in (5, 6, 2, 3):  # the later ones first; rank 0 uses the rows at 2 and 5, rank 1 at 3 and 6
+        if manager.rank == (0 if version in (2, 5) else 1):
+            plans[version] = manager.intend(table, rows, version)
+            manager.flush_intents()
+        elif manager.rank > 1:
+            manager.intend(table, rows[:0], version)
+        manager.barrier()
+    for version in range(8):
+        plan = plans.get(version)
+        mine = [] if plan is None else [pm.TableGradient(table, rows, np.ones_like(read(manager, plan)), 1.0, plan)]
+        manager.submit(mine, {0: GROUPS["sgd"]}, finished=[plan] if mine else [])
+        manager.settle()
+        manager.barrier()
+    owned = len(manager.rows_owned(table, rows))
+    user = 1 - manager.rank
+    if user in (0, 1):
+        first, second = sorted(number for peer, number in tap.rows if peer == user)
+        late, soon = (5, 2) if user == 0 else (6, 3)
+        assert tap.rows[user, first] == ([(0, owned)] if user == 0 else []) + [(late, owned)]
+        assert tap.rows[user, second] == [(soon, owned)]
+
+
+@pytest.mark.ranks(2)
+def test_rows_without_remote_parts_cost_no_bytes(managers, comm):
+    manager = managers()
+    (table,) = manager.add_tables([make_spec(0, 1000, 64, "float32", "sgd")])
+    mine = manager.rows_owned(table, np.arange(1000, dtype=np.int64))
+    manager.barrier()
+    before = manager.bytes_sent
+    run_steps(manager, table, lambda step: mine, 5, 2)
+    assert manager.bytes_sent - before < 5 * 4000, "no rows and no gradients, which take 256 bytes each"
+
+
+# --- waiting, and ranks that do not come ---
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_takes_no_step_is_named_when_time_is_up(managers, comm):
+    manager = managers(timeout_seconds=0.5)
+    (table,) = manager.add_tables([make_spec(0, 50, 2, "float32", "sgd")])
+    rows = np.arange(50, dtype=np.int64)
+    last = manager.ranks - 1
+    if manager.rank != last:
+        manager.submit([], {0: GROUPS["sgd"]})
+        before = manager.traffic.wait_seconds
+        with pytest.raises(pm.PeerError, match=rf"timeout_seconds=0.5\) for rank {last} to take step 0"):
+            pulled(manager, table, rows)
+        assert 0.5 <= manager.traffic.wait_seconds - before
+    meet(comm)
+    if manager.rank == last:
+        manager.submit([], {0: GROUPS["sgd"]})
+    DenseTable(0, table.spec).check(pulled(manager, table, rows), rows, "the others have come")
+    meet(comm)
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_does_not_join_a_collective_is_named(managers, comm):
+    manager = managers(timeout_seconds=0.5)
+    if manager.rank == 0:
+        with pytest.raises(TimeoutError, match=r"rank 0 waited 0.5 s in a collective operation for rank 1"):
+            manager.barrier()
+    meet(comm)
+    if manager.rank > 0:
+        manager.barrier()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("what", ["step", "barrier", "gather"])
+def test_a_rank_that_has_closed_is_named_at_once(managers, comm, what):
+    manager = managers()
+    (table,) = manager.add_tables([make_spec(0, 50, 2, "float32", "sgd")])
+    last = manager.ranks - 1
+    meet(comm)
+    if manager.rank == last:
+        manager.close()
+    else:
+        started = time.monotonic()
+        with pytest.raises(pm.PeerError, match=rf"rank {manager.rank} waits for .* of rank {last}, which has closed"):
+            if what == "step":
+                manager.submit([], {0: GROUPS["sgd"]})
+                manager.settle()
+            elif what == "barrier":
+                manager.barrier()
+            else:
+                manager.gather_table(table, lambda *arrays: None)
+        assert time.monotonic() - started < TIMEOUT / 2
+        assert manager.closed_peers >= {last}
+    meet(comm)
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_has_closed_serves_its_rows_until_all_have(managers, comm):
+    for turn in range(4):
+        manager = managers()
+        (table,) = manager.add_tables([make_spec(0, 50, 2, "float32", "sgd")])
+        rows = np.arange(50, dtype=np.int64)
+        dense = DenseTable(0, table.spec)
+        plan = manager.intend(table, rows, 0)
+        for _ in range(2):
+            dense.check(read(manager, plan), rows, "in a step")
+            manager.submit([pm.TableGradient(table, rows, np.ones((50, 2), np.float32))], {0: GROUPS["sgd"]})
+            dense.step([(rows, np.ones((50, 2), np.float32), 1.0, 0, None)] * manager.ranks)
+        if manager.rank > turn % manager.ranks:
+            time.sleep(0.02 * manager.rank)
+            for _ in range(10):  # an evaluation, while others have closed
+                dense.check(pulled(manager, table, rows), rows, "after the last step")
+                dense.check(read(manager, plan), rows, "after the last step")
+        manager.close()
+        manager.close()
+        assert manager.steps == 2
+
+
+def test_a_rank_that_has_closed_refuses_to_go_on(managers, comm):
+    manager = managers()
+    (table,) = manager.add_tables([make_spec(0, 50, 2, "float32", "sgd")])
+    rows = np.arange(50, dtype=np.int64)
+    plan = manager.intend(table, rows, 0)
+    manager.barrier()
+    manager.close()
+    for call in (
+        lambda: pulled(manager, table, rows),
+        lambda: read(manager, plan),
+        lambda: manager.intend(table, rows, 1),
+        lambda: manager.submit([], {}),
+        lambda: manager.gather_table(table, None),
+        lambda: manager.renorm(table, rows, 1.0, 2.0),
+        manager.barrier,
+        manager.settle,
+    ):
+        with pytest.raises(RuntimeError, match=f"manager of rank {manager.rank} is closed"):
+            call()
+    manager.release(plan)
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_lingers_waits_for_all_others(managers, comm):
+    manager = managers()
+    if manager.rank == 0:
+        manager.close(linger=True)
+        assert manager.closed_peers == set(manager.peers)
+    else:
+        while 0 not in manager.closed_peers:
+            time.sleep(1e-3)
+        assert manager.transport.alive
+        manager.close()
+    meet(comm)
+
+
+def test_closing_leaves_nothing_in_the_network(managers, comm):
+    """Large messages, which a rank takes in only while it reads, do not keep a rank from closing."""
+    rows = np.arange(300_000, dtype=np.int64)
+    for turn in range(3):
+        manager = managers()
+        (table,) = manager.add_tables([make_spec(0, len(rows), 1, "float32", "sgd")])
+        if (manager.rank + turn) % 2:
+            for step in range(3):
+                manager.intend(table, rows, step)
+            manager.flush_intents()
+        manager.close(linger=True)
+        transport = manager.transport
+        assert not transport._sending and not any(transport._outbox)
+        assert transport._left == transport._parted == set(manager.peers), "all took leave of all, before time was up"
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("what", ["value", "length", "optimizer"])
+def test_ranks_that_take_different_steps_are_told_so(comm, what):
+    manager = pm.SynchronousManager(comm, TIMEOUT)
+    manager.describe_hyperparameter = lambda: lambda optimizer, at: f"parameter {at} of optimizer {optimizer}"
+    odd = manager.rank == manager.ranks - 1
+    vector = np.array([np.nan, 0.5, 0.25 if odd and what == "value" else 1.0] + [1.0] * (odd and what == "length"))
+    manager.submit([], {}, optimizer=int(odd and what == "optimizer"), vector=vector)
+    last = manager.ranks - 1
+    said = {
+        "value": rf"step 0: ranks disagree on parameter 2 of optimizer 0: 1.0 on rank 0.*0.25 on rank {last}",
+        "length": "different groups",
+        "optimizer": rf"rank 0: optimizer 0, .*rank {last}: optimizer 1",
+    }
+    with pytest.raises(pm.PeerError, match=said[what]):
+        manager.settle()
+    with pytest.raises(pm.PeerError, match="step 0"):
+        manager.barrier()
+    manager.close(linger=True)
+    meet(comm)
+
+
+# --- what changes while plans are outstanding ---
+
+
+def test_another_rule_while_plans_are_outstanding(managers, seed):
+    manager = managers()
+    rng = np.random.default_rng(seed)
+    specs = [make_spec(n, 80, 3, "float32", "sgd") for n in range(2)]
+    tables = manager.add_tables(specs)
+    dense = [DenseTable(n, spec) for n, spec in enumerate(specs)]
+    everything = np.arange(80, dtype=np.int64)
+    plans = [manager.intend(table, everything, expected) for table in tables for expected in (0, 1, 2, 3)]
+    manager.flush_intents()
+    for step in range(4):
+        for plan in plans:
+            dense[plan.table.number].check(read(manager, plan), plan.rows, f"step {step}")
+        pieces = {
+            n: [random_gradient(rng, specs[n], everything, False) for _ in range(manager.ranks)] for n in range(2)
+        }
+        mine = []
+        for number, of_ranks in pieces.items():
+            _, values, scale, *_ = of_ranks[manager.rank]
+            plan = plans[4 * number + step]
+            mine.append(pm.TableGradient(tables[number], everything, values, scale, plan))
+            dense[number].step(of_ranks)
+        manager.submit(mine, {n: specs[n].group for n in range(2)})
+        if step == 1:
+            specs[0] = make_spec(0, 80, 3, "float32", "adagrad")
+            manager.settle()
+            values = dense[0].values.copy()
+            dense[0] = DenseTable(0, specs[0])
+            dense[0].values[...] = values
+            manager.replace_rule(tables[0], specs[0])
+            tables[0].gradient_steps = 0
+    for number, table in enumerate(tables):
+        dense[number].check(pulled(manager, table, everything), everything, "in the end")
+
+
+def test_a_large_table_is_gathered_in_chunks(managers, comm):
+    manager = managers()
+    (table,) = manager.add_tables([make_spec(0, 200_000, 2, "float64", "adagrad")])
+    everything = np.arange(200_000, dtype=np.int64)
+    pulled(manager, table, everything)
+    calls = []
+
+    def receive(rows, values, states):
+        calls.append(len(rows))
+        np.testing.assert_array_equal(values, DenseTable(0, table.spec).values[rows])
+        assert (states == 0.25).all()
+
+    manager.gather_table(table, receive if manager.rank == 0 else None)
+    assert sum(calls) == (200_000 if manager.rank == 0 else 0)
+    assert max(calls, default=0) <= 1 << 16
+
+
+def test_the_background_thread_rests(managers, comm):
+    manager = managers()
+    manager.barrier()
+    time.sleep(0.2)
+    clock, cpu = time.monotonic(), time.process_time()
+    time.sleep(1.0)
+    share = (time.process_time() - cpu) / (time.monotonic() - clock)
+    assert share < 0.02, f"it took {share:.1%} of a core"
+    meet(comm)

@@ -1,0 +1,96 @@
+"""Tables as plain dense tensors under torch.optim, and random programs to put them and a manager through."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import cuda_ops
+import pm
+
+RULES = {"sgd": pm.SGD, "adagrad": pm.Adagrad}
+GROUPS = {
+    "sgd": {"lr": 0.1, "maximize": False},
+    "adagrad": {"lr": 0.1, "lr_decay": 0.05, "eps": 1e-10, "initial_accumulator_value": 0.25, "maximize": False},
+}
+TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
+
+
+def initial(number: int, rows: np.ndarray, dim: int, dtype: str) -> np.ndarray:
+    """The initial values `[n, dim]` of some rows of a table: a function of table and row alone."""
+    phase = rows[:, None] * 7.0 + np.arange(dim) * 3.0 + number
+    return np.sin(phase).astype(dtype)
+
+
+def make_spec(number: int, rows: int, dim: int, dtype: str, rule: str, group: dict | None = None) -> pm.TableSpec:
+    def fill(some: np.ndarray, out: np.ndarray) -> None:
+        out[...] = initial(number, some, dim, dtype)
+
+    return pm.TableSpec(f"table {number}", rows, dim, dtype, RULES[rule](), group or dict(GROUPS[rule]), fill)
+
+
+class DenseTable:
+    """What a table must be: one dense parameter and its own torch.optim optimizer."""
+
+    def __init__(self, number: int, spec: pm.TableSpec):
+        self.spec = spec
+        everything = np.arange(spec.rows, dtype=np.int64)
+        self.parameter = torch.nn.Parameter(torch.from_numpy(initial(number, everything, spec.dim, spec.dtype)))
+        kinds = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+        kind = kinds.get(spec.rule.name)
+        self.optimizer = None if kind is None else kind([self.parameter], **spec.group)
+        self.exact = spec.rule.name != "adagrad"  # Adagrad's root is rounded otherwise in PyTorch
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.parameter.detach().numpy()
+
+    @property
+    def states(self) -> np.ndarray:
+        held = self.optimizer.state[self.parameter].get("sum") if self.optimizer else None
+        return np.empty((self.spec.rows, 0)) if held is None else held.numpy()
+
+    def step(self, pieces: list[tuple[np.ndarray, np.ndarray, float, int, np.ndarray | None]]) -> None:
+        """Apply pieces (rows, values, scale, ordinal, counts), given in the order of ranks."""
+        total = np.zeros((self.spec.rows, self.spec.dim), self.spec.dtype)
+        ordinals: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for rows, values, scale, ordinal, counts in pieces:
+            scaled = values * values.dtype.type(scale)
+            if counts is None:
+                total[rows] += scaled
+            else:
+                summed, often = ordinals.setdefault(ordinal, (np.zeros_like(total), np.zeros(self.spec.rows)))
+                summed[rows] += scaled
+                often[rows] += counts
+        for summed, often in ordinals.values():
+            total += summed / np.maximum(often, 1)[:, None].astype(total.dtype)
+        self.parameter.grad = torch.from_numpy(total)
+        self.optimizer.param_groups[0].update(self.spec.group)
+        self.optimizer.step()
+
+    def renorm(self, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
+        values = self.values[rows]
+        cuda_ops.renorm(values, max_norm, norm_type)
+        self.values[rows] = values
+
+    def check(self, values: np.ndarray, rows: np.ndarray, what: object) -> None:
+        """Compare what a manager gave for `rows`: to the bit for a table that only SGD has updated."""
+        expected = self.values[rows]
+        if self.exact:
+            np.testing.assert_array_equal(values, expected, err_msg=str(what))
+        else:
+            tolerance = TOLERANCE[self.spec.dtype]
+            np.testing.assert_allclose(values, expected, rtol=tolerance, atol=tolerance, err_msg=str(what))
+
+
+def some_rows(rng: np.random.Generator, rows: int, most: int | None = None) -> np.ndarray:
+    """A random set of distinct rows, in random order, empty at times."""
+    count = int(rng.integers(0, (most or rows) + 1)) if rng.random() > 0.1 else 0
+    return rng.permutation(rows)[:count].astype(np.int64)
+
+
+def random_gradient(rng: np.random.Generator, spec: pm.TableSpec, rows: np.ndarray, counted: bool) -> tuple:
+    """(rows, values, scale, ordinal, counts) with scales whose products are exact."""
+    values = rng.standard_normal((len(rows), spec.dim)).astype(spec.dtype)
+    counts = rng.integers(1, 5, len(rows)).astype(np.int64) if counted else None
+    return rows, values, float(rng.choice([1.0, 0.5, 0.25])), int(counted), counts
