@@ -7,12 +7,13 @@ Code that reaches below that (C++ extensions, TorchScript) finds NaN: the storag
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from adaloader import lookups
+from adaloader import lookups, table_views
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import ManagedTableError
@@ -31,7 +32,7 @@ class _ManagedTensor:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None and isinstance(_subject(func, args, kwargs), _ManagedTensor):
+        if handler is not None and isinstance(table_views.subject(func, args, kwargs), _ManagedTensor):
             return handler(*args, **kwargs)
         if func in FORM or func in _FORM_OF_ARGUMENT:
             with torch._C.DisableTorchFunctionSubclass():
@@ -39,12 +40,7 @@ class _ManagedTensor:
         table = _table_among((*args, *kwargs.values()))
         if table is None:
             return NotImplemented
-        name = operation_name(func)
-        raise ManagedTableError(
-            f"{name} was called on table {table.name!r} {list(table.parameter.shape)}, whose rows AdaLoader manages: "
-            "only lookups of rows (embedding, embedding_bag, index_select, table[ids]) are possible. To use the "
-            f"whole table as a tensor keep it dense: AdaLoader(..., min_rows={table.table.spec.rows + 1})"
-        )
+        raise table_views.refusal(operation_name(func), table)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         table = self._managed
@@ -104,14 +100,6 @@ def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
     parameter._managed = table
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.requires_grad_(parameter, requires_grad)
-
-
-def _subject(func, args: tuple, kwargs: dict):
-    """Return what a call works on: a table's handler serves that table, not one that is among other arguments."""
-    place, names = (1, ("weight",)) if func in _WEIGHT_SECOND else (0, ("input", "weight", "self"))
-    if len(args) > place:
-        return args[place]
-    return next((kwargs[name] for name in names if name in kwargs), None)
 
 
 def _table_among(arguments) -> ManagedTable | None:
@@ -243,9 +231,9 @@ _HANDLERS = (
         torch.full_like: _like(0.0),
     }
     | {method: _converted(wanted) for method, wanted in METHODS.items()}
+    | {func: partial(table_views.view_by, func) for func in table_views.VIEWS}
+    | table_views.BY_INDEX
 )
-
-_WEIGHT_SECOND = {nn.functional.embedding, nn.functional.embedding_bag}
 
 # Calls on another tensor, of which a table among the arguments gives the form alone.
 _FORM_OF_ARGUMENT = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.is_same_size, torch.Tensor.is_set_to}
