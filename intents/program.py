@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import leaves, structure_of
+from .batch import contents, structure_of
 from .explain import explain_recipe
 from .recipe import Evidence, Recipe
 from .sites import Site
@@ -25,7 +25,7 @@ class Program:
     """From a batch to the ids of its lookups.
 
     ``sites`` are all lookups of the recorded batch in order; ``derived`` those whose ids :meth:`replay`
-    gives. Invariant: a program never changes after its construction, except for the buffers that it takes by
+    gives; ``among`` names, for others, the traced leaf that held their ids, by number. Invariant: a program never changes after its construction, except for the buffers that it takes by
     reference.
     """
 
@@ -44,6 +44,8 @@ class Program:
                 self.derived.append(site)
                 site.program = self
                 site.constant = self._is_constant(lookup)
+        places = {path: place for place, path in enumerate(recipe.paths)}
+        self.among = [(site, places[site.among]) for site in sites if site.reason and site.among in places]
         self._run = compile_recipe(recipe, self._explanation, evidence[-1].constants, self._lookups)
 
     @property
@@ -62,7 +64,7 @@ class Program:
         on any thread. Sites that look up the same ids share one array; treat arrays as read-only. Raises
         ReplayError.
         """
-        found = leaves(batch)
+        found = contents(batch).traced
         if structure_of(found) != self._recipe.structure:
             raise ReplayError(
                 f"the batch has structure {structure_of(found)}, this program takes {self._recipe.structure}: "
@@ -70,8 +72,8 @@ class Program:
             )
         return self.replay_leaves([leaf for _, leaf in found])
 
-    def replay_leaves(self, found: list[Tensor]) -> list[tuple[Site, np.ndarray]]:
-        """As :meth:`replay`, for the leaves of a batch that is known to have the right structure."""
+    def replay_leaves(self, found: list[Any]) -> list[tuple[Site, np.ndarray]]:
+        """As :meth:`replay`, for the traced contents of a batch that is known to have the right structure."""
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 arrays = self._run(found)
@@ -105,8 +107,9 @@ class Program:
             lines.append(f"{', '.join(made) + ' = ' if made else ''}{writer.call(index)}")
         for site, lookup in zip(self.derived, self._lookups, strict=True):
             lines.append(f"{site.table} <- {self._readable_name(lookup.value)}  # {site.operation}, {site.where}")
+        places = {site: place for site, place in self.among}
         lines += [
-            f"{site.table} <- ?  # {site.operation}, {site.where}: {site.reason}" for site in self.sites if site.reason
+            f"{site.table} <- {self._readable_name(places[site]) if site in places else ''}?  # {site.operation}, {site.where}: {site.reason}" for site in self.sites if site.reason
         ]
         return lines
 

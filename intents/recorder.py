@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import modes
-from .batch import leaves
+from .batch import contents
 from .derive import derive
 from .program import Program
 from .sites import Site, users_line
@@ -71,13 +71,13 @@ class Recorder:
         if number in self._tape.batches:
             raise ValueError(f"batch {number} was added before: every batch of a recording needs its own number")
         if self._is_listening():
-            with self._contained():
-                self._tape.add_batch(number, leaves(batch))
+            with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                self._tape.add_batch(number, contents(batch).traced)
 
     def lookup(self, table: str, ids: Tensor, operation: str) -> None:
         """Note that rows ``ids`` (any shape, any integer dtype) of ``table`` are looked up now, by ``operation``."""
         if self._is_listening() and not self._pauses:
-            with self._contained():
+            with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._tape.add_lookup(Site(table, operation, users_line()), ids)
 
     @contextmanager
@@ -146,7 +146,8 @@ class Recorder:
         elif not isinstance(func, torch._ops.OpOverload) or any(map(_has_own_dispatch, types)):
             self._tape.mark(made, f"went through {func}, which cannot be looked into")
         else:
-            self._tape.observe(func, args, kwargs, made)
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self._tape.observe(func, args, kwargs, made)
 
 
 def _has_own_dispatch(cls: type) -> bool:

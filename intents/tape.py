@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .batch import as_tensor
 from .operators import BOUND, SIZE, Argument, Operator, operator
 from .sites import Site, users_line
 
@@ -64,7 +66,7 @@ class Slot:
 @dataclass(eq=False)
 class Value:
     """A tensor, or (``kind`` "number") a Python number read from one. ``shape`` is as recorded: nothing on
-    the tape changes it."""
+    the tape changes it. ``implied`` where nobody was seen to read the number: it may have been, in Python."""
 
     index: int
     kind: str  # "leaf", "constant", "result" or "number"
@@ -76,6 +78,7 @@ class Value:
     batch: int | None = None
     path: str = ""
     from_python: bool = False
+    implied: bool = False
 
 
 @dataclass(eq=False)
@@ -101,6 +104,7 @@ class Lookup:
     time: int
     taint: str | None
     latest_batch: int | None
+    ids: np.ndarray
 
 
 @dataclass(eq=False)
@@ -113,6 +117,7 @@ class Tape:
     steps: list[Step] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     batches: dict[int, list[int]] = field(default_factory=dict)
+    contents: dict[int, list[tuple[str, Any]]] = field(default_factory=dict)
     writes: dict[int, list[tuple[int, Span]]] = field(default_factory=dict)
     births: dict[int, list[tuple[int, Span]]] = field(default_factory=dict)
     _known: dict[int, int] = field(default_factory=dict)
@@ -121,13 +126,32 @@ class Tape:
     _aliases: list[Tensor] = field(default_factory=list)
     _tainted: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def add_batch(self, number: int, found: list[tuple[str, Tensor]]) -> None:
-        """Make the leaves of a batch values, whatever they were before: what a loader did to make them is past."""
-        self.batches[number] = [self._add("leaf", leaf, batch=number, path=path) for path, leaf in found]
+    def add_batch(self, number: int, found: list[tuple[str, Any]]) -> None:
+        """Make the contents of a batch values, whatever they were before: what a loader did to make them is past."""
+        self.contents[number] = found
+        tensors = [(path, as_tensor(leaf), isinstance(leaf, int)) for path, leaf in found]
+        self.batches[number] = [self._add("leaf", leaf, batch=number, path=path) for path, leaf, _ in tensors]
         for index in self.batches[number]:
             reached = self.values[index].span
             if reached is not None:
                 self.births.setdefault(reached.storage, []).append((len(self.steps), reached))
+        for _, leaf, is_number in tensors:
+            self._imply_numbers(leaf, is_number)
+
+    def _imply_numbers(self, leaf: Tensor, is_number: bool) -> None:
+        """What Python may read of a leaf unseen: the number that it is; the sum and the largest of lengths."""
+        if leaf.dtype not in (torch.int64, torch.int32) or leaf.device.type != "cpu" or not leaf.numel():
+            return
+        if is_number:
+            self.observe(torch.ops.aten._local_scalar_dense.default, (leaf,), {}, leaf.item())
+        elif leaf.layout is torch.strided and leaf.ndim == 1:
+            for reduction in (torch.ops.aten.max.default, torch.ops.aten.sum.default):
+                made = reduction(leaf)
+                before = len(self.values)
+                self.observe(reduction, (leaf,), {}, made)
+                self.observe(torch.ops.aten._local_scalar_dense.default, (made,), {}, made.item())
+                for value in self.values[before:]:
+                    value.implied = value.kind == "number"
 
     def writers(self, reached: Span, before: int) -> list[int]:
         """The steps before ``before`` that overwrote some of ``reached``, since it was last handed out in a batch."""
@@ -145,7 +169,7 @@ class Tape:
             taint = "are not a plain tensor (sparse, a subclass, or inside a function transform?)"
         value = self._value(ids) if taint is None else None
         latest_batch = next(reversed(self.batches), None)
-        self.lookups.append(Lookup(site, value, len(self.steps), taint, latest_batch))
+        self.lookups.append(Lookup(site, value, len(self.steps), taint, latest_batch, _distinct(ids)))
 
     def taint(self, tensor: Tensor) -> str | None:
         """Why ``tensor`` cannot be traced, or None."""
@@ -240,8 +264,22 @@ class Tape:
     def _lift(self, tensor: Tensor) -> None:
         # Every torch.tensor(...) and from_numpy(...) comes through here, whatever its numbers come from.
         if self.taint(tensor) is None:
+            if id(tensor) not in self._known and self._places.get(_place(tensor)) is None and self._copied(tensor):
+                return
             value = self.values[self._value(tensor)]
             value.from_python = value.kind == "constant"
+
+    def _copied(self, tensor: Tensor) -> bool:
+        """Whether a tensor that Python or numpy made holds what a leaf of the newest batch does; if so, it comes from
+        there."""
+        newest = next(reversed(self.batches.values()), ())
+        for leaf in (self.values[index].tensor for index in newest):
+            if _same_numbers(leaf, tensor):
+                shaped = leaf.reshape(tensor.shape)
+                self.observe(torch.ops.aten.reshape.default, (leaf, list(tensor.shape)), {}, shaped)
+                self.observe(torch.ops.aten._to_copy.default, (shaped,), {"dtype": tensor.dtype}, tensor)
+                return True
+        return False
 
     def _value(self, tensor: Tensor) -> int:
         """The value that ``tensor`` is; one that nobody has seen before lay about already: a constant."""
@@ -299,6 +337,22 @@ def span(tensor: Tensor) -> Span | None:
         return Span(storage, low, low)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return Span(storage, low, low + reach * tensor.itemsize)
+
+
+def _same_numbers(leaf: Tensor, tensor: Tensor) -> bool:
+    if leaf.layout is not torch.strided or leaf.device != tensor.device or leaf.numel() != tensor.numel():
+        return False
+    if tensor.numel() < 2 or leaf.is_floating_point() != tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return False
+    flat = leaf.reshape(-1)
+    return bool((flat == tensor.reshape(-1)).all()) and not bool((flat == flat[0]).all())
+
+
+def _distinct(ids: Tensor) -> np.ndarray:
+    """The distinct ids of a lookup, int64; none where they cannot be read."""
+    if span(ids) is None or ids.device.type == "meta" or ids.is_floating_point() or ids.is_complex():
+        return np.empty(0, np.int64)
+    return np.unique(ids.detach().cpu().numpy()).astype(np.int64)
 
 
 def _place(tensor: Tensor) -> tuple | None:
