@@ -46,6 +46,7 @@ class ManagedModel:
         self.buffers = Buffers()
         self.batches = Batches(manager)
         self.watch = Watch()
+        self.batches.on_finished = self.watch.finished
         self.reducer: DenseReducer | None = None
         self.joining = False
         self.follower: Follower | None = None
@@ -104,7 +105,7 @@ class ManagedModel:
             return
         batch = self.batches.unmatched(ids)
         if batch is not None and not all_intended:
-            self.watch.not_foreseen(batch, table.name)
+            self.watch.not_foreseen(batch, table.name, ids)
 
     # Gradients
 

@@ -28,6 +28,7 @@ class BatchRows:
         sites: per expected lookup, its ids (int64 `[n]`) and their positions in `rows` (int64 `[n]`).
         plan: the intent for them.
         slab: made at the first lookup, and anew when rows have changed since (`slab_version`).
+        used: places in `sites` of the lookups that have happened.
     """
 
     rows: np.ndarray
@@ -37,6 +38,7 @@ class BatchRows:
     slab_version: tuple[int, int] | None = None
     next_site: int = 0
     index: cuda_ops.KeyIndex | None = None
+    used: set[int] = field(default_factory=set)
 
     def positions_of(self, ids: np.ndarray) -> np.ndarray | None:
         """Return the positions (int64 `[n]`) of ids that equal those of a lookup that was expected; else None."""
@@ -45,6 +47,7 @@ class BatchRows:
             expected, positions = self.sites[at]
             if expected.size == ids.size and np.array_equal(expected, ids):
                 self.next_site = at + 1
+                self.used.add(at)
                 return positions
         return None
 

@@ -1,9 +1,10 @@
 """Views of a managed table (`weight[:-1]`, `weight.view(n, heads, d)`, `weight.t()`), which read nothing until they are
 indexed.
 
-Such a view keeps what PyTorch would give: its sizes and strides, on the meta device. Once it is indexed, the rows behind
-those elements are looked up, and the view's columns are taken from them. A view of few rows is looked up at once, as
-`weight[3]` is; anything else that is done with a view of few rows looks these up, and with more rows it is an error.
+Such a view keeps what PyTorch would give: its sizes and strides, on the meta device. Once it is indexed, the rows
+behind those elements are looked up, and the view's columns are taken from them. A view of few rows is looked up at
+once, as `weight[3]` is; anything else that is done with a view reads its rows if they are less than half of the table,
+else it is an error.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def _times(ids: torch.Tensor, factor: int) -> torch.Tensor:
 
 def _sum(terms: list[torch.Tensor], start: int) -> torch.Tensor:
     if not terms:
-        return torch.full((), start, dtype=torch.int64)
+        return torch.tensor(start)
     total = terms[0]
     for term in terms[1:]:
         total = total + term

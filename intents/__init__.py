@@ -8,18 +8,23 @@ then ``tape.py`` (what is kept of a step), ``derive.py`` (from a tape to one pro
 tensors of a batch are.
 """
 
-from .batch import leaves, register_container, structure
+from .batch import Contents, as_tensor, contents, leaves, register_container, structure, structure_of
 from .program import Program, ReplayError
 from .recorder import Recorder, Recording
-from .sites import Site
+from .sites import Site, users_line
 
 __all__ = [
+    "Contents",
     "Program",
     "Recorder",
     "Recording",
     "ReplayError",
     "Site",
+    "as_tensor",
+    "contents",
     "leaves",
     "register_container",
     "structure",
+    "structure_of",
+    "users_line",
 ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .batch import contents, structure_of
 from .explain import explain_recipe
@@ -24,9 +23,9 @@ class ReplayError(RuntimeError):
 class Program:
     """From a batch to the ids of its lookups.
 
-    ``sites`` are all lookups of the recorded batch in order; ``derived`` those whose ids :meth:`replay`
-    gives; ``among`` names, for others, the traced leaf that held their ids, by number. Invariant: a program never changes after its construction, except for the buffers that it takes by
-    reference.
+    ``sites`` are all lookups of the recorded batch in order; ``derived`` those whose ids :meth:`replay` gives;
+    ``among`` names, for others, the traced leaf that held their ids, by number. Invariant: a program never changes
+    after its construction, except for the buffers that it takes by reference.
     """
 
     def __init__(self, recipe: Recipe, evidence: list[Evidence], sites: list[Site]) -> None:
@@ -107,10 +106,11 @@ class Program:
             lines.append(f"{', '.join(made) + ' = ' if made else ''}{writer.call(index)}")
         for site, lookup in zip(self.derived, self._lookups, strict=True):
             lines.append(f"{site.table} <- {self._readable_name(lookup.value)}  # {site.operation}, {site.where}")
-        places = {site: place for site, place in self.among}
-        lines += [
-            f"{site.table} <- {self._readable_name(places[site]) if site in places else ''}?  # {site.operation}, {site.where}: {site.reason}" for site in self.sites if site.reason
-        ]
+        places = dict(self.among)
+        for site in self.sites:
+            if site.reason:
+                guess = f"? (some of {self._readable_name(places[site])})" if site in places else "?"
+                lines.append(f"{site.table} <- {guess}  # {site.operation}, {site.where}: {site.reason}")
         return lines
 
     def _is_constant(self, lookup: Any) -> bool:
