@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from adaloader import random_ids
 from adaloader.batches import Batch
 from adaloader.managed_table import ManagedTable
 from adaloader.planner import Planner
@@ -60,7 +61,7 @@ class Feed:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """The loader's own code runs inside; the recorder does not watch it."""
-        with self.model.watch.paused():
+        with self.model.watch.paused(), random_ids.reading():
             yield
 
     def steps_measured(self, steps_per_batch: float) -> None:

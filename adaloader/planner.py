@@ -16,6 +16,7 @@ import cuda_ops
 from adaloader.batches import Batch
 from adaloader.kinds import features_of
 from adaloader.managed_table import BatchRows, ManagedTable
+from adaloader.random_ids import planning
 from intents import ReplayError, as_tensor, contents, structure_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Planner:
         leaves = [leaf for _, leaf in found.traced]
         for label, program in kinds.choose(batch.features) if kinds is not None else ():
             try:
-                replayed = program.replay_leaves(leaves)
+                with planning(batch.iteration.stream, batch.number):
+                    replayed = program.replay_leaves(leaves)
             except ReplayError as error:
                 self._say_once(f"a batch's keys could not be derived ({error}); its rows come on demand")
                 continue

@@ -28,6 +28,7 @@ from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_state import hook_optimizer
 from adaloader.optimizers import group_of
 from adaloader.process_group import process_group
+from adaloader.random_ids import Passes
 from adaloader.ranks import (
     default_comm,
     end_job_if_failed,
@@ -110,6 +111,7 @@ class Session:
         managed.sessions += 1
         managed.sessions_made += 1
         self._number = managed.sessions_made
+        self.draws = Passes(self.rank, self._number)
         self._uneven_iterations = 0
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         # A loader, or an iterator of its, that nobody holds any more leaves no thread behind.
@@ -156,7 +158,8 @@ class Session:
         if uneven and self.feed.steps_expected and self.managed.follower is not None:
             self._uneven_iterations += 1
             following = self.managed.follower.begin(self._number, self._uneven_iterations, last_weight)
-        made = Iteration(self.feed, weight_of, start, following)
+        stream = self.draws.next_pass()
+        made = Iteration(self.feed, weight_of, start, following, stream)
         self._iterations.add(made)
         return made
 

@@ -14,6 +14,7 @@ import torch
 
 from adaloader.batches import Batch
 from adaloader.kinds import UNKNOWN, Kinds
+from adaloader.random_ids import planning
 from intents import Program, Recorder, Recording, ReplayError, Site
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class Watch:
         for label, program in enumerate(kinds.programs):
             if label in batch.followed:
                 continue
-            with contextlib.suppress(ReplayError), self.paused():  # it failed: then it is not that one
+            # A program that fails is not the one.
+            with contextlib.suppress(ReplayError), planning(batch.iteration.stream, batch.number):
                 for site, foreseen in program.replay(batch.data):
                     if site.table == table and np.array_equal(foreseen, ids):
                         return label

@@ -14,7 +14,7 @@ from .batch import structure_of
 from .dims import Observation
 from .program import Program
 from .recipe import Evidence, Recipe, RecipeLookup, RecipeStep
-from .tape import Lookup, Ref, Span, Step, Tape
+from .tape import DrawnAfter, Lookup, Ref, Span, Step, Tape
 
 _FOUND_LIMIT = 96  # Python numbers and data-dependent sizes that a program may refer to
 _OVERWRITES = {"copy_", "zero_", "fill_"}
@@ -287,6 +287,8 @@ class _RecipeBuilder:
     def _tree(self, node: Any) -> Any:
         if isinstance(node, Ref):
             return Ref(self.numbers[node.value])
+        if isinstance(node, DrawnAfter):
+            return 0 if node.batch is None else node.batch - self.number
         return tuple(map(self._tree, node)) if isinstance(node, tuple) else node
 
     def _at(self, steps: Iterable[int]) -> frozenset[int]:

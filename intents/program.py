@@ -11,6 +11,7 @@ import torch
 
 from .batch import contents, structure_of
 from .explain import explain_recipe
+from .operators import DRAW
 from .recipe import Evidence, Recipe
 from .sites import Site
 from .source import Writer, compile_recipe, outputs_used
@@ -115,6 +116,8 @@ class Program:
 
     def _is_constant(self, lookup: Any) -> bool:
         for step in self._explanation.steps_of(lookup, self._recipe):
+            if self._recipe.steps[step].operator.base == DRAW:
+                return False
             inputs = self._recipe.steps[step].inputs
             named = [symbol.value for symbol in self._explanation.symbols(step)]
             if any(value < len(self._recipe.paths) for value in inputs + named):

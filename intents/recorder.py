@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +79,12 @@ class Recorder:
         if self._is_listening() and not self._pauses:
             with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._tape.add_lookup(Site(table, operation, users_line()), ids)
+
+    def drawn(self, redraw: Callable[..., Tensor], *facts: Any) -> None:
+        """Note a random draw that ``redraw`` repeats for any batch; ``facts`` as :meth:`Tape.add_draw` takes them."""
+        if self._is_listening() and not self._pauses:
+            with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                self._tape.add_draw(redraw, *facts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

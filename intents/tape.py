@@ -8,7 +8,7 @@ remembered weakly, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .batch import as_tensor
-from .operators import BOUND, SIZE, Argument, Operator, operator
+from .operators import BOUND, DRAW, LITERAL, SIZE, Argument, Operator, operator
 from .sites import Site, users_line
 
 PARAMETER = "depend on a parameter"
@@ -61,6 +61,13 @@ class Slot:
     index: int
     role: str
     position: int
+
+
+@dataclass(frozen=True)
+class DrawnAfter:
+    """In the recorded arguments of a draw: the batch that was handed out last, and None if there was none."""
+
+    batch: int | None
 
 
 @dataclass(eq=False)
@@ -255,6 +262,40 @@ class Tape:
         known = tuple(reached for reached in spans if reached.storage in self._storages)
         if known:
             self._append(Step(facts, (), (), (), (), known, users_line(), taint))
+
+    def add_draw(
+        self,
+        redraw: Callable[..., Tensor],
+        ordinal: int,
+        low: int,
+        high: int,
+        shape: tuple[int, ...],
+        weights: Tensor | None,
+        replacement: bool,
+        dtype: torch.dtype,
+        made: Tensor,
+    ) -> None:
+        """Note that `made` was drawn at random, in a way that `redraw` repeats for any batch."""
+        taint = self.taint(weights) if weights is not None else None
+        if taint is not None:
+            self.mark(made, taint)
+            return
+        inputs = () if weights is None else (self._value(weights),)
+        bounds = (Slot(0, LITERAL, 0), Slot(1, LITERAL, 0))
+        sizes = tuple(Slot(2 + index, SIZE, index) for index in range(len(shape)))
+        arguments = (
+            ("offset", False, DrawnAfter(next(reversed(self.batches), None))),
+            ("ordinal", False, ordinal),
+            ("low", False, bounds[0]),
+            ("high", False, bounds[1]),
+            ("size", False, sizes),
+            ("weights", False, None if weights is None else Ref(inputs[0])),
+            ("replacement", False, replacement),
+            ("dtype", False, dtype),
+        )
+        outputs = self._add_outputs(made)
+        facts = Operator(redraw, DRAW, DRAW, (), 0, False, False, None)
+        self._append(Step(facts, arguments, (low, high, *shape), inputs, outputs, (), users_line()))
 
     def _append(self, step: Step) -> None:
         for reached in step.writes:
