@@ -35,7 +35,7 @@ class Feed:
         self.model = model
         self.steps_expected = steps_expected
         self.steps_per_batch = 1.0 if steps_expected else 0.0
-        self._intends = keys is not None
+        self.intends = keys is not None
         self._key_functions = keys if isinstance(keys, Mapping) else {}
         self.planner = Planner(model, self._key_functions)
 
@@ -43,7 +43,7 @@ class Feed:
     def derives(self) -> bool:
         """Whether the keys of any table are derived."""
         functions = self._key_functions
-        return self._intends and not (functions and all(table in functions for table in self.model.tables))
+        return self.intends and not (functions and all(table in functions for table in self.model.tables))
 
     @property
     def given_tables(self) -> frozenset[str]:
@@ -52,7 +52,7 @@ class Feed:
 
     def plan(self, batch: Batch) -> None:
         """Have the rows of `batch` brought here; `batch.planned` is set when its keys are known."""
-        if self._intends:
+        if self.intends:
             self.planner.plan(batch)
         else:
             batch.data = None

@@ -70,6 +70,8 @@ class Iteration:
             raise batch.error
         if self.feed.derives:
             model.watch.handed_out(batch, model.batches.active)
+        if self.feed.intends:
+            model.coverage.batch_begins(model)
         del self._read[number]
         self._steps_when_handed = self._steps_since_use()
         self._next_handed = number + 1

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from adaloader.explain import Explanation
 from adaloader.lookahead import LookaheadIterator, Place
 from adaloader.sampling import EpochIterator, GlobalBatchSampler, Shares
 from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
@@ -194,7 +195,7 @@ class AdaLoader(StatefulDataLoader):
         return _LoaderIterator(self, iterator, epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the last batch handed out, in torchdata's form (and the pass, if `random_ids` drew)."""
+        """Return the position of the last batch handed out, in torchdata's form (and `random_ids`' pass)."""
         if self._place is None or self._place.state is None:
             state = super().state_dict()
         else:
@@ -215,6 +216,10 @@ class AdaLoader(StatefulDataLoader):
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""
         return self._need_session().stats()
+
+    def explain(self) -> Explanation:
+        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`."""
+        return self._need_session().explain()
 
     def close(self) -> None:
         """End this loader (and, with the last one of its model, this rank's part in the manager)."""
@@ -344,6 +349,10 @@ class WrappedLoader:
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""
         return self._session.stats()
+
+    def explain(self) -> Explanation:
+        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`."""
+        return self._session.explain()
 
     def close(self) -> None:
         """End this loader (and, with the last one of its model, this rank's part in the manager)."""

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 import pm
 from adaloader.batches import Batch, Batches
+from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
 from adaloader.managed_table import ManagedTable
+from adaloader.mismatch import describe_mismatch
 from adaloader.optimizers import groups_by_parameter, hyperparameter_name, hyperparameter_vector, rule_for, snapshot
 from adaloader.slabs import Buffers, Part
 from adaloader.table_values import load_values
@@ -46,6 +48,8 @@ class ManagedModel:
         self.buffers = Buffers()
         self.batches = Batches(manager)
         self.watch = Watch()
+        self.coverage = CoverageCheck()
+        self.dense_reasons: dict[str, str] = {}
         self.batches.on_finished = self.watch.finished
         self.reducer: DenseReducer | None = None
         self.joining = False
@@ -104,6 +108,8 @@ class ManagedModel:
         if self.batches.looked_up_late(table.table.number, ids):
             return
         batch = self.batches.unmatched(ids)
+        if not all_intended:
+            table.last_mismatch = describe_mismatch(table, batch, ids)
         if batch is not None and not all_intended:
             self.watch.not_foreseen(batch, table.name, ids)
 

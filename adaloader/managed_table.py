@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,6 +88,7 @@ class ManagedTable:
     frequency_lookups: tuple[int, int] = (0, 0)
     all_rows_held: bool = False
     clears: int = 0
+    last_mismatch: str | None = None
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -110,18 +111,26 @@ class ManagedTable:
         """
         flat = self._flat_ids(ids, operation)
         model = self.owner
-        model.observe(self, ids, operation)
+        # Activation checkpointing looks up again in backward: the same lookup, not another one.
+        is_repeated = torch._C._current_graph_task_id() != -1
+        if not is_repeated:
+            model.observe(self, ids, operation)
         for batch in model.candidates(self):
             expected = batch.tables[self.table.number]
             positions = expected.positions_of(flat)
             if positions is not None:
-                model.used(batch)
-                self.counts.rows += len(expected.rows)
-                self.counts.intended += len(expected.rows)
+                if not is_repeated:
+                    model.used(batch)
+                    self.counts.rows += len(expected.rows)
+                    self.counts.intended += len(expected.rows)
                 if by_frequency:
                     return self._frequency_slab(expected.rows, expected.plan, positions), positions
                 return self._slab_of(expected), positions
-        return self._unexpected(flat, by_frequency)
+        counts = replace(self.counts)
+        found = self._unexpected(flat, by_frequency)
+        if is_repeated:
+            self.counts = counts
+        return found
 
     def _flat_ids(self, ids: torch.Tensor, operation: str) -> np.ndarray:
         if ids.dtype not in _ID_DTYPES:

@@ -20,6 +20,7 @@ from adaloader.agreement import broadcast
 from adaloader.candidate import decide_now, find_candidates, watch_candidates
 from adaloader.deferred_tensor import program_of
 from adaloader.dense import DenseReducer
+from adaloader.explain import Explanation, explain
 from adaloader.feed import Feed
 from adaloader.following import Follower
 from adaloader.iteration import Iteration
@@ -217,6 +218,10 @@ class Session:
             },
             "seconds": dict(manager.traffic.seconds),
         }
+
+    def explain(self) -> Explanation:
+        """Return, per table, how its keys are known, and why it is managed or dense."""
+        return explain(self.managed, self.feed, self.managed.watch.recordings)
 
     def close(self) -> None:
         if not self._close_feed.alive:

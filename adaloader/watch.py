@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from adaloader.batches import Batch
+from adaloader.coverage import remedy
 from adaloader.kinds import UNKNOWN, Kinds
 from adaloader.random_ids import planning
 from intents import Program, Recorder, Recording, ReplayError, Site
@@ -52,7 +53,12 @@ class Watch:
         self._recordings: Counter[Hashable] = Counter()
         self._wanted: set[Hashable] = set()
         self._fruitless = 0
-        self._said: set[tuple[str, str]] = set()
+        self.underived: dict[tuple[str, str], Site] = {}
+
+    @property
+    def recordings(self) -> int:
+        """Steps that were watched to their end."""
+        return self._recordings.total()
 
     @property
     def programs(self) -> list[Program]:
@@ -209,14 +215,25 @@ class Watch:
 
     def _say_underived(self, site: Site) -> None:
         said = (site.table, site.where)
-        if said not in self._said:
-            self._said.add(said)
-            log.warning(
-                "the keys of table %r at %s (%s) are not derived: %s. They are fetched on demand; to have them ahead "
-                "pass AdaLoader(..., keys={%r: function of a batch that returns the ids})",
+        if said in self.underived:
+            return
+        self.underived[said] = site
+        if site.among is not None:
+            log.info(
+                "the keys of table %r at %s (%s) are not derived: %s. As they were some of batch%s, all of that is "
+                "intended",
                 site.table,
                 site.where,
                 site.operation,
                 site.reason,
-                site.table,
+                site.among,
             )
+            return
+        log.warning(
+            "the keys of table %r at %s (%s) are not derived: %s. They are fetched on demand. %s",
+            site.table,
+            site.where,
+            site.operation,
+            site.reason,
+            remedy(site.table, site.reason),
+        )

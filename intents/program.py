@@ -96,20 +96,25 @@ class Program:
         evidence = [*self._evidence, *other._evidence[:-1], newest]
         return Program(self._recipe, evidence, list(copies.values()))
 
-    def describe(self) -> list[str]:
-        """The program in readable lines: operations, then what each lookup gets of them, then what is not derived."""
+    def describe(self, table: str | None = None) -> list[str]:
+        """The program in readable lines: operations, then what each lookup gets of them, then what is not derived.
+
+        With ``table``, only what concerns lookups of that one.
+        """
         writer = Writer(self._recipe, self._explanation, self._readable_name, _readable_literal)
-        steps = set().union(*(self._explanation.steps_of(each, self._recipe) for each in self._lookups))
-        used = outputs_used(self._recipe, self._explanation, sorted(steps), self._lookups)
+        shown = [(s, lookup) for s, lookup in zip(self.derived, self._lookups, strict=True) if table in (None, s.table)]
+        lookups = [lookup for _, lookup in shown]
+        steps = set().union(*(self._explanation.steps_of(each, self._recipe) for each in lookups))
+        used = outputs_used(self._recipe, self._explanation, sorted(steps), lookups)
         lines = []
         for index in sorted(steps):
             made = [self._readable_name(value) for _, value in self._recipe.steps[index].outputs if value in used]
             lines.append(f"{', '.join(made) + ' = ' if made else ''}{writer.call(index)}")
-        for site, lookup in zip(self.derived, self._lookups, strict=True):
+        for site, lookup in shown:
             lines.append(f"{site.table} <- {self._readable_name(lookup.value)}  # {site.operation}, {site.where}")
         places = dict(self.among)
         for site in self.sites:
-            if site.reason:
+            if site.reason and table in (None, site.table):
                 guess = f"? (some of {self._readable_name(places[site])})" if site in places else "?"
                 lines.append(f"{site.table} <- {guess}  # {site.operation}, {site.where}: {site.reason}")
         return lines
