@@ -104,9 +104,9 @@ class Kinds:
             refined = known.refine(program)
             if refined is None:
                 continue
-            loses = len(refined.derived) < min(len(known.derived), len(program.derived))
-            if loses and flags_of(features) != flags_of(self._first[at]) and len(self.programs) < _MOST_PROGRAMS:
-                continue  # one kind of batch each, rather than one program that fits neither
+            differs = flags_of(features) != flags_of(self._first[at])
+            if differs and len(self.programs) < _MOST_PROGRAMS and not known.foretells(program):
+                continue  # one kind of batch each, rather than one program that is made to fit both
             self.programs[at] = refined
             self._learned(features, at)
             return refined

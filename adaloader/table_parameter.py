@@ -33,7 +33,11 @@ class _ManagedTensor:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(table_views.subject(func, args, kwargs), _ManagedTensor):
-            return handler(*args, **kwargs)
+            made = handler(*args, **kwargs)
+            watch = table_views.subject(func, args, kwargs)._managed.owner.watch
+            if watch.recorder is not None:
+                watch.recorder.came_from_table(made)
+            return made
         if func in FORM or func in _FORM_OF_ARGUMENT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

@@ -51,7 +51,10 @@ class TableSlice(torch.Tensor):
             if func in VIEWS:
                 return view_by(func, *args, **kwargs)
             if func in _INDEXING:
-                return _INDEXING[func](*args, **kwargs)
+                made = _INDEXING[func](*args, **kwargs)
+                if view._managed.owner.watch.recorder is not None:
+                    view._managed.owner.watch.recorder.came_from_table(made)
+                return made
             if func in _OF_FORM:
                 with _unseen():
                     return func(view._form, *args[1:], **kwargs)

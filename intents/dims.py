@@ -155,6 +155,8 @@ def _guesses_bound(slot: Slot, number: int, scope: Scope, first: Observation) ->
         yield Formula(((1, (own,)),))
     if number < _SMALL:
         yield literal(number)
+    if number > _SMALL:
+        yield from _equal(number, scope.read, first)
     if number == size - 1 and number > _SMALL:
         yield Formula(((1, (own,)),), -1)
     dims = _dims(scope.leaves, first)

@@ -96,6 +96,22 @@ class Program:
         evidence = [*self._evidence, *other._evidence[:-1], newest]
         return Program(self._recipe, evidence, list(copies.values()))
 
+    def foretells(self, other: Program) -> bool:
+        """Whether this program, as it is, gives what ``other`` was recorded from."""
+        if not self._recipe.same_operations(other._recipe):
+            return False
+        seen = other._evidence[-1]
+        for step, formulas in enumerate(self._explanation.formulas):
+            for slot, formula in zip(self._recipe.steps[step].slots, formulas, strict=True):
+                number = seen.observation.slots[step][slot.index]
+                if formula is None or formula.evaluate(seen.observation.size) not in (number, -1):
+                    return False
+        mine = self._evidence[-1].constants
+        return all(
+            value in self._recipe.scratch or mine[value] is constant or _equal(mine[value], constant)
+            for value, constant in seen.constants.items()
+        )
+
     def describe(self, table: str | None = None) -> list[str]:
         """The program in readable lines: operations, then what each lookup gets of them, then what is not derived.
 
@@ -137,6 +153,10 @@ class Program:
             return f"v{value}"
         kind = str(constant.dtype).removeprefix("torch.")
         return f"constant{value}:{kind}{list(constant.shape)}"
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _readable_literal(thing: Any) -> str:

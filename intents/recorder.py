@@ -86,6 +86,12 @@ class Recorder:
             with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._tape.add_draw(redraw, *facts)
 
+    def came_from_table(self, made: Any) -> None:
+        """Note that ``made`` holds rows of a table, which are no constants: what is made of them cannot be derived."""
+        if self._is_listening():
+            with self._contained():
+                self._tape.mark(made, PARAMETER)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Around operations that are not the user's: what they make counts as coming out of a table."""
