@@ -11,6 +11,7 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.function_transforms import refuse_inside
 from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class ManagedTable:
             TypeError: if ids are not integers.
             IndexError: if an id is out of range; both before any other rank is left waiting.
         """
+        refuse_inside(operation, self.name)
         flat = self._flat_ids(ids, operation)
         model = self.owner
         # Activation checkpointing looks up again in backward: the same lookup, not another one.

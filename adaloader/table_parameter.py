@@ -17,6 +17,7 @@ from adaloader import lookups, table_views
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import ManagedTableError
+from adaloader.function_transforms import guard_transforms
 from adaloader.row_gradient import RowGradient, row_gradient
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class TableView(_ManagedTensor, torch.Tensor):
 
 def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
     """Turn `parameter` into a `TableParameter` in place and free its values; identity, shape and hooks stay."""
+    guard_transforms()
     requires_grad = parameter.requires_grad
     stand_in = constant_tensor(parameter.shape, float("nan"), dtype=parameter.dtype, device="cpu")
     with torch._C.DisableTorchFunctionSubclass():
