@@ -5,7 +5,7 @@ small program of integer operations on the batch; a :class:`Program` replays tha
 thread, without a trace. This room imports nothing of the others but ``cuda_ops``. Read ``recorder.py`` first,
 then ``tape.py`` (what is kept of a step), ``derive.py`` (from a tape to one program per batch), ``dims.py``
 (constants that follow the sizes of a batch) and ``program.py`` (replaying). ``batch.py`` says what the
-tensors of a batch are.
+tensors of a batch are, ``among.py`` what is done about ids that are only picked from those of the batch.
 """
 
 from .batch import Contents, as_tensor, contents, leaves, register_container, structure, structure_of

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .batch import contents, structure_of
 from .explain import explain_recipe

@@ -305,10 +305,27 @@ class Tape:
     def _lift(self, tensor: Tensor) -> None:
         # Every torch.tensor(...) and from_numpy(...) comes through here, whatever its numbers come from.
         if self.taint(tensor) is None:
-            if id(tensor) not in self._known and self._places.get(_place(tensor)) is None and self._copied(tensor):
+            is_new = id(tensor) not in self._known and self._places.get(_place(tensor)) is None
+            if is_new and (self._copied(tensor) or self._within(tensor)):
                 return
             value = self.values[self._value(tensor)]
             value.from_python = value.kind == "constant"
+
+    def _within(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of a leaf of the newest batch, as a slice of an array does; if so, it is
+        a view of it."""
+        newest = next(reversed(self.batches.values()), ())
+        for leaf in (self.values[index].tensor for index in newest):
+            if leaf.layout is not torch.strided or leaf.dtype != tensor.dtype or leaf.device != tensor.device:
+                continue
+            if not leaf.is_contiguous() or not tensor.numel() or not leaf.numel():
+                continue
+            offset = (tensor.data_ptr() - leaf.data_ptr()) // leaf.itemsize
+            if 0 <= offset < leaf.numel():
+                form = (list(tensor.shape), list(tensor.stride()), offset)
+                self.observe(torch.ops.aten.as_strided.default, (leaf, *form), {}, tensor)
+                return True
+        return False
 
     def _copied(self, tensor: Tensor) -> bool:
         """Whether a tensor that Python or numpy made holds what a leaf of the newest batch does; if so, it comes from
