@@ -50,7 +50,8 @@ class CoverageCheck:
 
 def _reason(managed: ManagedModel, table: ManagedTable) -> str:
     sites = [site for program in managed.watch.programs for site in program.sites if site.table == table.name]
-    reasons = [f"{site.reason} (at {site.where})" for site in sites if site.reason and not site.among]
+    sites.sort(key=lambda site: site.among is not None)
+    reasons = [f"{site.reason} (at {site.where})" for site in sites if site.reason]
     return (reasons or [table.last_mismatch or "its lookups were not foreseen"])[0]
 
 
