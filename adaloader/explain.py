@@ -128,7 +128,9 @@ def _explain_table(managed: ManagedModel, table: ManagedTable, feed: Feed) -> Ta
         last_mismatch=table.last_mismatch,
     )
     if rows < managed.settings["min_rows"]:
-        made.why = "it was declared under deferred_init or by strategy="
+        made.why = "it was declared under deferred_init"
+    if managed.strategy.get(table.name) == "managed":
+        made.why = 'strategy= says "managed"'
     if not feed.intends:
         made.keys = "none (keys=None): every row on demand"
         return made
@@ -176,13 +178,15 @@ def _dense_tables(managed: ManagedModel):
     for name, parameter in model.named_parameters():
         if id(parameter) in tables:
             continue
-        reason = managed.dense_reasons.get(name) or _why_dense(managed, name, parameter, holders.get(id(parameter), []))
+        reason = managed.dense_because.get(name) or _why_dense(managed, name, parameter, holders.get(id(parameter), []))
         if reason is not None:
             yield name, parameter, reason
 
 
 def _why_dense(managed: ManagedModel, name: str, parameter: nn.Parameter, holders: list[nn.Module]) -> str | None:
     """Why a parameter that may be looked up is no managed table; None for one that is none by its make."""
+    if managed.strategy.get(name) == "dense":
+        return 'strategy= says "dense"'
     is_embedding = any(_module_name(module) in _TABLE_MODULES for module in holders)
     if any(isinstance(module, torch.jit.ScriptModule) for module in holders):
         return "it belongs to a TorchScript module, whose lookups cannot be caught" if is_embedding else None

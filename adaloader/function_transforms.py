@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import torch
 from torch._functorch import eager_transforms
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from adaloader.errors import ManagedTableError
+from adaloader.dense_use import become_dense, refuse, why_not_dense
+from adaloader.errors import WholeTableError
+from adaloader.view_values import is_view, values_of
 
 
 def refuse_inside(operation: str, table: str) -> None:
-    """Raise ManagedTableError for a lookup inside a function transform."""
+    """Raise WholeTableError for a lookup inside a function transform, whose ids may be wrappers."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise ManagedTableError(
-            f"{operation} of table {table!r} inside a function transform (torch.func.grad, vmap, ...), which AdaLoader "
-            "does not support: look the rows up before, and pass these to the function; or keep the table dense by a "
-            "larger min_rows"
+        raise WholeTableError(
+            f"{operation} of table {table!r} inside a function transform (torch.func.grad, vmap, ...)"
         )
 
 
-def _refusing(wrap):
+def _knowing_tables(wrap):
     def wrapped(tensor, level):
-        managed = getattr(tensor, "_managed", None)
-        if managed is not None:
-            raise ManagedTableError(
-                f"table {managed.name!r} was given to a function transform (torch.func.grad, vjp, ...) that would take "
-                "the gradient of all its rows: look rows up before, and pass these to the function; or keep the table "
-                "dense by a larger min_rows"
-            )
+        table = getattr(tensor, "_managed", None)
+        if table is not None:
+            with temporarily_clear_interpreter_stack():
+                tensor = _as_dense(tensor, table)
         return wrap(tensor, level)
 
-    wrapped.refuses_tables = True
+    wrapped.knows_tables = True
     return wrapped
 
 
+def _as_dense(tensor, table):
+    """Return what the table, or a view of it, is once the table is an ordinary parameter."""
+    operation = "a function transform (torch.func.grad, vjp, ...)"
+    if not table.is_dense:
+        why = why_not_dense(table, operation)
+        if why is not None:
+            raise refuse(table, operation, why)
+        become_dense(table, operation)
+    if is_view(tensor):
+        return values_of(tensor)
+    return table.parameter if tensor.requires_grad else table.parameter.detach()
+
+
 def guard_transforms() -> None:
-    """Have transforms refuse tables: once wrapped, one is a plain tensor of NaN, and nothing else would notice."""
+    """Have transforms know tables: once wrapped, one is a plain tensor of NaN, and nothing else would notice."""
     wrap = getattr(eager_transforms, "_wrap_for_grad", None)
-    if wrap is not None and not hasattr(wrap, "refuses_tables"):
-        eager_transforms._wrap_for_grad = _refusing(wrap)
+    if wrap is not None and not hasattr(wrap, "knows_tables"):
+        eager_transforms._wrap_for_grad = _knowing_tables(wrap)

@@ -16,10 +16,12 @@ import torch
 
 from adaloader import lookups
 from adaloader.deferred_tensor import constant_tensor, operation_name
-from adaloader.errors import ManagedTableError
-from adaloader.rows_view import _writes_first, guarded
+from adaloader.errors import WholeTableError
+from adaloader.rows_view import guarded, written_arguments
 from adaloader.slabs import expand
 from adaloader.view_layout import Layout, layout_of
+from adaloader.view_use import use_views
+from adaloader.view_values import values_of
 
 if TYPE_CHECKING:
     from adaloader.managed_table import ManagedTable
@@ -28,13 +30,9 @@ if TYPE_CHECKING:
 _FEW_ROWS = 64
 
 
-def refusal(operation: str, table: ManagedTable) -> ManagedTableError:
-    """The error for what a managed table cannot do."""
-    return ManagedTableError(
-        f"{operation} was called on table {table.name!r} {list(table.parameter.shape)}, whose rows AdaLoader manages: "
-        "only lookups of rows (embedding, embedding_bag, index_select, table[ids]) are possible. To use the "
-        f"whole table as a tensor keep it dense: AdaLoader(..., min_rows={table.table.spec.rows + 1})"
-    )
+def refusal(operation: str, table: ManagedTable) -> WholeTableError:
+    """The error for what is no lookup; `whole_use.py` and `view_use.py` see what can be done about it."""
+    return WholeTableError(f"{operation} of table {table.name!r} {list(table.parameter.shape)} would read all of it")
 
 
 class TableSlice(torch.Tensor):
@@ -42,35 +40,34 @@ class TableSlice(torch.Tensor):
 
     _managed: ManagedTable
     _form: torch.Tensor
+    decides_before_rows = True
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         view = subject(func, args, kwargs)
         if isinstance(view, TableSlice):
-            if func in VIEWS:
-                return view_by(func, *args, **kwargs)
-            if func in _INDEXING:
-                made = _INDEXING[func](*args, **kwargs)
-                if view._managed.owner.watch.recorder is not None:
-                    view._managed.owner.watch.recorder.came_from_table(made)
-                return made
             if func in _OF_FORM:
                 with _unseen():
                     return func(view._form, *args[1:], **kwargs)
             if func is torch.Tensor.grad.__get__:
                 return None
-            if _writes_first(func):
-                raise ManagedTableError(
-                    f"{operation_name(func)} would write to rows of table {view._managed.name!r} through a view of it: "
-                    "rows change by optimizer steps, or all at once by table.copy_(values) and "
-                    "adaloader.load_full_state_dict"
-                )
-        if getattr(func, "__name__", "") == "__get__" or func in _QUESTIONS:
+        if getattr(func, "__name__", "") == "__get__" and func not in _NO_QUESTIONS or func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = operation_name(func)
-        return func(*_with_rows(args, name), **{key: _with_rows(value, name) for key, value in kwargs.items()})
+        if isinstance(view, TableSlice) and not view._managed.is_dense and (func in VIEWS or func in _INDEXING):
+            try:
+                made = view_by(func, *args, **kwargs) if func in VIEWS else _INDEXING[func](*args, **kwargs)
+            except WholeTableError:
+                return use_views(func, args, kwargs)
+            if view._managed.owner.watch.recorder is not None:
+                view._managed.owner.watch.recorder.came_from_table(made)
+            return made
+        if not written_arguments(func, args, kwargs):
+            with contextlib.suppress(WholeTableError):
+                name = operation_name(func)
+                args, kwargs = _with_rows(args, name), {key: _with_rows(value, name) for key, value in kwargs.items()}
+        return use_views(func, args, kwargs)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return (
@@ -79,10 +76,13 @@ class TableSlice(torch.Tensor):
         )
 
     def __deepcopy__(self, memo):
-        raise refusal("deepcopy of a view", self._managed)
+        """A copy is an ordinary tensor, with the values of this moment."""
+        if id(self) not in memo:
+            memo[id(self)] = values_of(self).as_subclass(torch.Tensor).clone()
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        raise refusal("pickling a view", self._managed)
+        return values_of(self).as_subclass(torch.Tensor).clone().__reduce_ex__(protocol)
 
 
 def subject(func, args: tuple, kwargs: dict):
@@ -145,6 +145,8 @@ def _unseen():
 def rows_or_refusal(view, operation: str) -> torch.Tensor:
     """Return the values of a view of few rows; an error that names the operation where it has many."""
     table = view._managed
+    if table.is_dense:
+        return values_of(view)
     if _layout(view).num_rows >= max(1, table.table.spec.rows // 2):
         raise refusal(operation, table)
     return _rows_of(view, operation)
@@ -513,6 +515,7 @@ _INDEXING = BY_INDEX | {
     torch.Tensor.data.__get__: _detached,
 }
 
+_NO_QUESTIONS = {torch.Tensor.data.__get__, *VIEWS}
 _OF_FORM = _functions("stride storage_offset is_contiguous")
 _QUESTIONS = _functions(
     """size dim ndimension numel nelement is_floating_point is_complex element_size get_device is_signed __len__

@@ -1,7 +1,7 @@
 """Ids that cannot be derived, and yet are mostly those of the batch: shuffled, masked at random, sorted by numpy.
 
-Their lookups cannot be foreseen, but their rows can: those of the leaf that holds them, or most of them. It is a guess from one
-step, and an intent is a hint: where it is wrong, rows come on demand and are counted so.
+Their lookups cannot be foreseen, but their rows can: those of the leaf that holds them, or most of them. It is a guess
+from one step, and an intent is a hint: where it is wrong, rows come on demand and are counted so.
 """
 
 from __future__ import annotations

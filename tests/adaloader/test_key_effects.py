@@ -135,24 +135,31 @@ def test_what_checkpointing_looks_up_again_counts_once(reentrant, seed):
 TRANSFORMS = {
     "grad": lambda call, weight, ids: torch.func.grad(call)(weight, ids),
     "grad of a view": lambda call, weight, ids: torch.func.grad(call)(weight[:-1], ids),
-    "vjp": lambda call, weight, ids: torch.func.vjp(lambda w: call(w, ids), weight),
-    "jvp": lambda call, weight, ids: torch.func.jvp(lambda w: call(w, ids), (weight,), (torch.ones(300, 4),)),
+    "vjp": lambda call, weight, ids: torch.func.vjp(lambda w: call(w, ids), weight)[0],
+    "jvp": lambda call, weight, ids: torch.func.jvp(lambda w: call(w, ids), (weight,), (torch.ones(300, 4),))[1],
     "vmap": lambda call, weight, ids: torch.func.vmap(call, (None, 0))(weight, ids[:, None]),
     "grad per sample": lambda call, weight, ids: torch.func.vmap(torch.func.grad(call), (None, 0))(weight, ids),
 }
 
 
+@pytest.mark.parametrize("strategy", [None, {"item.weight": "managed"}], ids=["auto", "managed"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-def test_function_transforms_over_a_table_are_refused(transform, seed):
-    net = Net()
-    loader = AdaLoader.wrap([torch.arange(5)], model=net, min_rows=1)
+def test_function_transforms_over_a_table_make_it_dense_or_are_refused(transform, strategy, seed):
+    torch.manual_seed(seed)
+    net, ids = Net(), torch.randint(0, 300, (5,))
+    plain = net.item.weight.detach().clone()
+    loader = AdaLoader.wrap([ids], model=net, min_rows=1, strategy=strategy)
 
     def call(weight, ids):
         return torch.func.functional_call(net.item, {"weight": weight}, (ids,)).sum()
 
-    with pytest.raises(ManagedTableError, match="item.weight"):
-        transform(call, net.item.weight, torch.arange(5))
-    rows = net.item(torch.arange(5))
+    if strategy is None:
+        torch.testing.assert_close(transform(call, net.item.weight, ids), transform(call, plain, ids))
+        assert type(net.item.weight) is torch.nn.Parameter and not loader.explain()["item.weight"].managed
+    else:
+        with pytest.raises(ManagedTableError, match="item.weight.*managed"):
+            transform(call, net.item.weight, ids)
+    rows = net.item(ids)
     gradient = torch.func.grad(lambda weight: torch.func.functional_call(net.top, {"weight": weight}, (rows,)).sum())
     torch.testing.assert_close(gradient(net.top.weight), rows.sum(0, keepdim=True))
     loader.close()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaloader import AdaLoader, ManagedTableError
+from adaloader.table_parameter import TableParameter
 from adaloader.view_layout import layout_of
 from tests.adaloader.against_plain import assert_same_as_plain, train, weigh
 
@@ -151,15 +152,50 @@ WHOLE = {
     "in a list": lambda w: torch.cat([w[:-1], torch.zeros(1, DIM)]),
     "a copying view": lambda w: w.t().reshape(-1),
     "all rows of a column": lambda w: w[:, torch.tensor([0, 2])],
-    "written": lambda w: w.data[:-1].zero_(),
-    "written by index": lambda w: w.data[:-1].__setitem__(3, 0.0),
+    "two views": lambda w: w[:-1].t() @ w[1:],
+    "complex": lambda w: torch.view_as_complex(w.view(ROWS, DIM // 2, 2)).abs(),
+}
+WRITES = {
+    "all but one row": lambda w: w.data[:-1].zero_(),
+    "by index": lambda w: w.data[:-1].__setitem__(3, 0.0),
+    "columns": lambda w: w.data[:, :2].clamp_(-0.1, 0.1),
+    "out=": lambda w: torch.mul(torch.ones(ROWS - 1, DIM), 3.0, out=w.data[1:]),
+    "transposed": lambda w: w.data.t().add_(w.data.t()),
 }
 
 
 @pytest.mark.parametrize("use", WHOLE.values(), ids=WHOLE.keys())
-def test_what_needs_the_whole_table_is_refused(weight, use):
-    with pytest.raises(ManagedTableError, match=r"emb\.weight"):
-        use(weight)
+def test_a_table_whose_view_is_used_whole_becomes_dense(weight, use):
+    plain = weight.detach().clone().requires_grad_()
+    found, expected = use(weight), use(plain)
+    assert type(weight) is torch.nn.Parameter
+    torch.testing.assert_close(found.detach(), expected.detach())
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(weight.grad, plain.grad)
+
+
+@pytest.mark.parametrize("use", WHOLE.values(), ids=WHOLE.keys())
+def test_views_are_read_whole_without_gradient(weight, use):
+    plain = weight.detach().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(use(weight), use(plain))
+    torch.testing.assert_close(use(weight.detach()), use(plain))
+    assert isinstance(weight, TableParameter)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_what_is_written_to_a_view_is_written_to_the_table(weight, write):
+    plain = torch.nn.Parameter(weight.detach().clone())
+    write(weight)
+    write(plain)
+    torch.testing.assert_close(weight.detach().clone(), plain.detach(), rtol=0, atol=0)
+    assert isinstance(weight, TableParameter)
+
+
+def test_a_view_is_not_written_while_gradients_are_recorded(weight):
+    with pytest.raises(ManagedTableError, match=r"emb\.weight.*no_grad"):
+        weight[:-1].zero_()
 
 
 def test_questions_about_the_form_are_answered(weight):
