@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
+from adaloader.compiler import not_compiled
 from adaloader.dense_use import become_dense
 from adaloader.held_state import held_anywhere, hyperparameters
 from adaloader.managed_model import ManagedModel
@@ -107,6 +108,7 @@ class CandidateParameter(nn.Parameter):
     decides_before_rows = True
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in FORM and func not in _NEUTRAL:
