@@ -136,6 +136,7 @@ def make_case(
         loss_of,
         note="a penalty on whole tables" if penalty else "",
         dense_of=dense_for(name, penalty),
+        per_sample=not options.get("use_negsampling"),
         dtype=dtype,
     )
 

@@ -1,8 +1,4 @@
-"""Models in the styles that people write them in: what they are given, and how ids get from there to a lookup.
-
-`SHARED` lists those whose loss is a mean over samples without random numbers, with how a rank takes its share of a
-batch: they must give the same on several ranks.
-"""
+"""Models in the styles that people write them in: what they are given, and how ids get from there to a lookup."""
 
 from __future__ import annotations
 
@@ -455,29 +451,43 @@ def class_pair(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 CASES = [
-    case("matrix factorisation with biases", Factorisation, rating),
-    case("word2vec", SkipGram, window),
+    case("matrix factorisation with biases", Factorisation, rating, per_sample=True),
+    case("word2vec", SkipGram, window, per_sample=True),
     case("word2vec that draws its negatives", SkipGramThatDraws, window, coverage=0.5, note="random ids"),
-    case("hashed fields", HashedFields, sentences),
-    case("GRU over packed rows", PackedGRU, ragged, coverage=0.0, note="the batch is a list of sequences"),
-    case("LSTM over packed ids", PackedWords, sentences),
-    case("transformer encoder", Encoder, sentences),
-    case("hierarchical softmax", HierarchicalSoftmax, class_pair),
-    case("tasks chosen by a flag", ManyTasks, task_batch),
+    case("hashed fields", HashedFields, sentences, per_sample=True),
+    case(
+        "GRU over packed rows",
+        PackedGRU,
+        ragged,
+        coverage=0.0,
+        note="the batch is a list of sequences",
+        per_sample=True,
+    ),
+    case("LSTM over packed ids", PackedWords, sentences, per_sample=True),
+    case("transformer encoder", Encoder, sentences, per_sample=True),
+    case("hierarchical softmax", HierarchicalSoftmax, class_pair, per_sample=True),
+    case("tasks chosen by a flag", ManyTasks, task_batch, per_sample=True),
     case("bags of ragged features", BagsOfFeatures, lambda size: Jagged(list("abc"), size)),
-    case("next item", NextItem, sentences),
+    case("next item", NextItem, sentences, per_sample=True),
     case("two towers", TwoTowers, sentences),
-    case("activation checkpointing", Checkpointed, sentences),
-    case("unique ids first", UniqueFirst, sentences),
+    case("activation checkpointing", Checkpointed, sentences, per_sample=True),
+    case("unique ids first", UniqueFirst, sentences, per_sample=True),
     case("buckets", Bucketed, sentences),
-    case("multi-hot input", MultiHot, sentences),
+    case("multi-hot input", MultiHot, sentences, per_sample=True),
     case("sparse input", SparseInput, sparse_counts),
     case("nested input", NestedInput, nested),
-    case("ids that depend on scores", Attentive, sentences, coverage=0.0, note="ids depend on parameters"),
-    case("ids through numpy", ThroughNumpy, sentences, coverage=0.0, note="a detour through numpy"),
+    case(
+        "ids that depend on scores",
+        Attentive,
+        sentences,
+        coverage=0.0,
+        note="ids depend on parameters",
+        per_sample=True,
+    ),
+    case("ids through numpy", ThroughNumpy, sentences, coverage=0.0, note="a detour through numpy", per_sample=True),
     case("recurrent language model", Language, lambda size: popular(7, 8)),
     case(
         "recurrent language model, tied", lambda: Language(tied=True), lambda size: popular(7, 8), dense_of=tied_tables
     ),
-    case("frozen, limited and bare tables", Pretrained, sentences),
+    case("frozen, limited and bare tables", Pretrained, sentences, per_sample=True),
 ]

@@ -98,6 +98,7 @@ def make_case(
         lambda: model_class(config_class(**settings)),
         token_batches(labels, **(extra or {})),
         loss_of,
+        per_sample=labels == "class",
         **options,
     )
 

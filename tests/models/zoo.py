@@ -67,6 +67,8 @@ class Case:
         loss_of: of (model, batch), a scalar.
         dense_of: given the model, the names of tables that it uses as a whole, which must therefore stay dense.
         coverage: the least share of lookups after warm-up that must have been intended.
+        per_sample: whether the loss is a mean over samples, without random numbers, once the model is in evaluation
+            mode: then ranks that share its batches must give what one process gives.
         dtype: in which it is compared.
         note: what the table of the documentation says of it.
     """
@@ -78,6 +80,7 @@ class Case:
     loss_of: Callable[[nn.Module, object], torch.Tensor]
     dense_of: Callable[[nn.Module], Iterable[str]] = no_tables
     coverage: float = 0.99
+    per_sample: bool = False
     dtype: torch.dtype = torch.float64
     note: str = ""
 
