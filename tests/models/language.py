@@ -188,7 +188,7 @@ def encoders() -> list[Case | None]:
         encoder("XLM", xlm | {"num_labels": LABELS, "pad_index": PAD}),
         encoder("Flaubert", xlm | {"num_labels": LABELS, "pad_index": PAD}),
         make_case("XLNetConfig", "XLNetForSequenceClassification", xlnet, "class", dtype=torch.float32),
-        make_case("FunnelConfig", "FunnelForSequenceClassification", funnel, "class"),
+        make_case("FunnelConfig", "FunnelForSequenceClassification", funnel, "class", dtype=torch.float32),
         encoder("IBert", {"quant_mode": False, "pad_token_id": 1}),
         encoder("Splinter"),
     ]
