@@ -76,4 +76,4 @@ def train_shared(comm, case: Case, optimizer: str, seed: int, *, managed: bool) 
     weights, names = full_state_dict(model), tuple(loader.stats()["tables"])
     comm.Barrier()  # a rank that is closed serves no rows to others
     loader.close()
-    return Run((total[:, 0] / total[:, 1]).tolist(), weights, names)
+    return Run((total[:, 0] / total[:, 1]).tolist(), weights, managed=names)

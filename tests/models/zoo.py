@@ -91,11 +91,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """What a training left behind."""
+    """What a training left behind; `learned` is the most by which a weight changed, `lookups` counts managed rows."""
 
     losses: list[float]
     weights: dict[str, torch.Tensor]
+    learned: float = 0.0
     managed: tuple[str, ...] = ()
+    lookups: int = 0
     coverage: float = 1.0
     missed: tuple[str, ...] = ()
 
@@ -108,6 +110,8 @@ class Comparison:
     tables: tuple[str, ...]
     expected_dense: tuple[str, ...]
     managed: tuple[str, ...]
+    lookups: int
+    learned: float
     coverage: float
     missed: tuple[str, ...]
     loss_difference: float
@@ -149,6 +153,8 @@ def compare(case: Case, optimizer: str = "adagrad", seed: int = 0) -> Comparison
         tuple(dict.fromkeys((*all_tables(model), *managed.managed))),
         tuple(case.dense_of(model)),
         managed.managed,
+        managed.lookups,
+        plain.learned,
         managed.coverage,
         managed.missed,
         difference(as_tensor(managed.losses), as_tensor(plain.losses)),
@@ -161,9 +167,11 @@ def train_plain(case: Case, optimizer: str, seed: int) -> Run:
     model = case.make_model()
     made = OPTIMIZERS[optimizer](model.parameters())
     batches = case.make_batches(model)
+    initial = {name: value.clone() for name, value in model.named_parameters()}
     torch.manual_seed(seed + 1)
     losses = [loss for _ in range(EPOCHS) for loss in steps(case, model, made, batches)]
-    return Run(losses, dict(model.state_dict()))
+    learned = max(difference(value, initial[name]) for name, value in model.named_parameters())
+    return Run(losses, dict(model.state_dict()), learned)
 
 
 def train_managed(case: Case, optimizer: str, seed: int) -> Run:
@@ -185,7 +193,8 @@ def train_managed(case: Case, optimizer: str, seed: int) -> Run:
         looked_up = sum(now["lookups"] - warm.get(name, {"lookups": 0})["lookups"] for name, now in counts.items())
         intended = sum(now["intended"] - warm.get(name, {"intended": 0})["intended"] for name, now in counts.items())
         missed = tuple(f"{name} {share:.3f}" for name, share in shares.items() if share < 0.99)
-        return Run(losses, full_state_dict(model), tuple(counts), intended / looked_up if looked_up else 1.0, missed)
+        coverage = intended / looked_up if looked_up else 1.0
+        return Run(losses, full_state_dict(model), 0.0, tuple(counts), looked_up, coverage, missed)
     finally:
         loader.close()
 
