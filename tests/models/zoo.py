@@ -30,7 +30,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
 }
 EPOCHS = 2
-WARM_UP_STEPS = 2
 
 
 def no_tables(model: nn.Module) -> list[str]:
@@ -67,6 +66,7 @@ class Case:
         loss_of: of (model, batch), a scalar.
         dense_of: given the model, the names of tables that it uses as a whole, which must therefore stay dense.
         coverage: the least share of lookups after warm-up that must have been intended.
+        warm_up_steps: after how many steps coverage counts: two where batches are of one kind.
         per_sample: whether the loss is a mean over samples, without random numbers, once the model is in evaluation
             mode: then ranks that share its batches must give what one process gives.
         dtype: in which it is compared.
@@ -80,6 +80,7 @@ class Case:
     loss_of: Callable[[nn.Module, object], torch.Tensor]
     dense_of: Callable[[nn.Module], Iterable[str]] = no_tables
     coverage: float = 0.99
+    warm_up_steps: int = 2
     per_sample: bool = False
     dtype: torch.dtype = torch.float64
     note: str = ""
@@ -186,7 +187,7 @@ def train_managed(case: Case, optimizer: str, seed: int) -> Run:
         for _ in range(EPOCHS):
             for loss in steps(case, model, made, loader):
                 losses.append(loss)
-                if len(losses) <= WARM_UP_STEPS:
+                if len(losses) <= case.warm_up_steps:
                     warm = loader.stats()["tables"]
         counts = loader.stats()["tables"]
         shares = {name: coverage_since(warm.get(name), now) for name, now in counts.items()}
