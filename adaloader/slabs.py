@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -81,7 +80,7 @@ class Slab:
     Args:
         rows: distinct row ids, int64 `[U]`.
         array: their values `[U, dim]`.
-        tensor: the same memory as a leaf of the autograd graph; its gradient goes to the table.
+        tensor: the same memory in the autograd graph; its gradient goes to the table.
         plan: the intent that brought the rows, if any.
         seconds: where the time of its backward is added.
     """
@@ -102,20 +101,41 @@ def make_slab(
     ordinal: int = 0,
 ) -> Slab:
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
-    with torch.inference_mode(False):
-        tensor = torch.from_numpy(array)
+
+    def deliver(grad: torch.Tensor) -> torch.Tensor | None:
+        if table.is_dense:
+            return spread(rows, grad, table.parameter.shape)
+        if table.model() is not None:  # a graph may outlive the model
+            table.receive(Part(rows, grad, plan, None, counts, ordinal))
+        return None
+
+    with torch.inference_mode(False), torch.enable_grad():
         if table.parameter.requires_grad:
-            tensor.requires_grad_(True)
-            to_table = weakref.ref(table)
-
-            def deliver(leaf: torch.Tensor) -> None:
-                receiver = to_table()
-                grad, leaf.grad = leaf.grad, None
-                if receiver is not None and grad is not None:
-                    receiver.receive(Part(rows, grad, plan, None, counts, ordinal))
-
-            tensor.register_post_accumulate_grad_hook(deliver)
+            tensor = _FromTable.apply(table.parameter, array, deliver)
+        else:
+            tensor = torch.from_numpy(array)
     return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds)
+
+
+class _FromTable(torch.autograd.Function):
+    """Rows of a table as an operation on its parameter, whose gradient goes to the table, as a part of its row
+    gradient; the parameter itself gets it only if it has become dense since.
+    """
+
+    @staticmethod
+    def forward(ctx, parameter, array, deliver):
+        ctx.deliver = deliver
+        ctx.set_materialize_grads(False)
+        return torch.from_numpy(array)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if grad is None else ctx.deliver(grad), None, None
+
+
+def spread(rows: np.ndarray, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a tensor of `shape` with `values` `[U, dim]` at distinct `rows` (int64 `[U]`), and zeros elsewhere."""
+    return values.new_zeros(shape).index_add(0, torch.from_numpy(rows), values)
 
 
 class _Expand(torch.autograd.Function):
