@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.models.zoo import Case, all_tables, no_tables, tables_like
+from tests.models.zoo import Case, all_tables, tables_like
 
 # On import deepctr_torch asks a package registry for its newest version, on a thread. Tests ask nobody.
 _utils = types.ModuleType("deepctr_torch.utils")
@@ -151,9 +151,10 @@ def columns_for(name: str) -> Callable[[], list]:
 
 def dense_for(name: str, penalty: bool) -> Callable[[nn.Module], Iterable[str]]:
     """Return which tables a penalty makes the model use whole; some penalties cannot be switched off."""
-    if penalty or name == "MLR":
-        return all_tables
-    return tables_like("linear_model.*") if name in ("DCN", "DCNMix") else no_tables
+    always = {"DCN": ["linear_model.*"], "DCNMix": ["linear_model.*"], "MLR": ["linear_model.*", "embedding_dict.*"]}
+    if not penalty or name == "MLR":
+        return tables_like(*always.get(name, []))
+    return tables_like("embedding_dict.*") if name == "AutoInt" else all_tables
 
 
 def cases(penalty: bool) -> list[Case]:
