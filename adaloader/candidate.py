@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
-from adaloader.held_state import free_state, held_anywhere, hyperparameters
+from adaloader.held_state import continue_from, free_state, held_anywhere, hyperparameters
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for
@@ -155,7 +155,7 @@ def _watch(
     parameter.__class__ = CandidateParameter
     parameter._decide = decide
     model.watched[name] = to_parameter
-    table.gradient_steps = held_anywhere(model.optimizers, parameter, table.spec.rule).steps
+    continue_from(table, held_anywhere(model.optimizers, parameter, table.spec.rule))
 
 
 def _row_source(parameter: nn.Parameter) -> Callable[[np.ndarray, np.ndarray], None]:
@@ -176,9 +176,11 @@ def _state_source(
     source = weakref.ref(parameter)
 
     def fill_states(rows: np.ndarray, out: np.ndarray) -> None:
-        values = held_anywhere(optimizers, source(), rule).values
-        if values is not None:
-            np.take(values.detach().numpy(), rows, axis=0, out=out)
+        parts = held_anywhere(optimizers, source(), rule).parts
+        if parts is not None:
+            width = out.shape[1] // len(parts)
+            for at, part in enumerate(parts):
+                out[:, at * width : (at + 1) * width] = part.detach().numpy()[rows].reshape(len(rows), width)
 
     return fill_states
 
@@ -221,7 +223,7 @@ def state_was_loaded(model: ManagedModel) -> None:
     for name, parameter in model.watched.items():
         if isinstance(parameter(), CandidateParameter):
             table = next(table for table in model.manager.tables if table.spec.name == name)
-            table.gradient_steps = held_anywhere(model.optimizers, parameter(), table.spec.rule).steps
+            continue_from(table, held_anywhere(model.optimizers, parameter(), table.spec.rule))
 
 
 def _promote(model: ManagedModel, name: str, parameter: nn.Parameter, table) -> None:

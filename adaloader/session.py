@@ -22,6 +22,7 @@ from adaloader.deferred_tensor import program_of
 from adaloader.dense import DenseReducer
 from adaloader.feed import Feed
 from adaloader.following import Follower
+from adaloader.gradient_layout import check_modules
 from adaloader.iteration import Iteration
 from adaloader.managed_model import ManagedModel, managed_models
 from adaloader.managed_table import ManagedTable
@@ -271,7 +272,8 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     """Take over the tables of `model` (collective)."""
     comm = settings.comm if settings.comm is not None else default_comm()
     found = adoption.find_tables(model, settings.min_rows)
-    adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
+    specs = adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
+    check_modules(model, {spec.name: (spec.rule, spec.group) for spec in specs})
     if comm is None or comm.size == 1:
         manager = pm.Manager()
     else:
