@@ -82,12 +82,20 @@ class Manager:
         return store
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
-        """Give `table` another update rule (collective): its records move to a store of the new class."""
+        """Give `table` another update rule (collective): its records move to a store of the new class.
+
+        Raises:
+            ValueError: if steps have moved rows that nobody holds, which the new rule would not know of.
+        """
+        if table.history is not None and len(table.history):
+            raise ValueError(
+                f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
+                "moved all its rows; it cannot be given another rule"
+            )
         with self._structure:
             held_keys, held_slots = table.store.index.items()
             mine = table_of(held_keys) == table.number
             keys, slots = held_keys[mine], held_slots[mine]
-            self.catch_up(table, slots)
             old, table.store = table.store, self._store_for(spec.record_class, spec.rows, spec.rows)
             table.spec = spec
             table.begin_history()
