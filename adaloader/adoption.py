@@ -207,12 +207,14 @@ def adopt_later(model: ManagedModel, table: ManagedTable, optimizer: Optimizer, 
 def _form_on_rank_0(manager: pm.Manager, held: HeldState) -> tuple[bool, HeldState]:
     """Return whether rank 0's state differs by row, and all else that it holds (collective)."""
     constant = np.nan if held.constant is None else held.constant
-    numbers = [held.parts is not None, held.constant is not None, constant, held.steps, held.begun, held.mu_product]
+    numbers = [held.parts is not None, held.constant is not None, constant, held.steps, held.begun]
+    numbers += [held.mu_product, held.mu_product.itemsize]
     form = np.array(numbers, np.float64)
     if manager.ranks > 1:
         broadcast_array(manager, form)
-    differs_by_row, is_constant, constant, steps, begun, mu_product = form.tolist()
+    differs_by_row, is_constant, constant, steps, begun, mu_product, itemsize = form.tolist()
     constant = constant if is_constant else None
+    mu_product = (np.float64 if itemsize == 8 else np.float32)(mu_product)
     return bool(differs_by_row), HeldState(None, constant, int(steps), bool(begun), mu_product)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -46,14 +47,20 @@ class HeldState:
         constant: the one number that all have; None where there are none, or `parts`.
         steps: steps that it has taken with a gradient of the parameter.
         begun: whether it holds anything.
-        mu_product: NAdam's.
+        mu_product: NAdam's, in the dtype of its tensor.
     """
 
     parts: tuple[torch.Tensor, ...] | None = None
     constant: float | None = None
     steps: int = 0
     begun: bool = False
-    mu_product: float = 1.0
+    mu_product: np.floating = field(default_factory=lambda: scalar(torch.ones(())))
+
+
+def scalar(value: torch.Tensor | float) -> np.floating:
+    """Return one number, in the dtype of its tensor if it is one of float64, else in float32."""
+    double = torch.is_tensor(value) and value.dtype == torch.float64
+    return (np.float64 if double else np.float32)(float(value))
 
 
 def held_state(optimizer: Optimizer, parameter: nn.Parameter, rule: pm.Rule) -> HeldState:
@@ -74,7 +81,7 @@ def held_state(optimizer: Optimizer, parameter: nn.Parameter, rule: pm.Rule) -> 
         )
     parts = [_whole(name, state[name]) for name in names]
     constants = [_constant(part) for part in parts]
-    rest = {"steps": steps, "begun": True, "mu_product": float(state.get("mu_product", 1.0))}
+    rest = {"steps": steps, "begun": True, "mu_product": scalar(state.get("mu_product", 1.0))}
     if len(parts) == 1 and constants[0] is not None:
         return HeldState(constant=constants[0], **rest)
     return HeldState(parts=tuple(parts), **rest)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -22,7 +23,15 @@ from adaloader.gathering import (
     refuse_on_several_ranks,
     snapshots,
 )
-from adaloader.held_state import HeldState, continue_from, entry_names, is_held_from_the_start, state_names, state_shape
+from adaloader.held_state import (
+    HeldState,
+    continue_from,
+    entry_names,
+    is_held_from_the_start,
+    scalar,
+    state_names,
+    state_shape,
+)
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_layout import broadcast_optimizer_state
@@ -144,8 +153,7 @@ def _saved_entry(
         if name == "step":
             saved[name] = _step_as_held(table, group, entry)
         elif name == "mu_product":
-            dtype = getattr(torch, rule.scalar_dtype)
-            saved[name] = torch.tensor(table.table.history.mu_product, dtype=dtype)
+            saved[name] = torch.from_numpy(np.array(table.table.history.mu_product))
         else:
             at = names.index(name) * width
             saved[name] = None if whole is None else whole[:, at : at + width].view(shape)
@@ -178,7 +186,7 @@ def _load_table(
     manager, rule, names = managed.manager, table.table.spec.rule, state_names(table.table.spec.rule)
     shape = state_shape(rule, table.parameter.shape)
     state = optimizer.state.get(table.parameter, {})
-    held = HeldState(steps=int(state.get("step", 0)), begun=True, mu_product=float(state.get("mu_product", 1.0)))
+    held = HeldState(steps=int(state.get("step", 0)), begun=True, mu_product=scalar(state.get("mu_product", 1.0)))
     if entry is None:
         if table.table.begun:
             zero = constant_tensor(shape, 0.0, dtype=table.parameter.dtype, device="cpu")

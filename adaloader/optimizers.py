@@ -30,17 +30,11 @@ def _adagrad(optimizer: Optimizer, group: Mapping[str, object]) -> pm.Rule:
     return pm.DecayingAdagrad() if group["weight_decay"] else pm.Adagrad()
 
 
-def _nadam(optimizer: Optimizer, group: Mapping[str, object]) -> pm.Rule:
-    dtypes = [state["mu_product"].dtype for state in optimizer.state.values() if "mu_product" in state]
-    dtype = (dtypes or [torch.get_default_dtype()])[0]
-    return pm.NAdam("float64" if dtype == torch.float64 else "float32")
-
-
 _RULES: dict[type[Optimizer], Callable[[Optimizer, Mapping[str, object]], pm.Rule]] = {
     optim.SGD: _sgd,
     optim.Adagrad: _adagrad,
     optim.Adam: lambda optimizer, group: pm.Adam(amsgrad=bool(group["amsgrad"])),  # AdamW has its step
-    optim.NAdam: _nadam,
+    optim.NAdam: lambda optimizer, group: pm.NAdam(),
     optim.RAdam: lambda optimizer, group: pm.RAdam(),
     optim.Adamax: lambda optimizer, group: pm.Adamax(),
     optim.RMSprop: lambda optimizer, group: pm.RMSprop(bool(group["centered"]), group["momentum"] > 0),

@@ -193,21 +193,16 @@ class Adam(_AdamLike):
 
 @dataclass(frozen=True)
 class NAdam(_AdamLike):
-    """`torch.optim.NAdam`; PyTorch keeps the product of mu in its default dtype, `scalar_dtype`."""
+    """`torch.optim.NAdam`."""
 
-    scalar_dtype: str
     kind, parts = "nadam", 2
-
-    def covers(self, other: object) -> bool:
-        return isinstance(other, NAdam)
 
     def _own(self, table, group, lr, beta1, beta2):
         step, momentum_decay = float(table.gradient_steps), group["momentum_decay"]
         mu = beta1 * (1.0 - 0.5 * (0.96 ** (step * momentum_decay)))
         mu_next = beta1 * (1.0 - 0.5 * (0.96 ** ((step + 1) * momentum_decay)))
-        dtype = np.dtype(self.scalar_dtype).type
-        product = float(dtype(table.history.mu_product) * dtype(mu))
-        table.history.mu_product = product
+        table.history.mu_product = table.history.mu_product * type(table.history.mu_product)(mu)
+        product = float(table.history.mu_product)
         factor = (-lr * mu_next) / (1.0 - product * mu_next)
         grad_factor = -lr * (1.0 - mu) / (1.0 - product)
         return factor, factor, (1 - beta2**step, grad_factor)

@@ -40,7 +40,7 @@ class History:
     """Entries by number, from when the table was adopted on; the same on every rank.
 
     Memory: 72 to 112 bytes a step, kept as long as the table. `bounds` are those of `cuda_ops.advance`. `mu_product` is
-    NAdam's, which is one number for the whole table.
+    NAdam's, one number for the whole table, in the dtype in which PyTorch keeps it.
 
     Args:
         kind: of optimizer, as `cuda_ops.advance` names it.
@@ -49,7 +49,7 @@ class History:
 
     def __init__(self, kind: str, dtype: str):
         self.kind = kind
-        self.mu_product: float = 1.0
+        self.mu_product: np.floating = np.float32(1.0)
         self.slow = False
         self.bounds = np.array([0.0, math.inf, 0.0, 1.0])
         self._dtype = np.dtype(dtype).type

@@ -20,7 +20,7 @@ RULES = {
     "adam": lambda: pm.Adam(amsgrad=False),
     "adam_decay": lambda: pm.Adam(amsgrad=False),
     "adamw_amsgrad": lambda: pm.Adam(amsgrad=True),
-    "nadam": lambda: pm.NAdam("float32"),
+    "nadam": pm.NAdam,
     "radam": pm.RAdam,
     "adamax": pm.Adamax,
 }
