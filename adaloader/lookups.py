@@ -73,6 +73,8 @@ def embedding_bag(
             include_last_offset=include_last_offset,
             padding_idx=padding,
         )
+        if slab.reached is not None and pooled.requires_grad:
+            pooled.register_hook(lambda gradient: slab.mark_reached(positions, -1 if padding is None else padding))
         return _as_seen_from(weight, pooled)
 
 

@@ -28,6 +28,7 @@ class DenseRule:
     """What they share. `kind` is the kernel's name for it, `parts` how many words of state it has per value."""
 
     catches_up = True
+    moves_looked_up_rows = False
     kind: str
     parts: int
 

@@ -14,6 +14,8 @@ class SparseRule:
     """What rules share that leave alone the rows without gradient, as PyTorch does too, or to the same effect."""
 
     catches_up = False
+    moves_looked_up_rows = False
+    """Whether a row that was looked up moves though its gradient is zero, while one that was not stays."""
 
     def covers(self, other: object) -> bool:
         """Whether records of this rule can go on under `other`, whose options were changed."""
@@ -85,6 +87,7 @@ class SparseAdam(SparseRule):
     """`torch.optim.SparseAdam`: Adam of the rows that have a gradient; their two moments are the state."""
 
     name = "sparse_adam"
+    moves_looked_up_rows = True
 
     def state_words(self, dim: int) -> int:
         return 2 * dim
