@@ -27,7 +27,7 @@ from adaloader.iteration import Iteration
 from adaloader.managed_model import ManagedModel, managed_models
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_state import hook_optimizer
-from adaloader.optimizers import group_of
+from adaloader.optimizers import group_of, rule_for
 from adaloader.process_group import process_group
 from adaloader.ranks import (
     default_comm,
@@ -352,6 +352,8 @@ def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
                 f"table has "
                 "one optimizer"
             )
+        group = fresh[place[0]].param_groups[place[1]]
+        check_modules(managed.model(), {table.name: (rule_for(fresh[place[0]], group, table.name), group)})
         adoption.adopt_later(managed, table, fresh[place[0]], place[1])
     managed.attach(fresh)
     for optimizer in fresh:

@@ -65,6 +65,10 @@ class History:
         """The entries, float64 `[steps, columns]`."""
         return self._steps[: self._count]
 
+    @property
+    def memory_bytes(self) -> int:
+        return self._steps.nbytes
+
     def append(self, entry: Entry) -> None:
         """Note that the table takes one more step."""
         if self._count == len(self._steps):

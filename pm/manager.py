@@ -347,8 +347,9 @@ class Manager:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the rows that this rank holds, with their state and index."""
-        return sum(store.memory_bytes for store, _ in self._stores)
+        """Bytes of the rows that this rank holds, with their state and index, and of tables' histories."""
+        histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
+        return histories + sum(store.memory_bytes for store, _ in self._stores)
 
     @property
     def bytes_sent(self) -> int:
