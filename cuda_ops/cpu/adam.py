@@ -32,15 +32,15 @@ _VALUE_LOG, _FIRST_LOG, _SECOND_LOG = 10, 11, 12
 
 
 @helper
-def _step(kind, value, m, v, largest, grad, scale, entry):
+def _step(kind, value, m, v, largest, grad, scale, history, start, stop):
     if kind == NADAM:
-        nadam(value, m, v, grad, scale, entry)
+        nadam(value, m, v, grad, scale, history, start, stop)
     elif kind == RADAM:
-        radam(value, m, v, grad, scale, entry)
+        radam(value, m, v, grad, scale, history, start, stop)
     elif kind == ADAMAX:
-        adamax(value, m, v, grad, scale, entry)
+        adamax(value, m, v, grad, scale, history, start, stop)
     else:
-        adam(value, m, v, largest, grad, scale, entry, kind == AMSGRAD)
+        adam(value, m, v, largest, grad, scale, history, start, stop, kind == AMSGRAD)
 
 
 @helper
@@ -99,9 +99,9 @@ def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bou
                     _skip(kind, value, m, v, history, at, stop)
                     break
                 look = next_look(at, first)
-            _step(kind, value, m, v, largest, zeros, dtype(0), history[at])
-            at += 1
+            _step(kind, value, m, v, largest, zeros, dtype(0), history, at, min(look, stop))
+            at = min(look, stop)
         if stepping:
-            _step(kind, value, m, v, largest, grad[i], dtype(scale), history[stop])
+            _step(kind, value, m, v, largest, grad[i], dtype(scale), history, stop, stop + 1)
             longs[last] = version
         longs[last - 1] = len(history)

@@ -23,27 +23,28 @@ _VALUE_LOG, _BUFFER_LOG = 5, 6
 
 
 @helper
-def _step(value, buffer, grad, scale, entry):
-    """One step of torch.optim.SGD; `buffer` is empty where there is none."""
+def _step(value, buffer, grad, scale, history, start, stop):
+    """Steps [start, stop) of torch.optim.SGD with one gradient; `buffer` is empty where there is none."""
     dtype = value.dtype.type
-    minus_lr, momentum, kept = dtype(-entry[LR]), dtype(entry[MOMENTUM]), dtype(entry[KEPT])
-    decay = dtype(entry[WEIGHT_DECAY])
-    if buffer.size == 0 or entry[MOMENTUM] == 0:
-        for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
-            value[j] += minus_lr * g
-    elif entry[NESTEROV] != 0:
-        for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
-            b = buffer[j] * momentum + kept * g
-            buffer[j] = b
-            value[j] += minus_lr * (g + momentum * b)
-    else:
-        for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
-            b = buffer[j] * momentum + kept * g
-            buffer[j] = b
-            value[j] += minus_lr * b
+    for at in range(start, stop):
+        minus_lr, momentum, kept = dtype(-history[at, LR]), dtype(history[at, MOMENTUM]), dtype(history[at, KEPT])
+        decay = dtype(history[at, WEIGHT_DECAY])
+        if buffer.size == 0 or history[at, MOMENTUM] == 0:
+            for j in range(value.size):
+                g = scale * grad[j] + decay * value[j]
+                value[j] += minus_lr * g
+        elif history[at, NESTEROV] != 0:
+            for j in range(value.size):
+                g = scale * grad[j] + decay * value[j]
+                b = buffer[j] * momentum + kept * g
+                buffer[j] = b
+                value[j] += minus_lr * (g + momentum * b)
+        else:
+            for j in range(value.size):
+                g = scale * grad[j] + decay * value[j]
+                b = buffer[j] * momentum + kept * g
+                buffer[j] = b
+                value[j] += minus_lr * b
 
 
 @helper
@@ -80,9 +81,9 @@ def advance(words, stride, dim, longs, state_parts, slots, grad, stepping, histo
                 if _skip_rest(value, buffer, history, bounds, at, first, stop):
                     break
                 look = next_look(at, first)
-            _step(value, buffer, zeros, dtype(0), history[at])
-            at += 1
+            _step(value, buffer, zeros, dtype(0), history, at, min(look, stop))
+            at = min(look, stop)
         if stepping:
-            _step(value, buffer, grad[i], dtype(scale), history[stop])
+            _step(value, buffer, grad[i], dtype(scale), history, stop, stop + 1)
             longs[last] = version
         longs[last - 1] = len(history)

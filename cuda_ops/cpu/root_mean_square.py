@@ -26,64 +26,67 @@ RMSPROP, ADADELTA, ADAGRAD = range(3)
 
 
 @helper
-def _rmsprop(value, squares, buffer, average, grad, scale, entry):
+def _rmsprop(value, squares, buffer, average, grad, scale, history, start, stop):
     """`buffer` and `average` are empty where the optimizer has none."""
     dtype = value.dtype.type
-    minus_lr, alpha, weight = dtype(-entry[LR]), dtype(entry[KEPT]), dtype(entry[WEIGHT])
-    eps, decay, momentum = dtype(entry[EPS]), dtype(entry[WEIGHT_DECAY]), dtype(entry[MOMENTUM])
-    rest = dtype(1) - weight
-    has_buffer = buffer.size > 0 and entry[MOMENTUM] > 0
-    for j in range(value.size):
-        g = scale * grad[j] + decay * value[j]
-        square = squares[j] * alpha + weight * g * g
-        squares[j] = square
-        if average.size:
-            mean = average[j]
-            mean = mean + weight * (g - mean) if weight < 0.5 else g - (g - mean) * rest
-            average[j] = mean
-            square = square - mean * mean
-        root = np.sqrt(square) + eps
-        if has_buffer:
-            b = buffer[j] * momentum + g / root
-            buffer[j] = b
-            value[j] += minus_lr * b
-        else:
-            value[j] += minus_lr * g / root
+    for at in range(start, stop):
+        minus_lr, alpha, weight = dtype(-history[at, LR]), dtype(history[at, KEPT]), dtype(history[at, WEIGHT])
+        eps, decay, momentum = dtype(history[at, EPS]), dtype(history[at, WEIGHT_DECAY]), dtype(history[at, MOMENTUM])
+        rest = dtype(1) - weight
+        has_buffer = buffer.size > 0 and history[at, MOMENTUM] > 0
+        for j in range(value.size):
+            g = scale * grad[j] + decay * value[j]
+            square = squares[j] * alpha + weight * g * g
+            squares[j] = square
+            if average.size:
+                mean = average[j]
+                mean = mean + weight * (g - mean) if weight < 0.5 else g - (g - mean) * rest
+                average[j] = mean
+                square = square - mean * mean
+            root = np.sqrt(square) + eps
+            if has_buffer:
+                b = buffer[j] * momentum + g / root
+                buffer[j] = b
+                value[j] += minus_lr * b
+            else:
+                value[j] += minus_lr * g / root
 
 
 @helper
-def _adadelta(value, squares, deltas, grad, scale, entry):
+def _adadelta(value, squares, deltas, grad, scale, history, start, stop):
     dtype = value.dtype.type
-    minus_lr, rho, weight = dtype(-entry[LR]), dtype(entry[KEPT]), dtype(entry[WEIGHT])
-    eps, decay = dtype(entry[EPS]), dtype(entry[WEIGHT_DECAY])
-    for j in range(value.size):
-        g = scale * grad[j] + decay * value[j]
-        square = squares[j] * rho + weight * g * g
-        squares[j] = square
-        delta = np.sqrt(deltas[j] + eps) / np.sqrt(square + eps) * g
-        deltas[j] = deltas[j] * rho + weight * delta * delta
-        value[j] += minus_lr * delta
+    for at in range(start, stop):
+        minus_lr, rho, weight = dtype(-history[at, LR]), dtype(history[at, KEPT]), dtype(history[at, WEIGHT])
+        eps, decay = dtype(history[at, EPS]), dtype(history[at, WEIGHT_DECAY])
+        for j in range(value.size):
+            g = scale * grad[j] + decay * value[j]
+            square = squares[j] * rho + weight * g * g
+            squares[j] = square
+            delta = np.sqrt(deltas[j] + eps) / np.sqrt(square + eps) * g
+            deltas[j] = deltas[j] * rho + weight * delta * delta
+            value[j] += minus_lr * delta
 
 
 @helper
-def _adagrad(value, total, grad, scale, entry):
+def _adagrad(value, total, grad, scale, history, start, stop):
     dtype = value.dtype.type
-    minus_lr, eps, decay = dtype(-entry[LR]), dtype(entry[EPS]), dtype(entry[WEIGHT_DECAY])
-    for j in range(value.size):
-        g = scale * grad[j] + decay * value[j]
-        square = total[j] + g * g
-        total[j] = square
-        value[j] += minus_lr * g / (np.sqrt(square) + eps)
+    for at in range(start, stop):
+        minus_lr, eps, decay = dtype(-history[at, LR]), dtype(history[at, EPS]), dtype(history[at, WEIGHT_DECAY])
+        for j in range(value.size):
+            g = scale * grad[j] + decay * value[j]
+            square = total[j] + g * g
+            total[j] = square
+            value[j] += minus_lr * g / (np.sqrt(square) + eps)
 
 
 @helper
-def _step(kind, value, squares, second, third, grad, scale, entry):
+def _step(kind, value, squares, second, third, grad, scale, history, start, stop):
     if kind == RMSPROP:
-        _rmsprop(value, squares, second, third, grad, scale, entry)
+        _rmsprop(value, squares, second, third, grad, scale, history, start, stop)
     elif kind == ADADELTA:
-        _adadelta(value, squares, second, grad, scale, entry)
+        _adadelta(value, squares, second, grad, scale, history, start, stop)
     else:
-        _adagrad(value, squares, grad, scale, entry)
+        _adagrad(value, squares, grad, scale, history, start, stop)
 
 
 @helper
@@ -136,9 +139,9 @@ def advance(kind, words, stride, dim, longs, parts, slots, grad, stepping, histo
                     _skip(kind, squares, second, third, history, at, stop)
                     break
                 look = next_look(at, first)
-            _step(kind, value, squares, second, third, zeros, dtype(0), history[at])
-            at += 1
+            _step(kind, value, squares, second, third, zeros, dtype(0), history, at, min(look, stop))
+            at = min(look, stop)
         if stepping:
-            _step(kind, value, squares, second, third, grad[i], dtype(scale), history[stop])
+            _step(kind, value, squares, second, third, grad[i], dtype(scale), history, stop, stop + 1)
             longs[last] = version
         longs[last - 1] = len(history)
