@@ -12,6 +12,7 @@ from adaloader.init_program import DeferredInitError
 from adaloader.loader import AdaLoader
 from adaloader.optimizer_state import full_optimizer_state_dict, load_full_optimizer_state_dict
 from adaloader.random_ids import random_ids
+from adaloader.rowwise_adagrad import RowwiseAdagrad
 from adaloader.state import full_state_dict, load_full_state_dict
 from pm import PeerError
 
@@ -20,6 +21,7 @@ __all__ = [
     "DeferredInitError",
     "ManagedTableError",
     "PeerError",
+    "RowwiseAdagrad",
     "UnsupportedOptimizerError",
     "deferred_init",
     "full_optimizer_state_dict",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import ManagedTableError
@@ -59,6 +60,7 @@ class RowGradient(torch.Tensor):
         return f"RowGradient(table={self._table.name!r}, shape={tuple(self.shape)}, gathered_rows={rows})"
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _FORM:

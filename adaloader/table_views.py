@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from adaloader import lookups
+from adaloader.compiler import not_compiled
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import WholeTableError
+from adaloader.gradient_layout import check_layout
 from adaloader.rows_view import guarded, written_arguments
 from adaloader.slabs import expand
 from adaloader.view_layout import Layout, layout_of
@@ -43,6 +45,7 @@ class TableSlice(torch.Tensor):
     decides_before_rows = True
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         view = subject(func, args, kwargs)
@@ -186,6 +189,8 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
     open_columns = [at for at in dims if at not in indices and at not in layout.row_dims]
     ids, columns = _rows_and_columns(layout, indices, open_columns)
     ids = _with_open_rows(layout, ids, open_rows)
+    if view.requires_grad and torch.is_grad_enabled():
+        check_layout(table.table.spec.rule, False, table.name, operation)
     slab, positions = table.look_up(ids, operation)
     with table.owner.paused():
         offsets_T = _offsets(layout, open_columns)
