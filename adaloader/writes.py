@@ -162,8 +162,8 @@ def _check_untouched_rows(table: ManagedTable, operation: str, by_row: bool) -> 
     if table.table.history:
         raise ManagedTableError(
             f"{operation} on table {table.name!r}: it was declared under deferred_init, and its optimizer has moved "
-            "rows that were never touched, which are not held and cannot be changed; write to rows by their ids, or build "
-            "the table outside deferred_init"
+            "rows that were never touched, which are not held and cannot be changed; write to rows by their ids, or "
+            "build the table outside deferred_init"
         )
 
 
