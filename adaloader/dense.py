@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from adaloader.agreement import broadcast, check_same_on_all_ranks, device_of
 from adaloader.backward import TaskEnd, current_task, enclosing_call, hook_gradient, queue_at_end
@@ -63,6 +64,8 @@ class DenseReducer:
     zeros from the others. Sparse gradients (`nn.Embedding(sparse=True)`) travel densely, as their tables are
     small, and come out sparse again, with the union of the ranks' rows.
 
+    `some_joined` says of the last reduction whether a rank joined it without a backward (None: nothing was sent).
+
     All ranks must construct it with the same parameters and make the same reductions. Ranks that are not in
     the same one get an error. Not covered: parameters that the module gains later, changes that a hook
     registered after construction makes to `.grad`, and second derivatives through an averaged `.grad`.
@@ -78,6 +81,7 @@ class DenseReducer:
         *,
         weights: Callable[[], tuple[float, float | None]],
         on_reduced: Callable[[float], None],
+        on_ended: Callable[[], None] = lambda: None,
         bucket_bytes: int = 25 * MIB,
         first_bucket_bytes: int = MIB,
         timeout_seconds: float = 1800.0,
@@ -94,6 +98,7 @@ class DenseReducer:
             weights: asked once per reduction: (this rank's weight, sum of all ranks' weights or None if
                 unknown). Either all ranks know the sum or none does.
             on_reduced: called after each reduction with this rank's weight / sum of all weights.
+            on_ended: called after that, and on ranks that joined too.
             bucket_bytes: gradients that travel in one message; `first_bucket_bytes`: in the first.
             timeout_seconds: limit of the wait for one bucket.
             describe_peers: its answer is added to the error when a wait fails: whom this rank waits for, say.
@@ -104,10 +109,12 @@ class DenseReducer:
             ValueError: the ranks' parameters differ in name, order, shape or dtype.
         """
         self.reductions = 0
+        self.some_joined: bool | None = None
         self._parameters = list({parameter: name for name, parameter in named_parameters}.items())
         self._group = group
         self._weights = weights
         self._on_reduced = on_reduced
+        self._on_ended = on_ended
         self._sizes_bytes = (bucket_bytes, first_bucket_bytes)
         self._timeout = timedelta(seconds=timeout_seconds)
         self._describe_peers = describe_peers
@@ -122,15 +129,20 @@ class DenseReducer:
         self._buckets: list[Bucket] = []
         self._places: dict[Parameter, int] = {}
         self._signature: list[tuple] | None = None
-        self._hooks: list = []
+        self._hooks: dict[Parameter, RemovableHandle] = {}
         if group is not None:
             self._replan()
-            self._hooks = [hook_gradient(parameter, self._on_gradient) for parameter, _ in self._parameters]
+            self._hooks = {parameter: hook_gradient(parameter, self._on_gradient) for parameter, _ in self._parameters}
 
     @property
     def begun(self) -> int:
         """Reductions that this rank has begun: those that have ended, and one that is under way."""
         return self.reductions + (self._current is not None)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a backward is under way, at whose end gradients are summed."""
+        return self._current is not None and not self._current.broken
 
     # --- what the manager calls ---
 
@@ -184,12 +196,14 @@ class DenseReducer:
         """Leave `parameter` out from the next reduction on: it has become a managed table (on every rank)."""
         with self._lock:
             self._parameters = [(p, name) for p, name in self._parameters if p is not parameter]
+            if parameter in self._hooks:
+                self._hooks.pop(parameter).remove()
             self._ever_fired.discard(parameter)
             self._signature = None
 
     def close(self) -> None:
         """Let go of the parameters: their gradients are this rank's own again."""
-        for handle in self._hooks:
+        for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
 
@@ -266,6 +280,7 @@ class DenseReducer:
             self._end()
         if active:
             self._on_reduced(current.weight / total)
+        self._on_ended()
         return active
 
     def _exchange(self, current: _Reduction) -> tuple[float, int]:
@@ -276,6 +291,7 @@ class DenseReducer:
             self._launch_one(number)
             self._wait(self._buckets[number])
         active = self._ranks - round(sums.joined)
+        self.some_joined = active < self._ranks
         total = current.total if current.total is not None else sums.weight
         if active and total <= 0:
             raise ValueError(f"the weights of all ranks' batches sum to {total}: give some batch a positive weight")

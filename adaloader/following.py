@@ -88,6 +88,11 @@ class Follower:
         return np.array(numbers, np.int64)
 
     @property
+    def ranks_may_differ(self) -> bool:
+        """Whether this rank is in an iteration in which ranks may have different numbers of batches."""
+        return bool(self._open)
+
+    @property
     def weight(self) -> tuple[float, float | None]:
         """This rank's weight while it follows, and that of all ranks together."""
         return 0.0, self._total_weight
@@ -191,11 +196,21 @@ class Follower:
             return self._answered.get(iteration, set()) | manager.closed_peers >= set(manager.peers)
 
         manager.wait_until(
-            lambda: all_answered() and (sum_begun() or manager.step_of_others() is not None or all_ended()),
+            lambda: (
+                all_answered()
+                and (
+                    sum_begun()
+                    or model.combiner.begun_by_others()
+                    or manager.step_of_others() is not None
+                    or all_ended()
+                )
+            ),
             lambda: f"rank {self._still_busy(iteration)} to end its iteration of the loader",
         )
         if sum_begun():
             self._join_sum(model)
+        elif model.combiner.begun_by_others():
+            model.combiner.join()
         elif (step := manager.step_of_others()) is not None:
             self._step_along(model, *step)
         else:

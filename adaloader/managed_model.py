@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import pm
 from adaloader.batches import Batch, Batches
 from adaloader.dense import DenseReducer
+from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import groups_by_parameter, hyperparameter_name, hyperparameter_vector, rule_for, snapshot
 from adaloader.slabs import Buffers, Part
@@ -23,6 +24,7 @@ from adaloader.table_values import load_values
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
+    from adaloader.combining import Combiner
     from adaloader.following import Follower
 
 log = logging.getLogger("adaloader")
@@ -49,6 +51,8 @@ class ManagedModel:
         self.reducer: DenseReducer | None = None
         self.joining = False
         self.follower: Follower | None = None
+        self.combiner: Combiner | None = None
+        self.gradient_hooks = GradientHooks(self)
         self.optimizer_steps = 0
         self.writes = 0
         self.sessions = 0
@@ -127,6 +131,7 @@ class ManagedModel:
             part.scale = 1.0
         else:
             self.reducer.touch()
+        self.gradient_hooks.reached(table, part)
 
     def reduced(self, factor: float) -> None:
         """The backward that just ended counts `factor` in the average over ranks."""

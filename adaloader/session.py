@@ -18,6 +18,7 @@ import pm
 from adaloader import adoption
 from adaloader.agreement import broadcast
 from adaloader.candidate import decide_now, find_candidates, watch_candidates
+from adaloader.combining import Combiner
 from adaloader.deferred_tensor import program_of
 from adaloader.dense import DenseReducer
 from adaloader.feed import Feed
@@ -282,6 +283,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     managed = ManagedModel(model, manager, settings.shared())
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
+        managed.combiner = Combiner(managed)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
     try:
@@ -320,6 +322,7 @@ def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, time
         group,
         weights=managed.weight_of_backward,
         on_reduced=managed.reduced,
+        on_ended=managed.gradient_hooks.backward_ended,
         timeout_seconds=timeout_seconds,
         describe_peers=whereabouts.describe,
         in_vain=whereabouts.why_in_vain,

@@ -81,7 +81,7 @@ class Slab:
     Args:
         rows: distinct row ids, int64 `[U]`.
         array: their values `[U, dim]`.
-        tensor: the same memory as a leaf of the autograd graph; its gradient goes to the table.
+        tensor: the same memory as a function of the table's parameter; its gradient goes to the table.
         plan: the intent that brought the rows, if any.
         seconds: where the time of its backward is added.
     """
@@ -102,20 +102,38 @@ def make_slab(
     ordinal: int = 0,
 ) -> Slab:
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
-    with torch.inference_mode(False):
-        tensor = torch.from_numpy(array)
-        if table.parameter.requires_grad:
-            tensor.requires_grad_(True)
+    parameter = table.parameter
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        if not parameter.requires_grad:
+            tensor = torch.from_numpy(array)
+        else:
+            with torch.enable_grad():
+                tensor = _RowsOf.apply(parameter, array)
             to_table = weakref.ref(table)
 
-            def deliver(leaf: torch.Tensor) -> None:
+            def deliver(grad: torch.Tensor) -> None:
                 receiver = to_table()
-                grad, leaf.grad = leaf.grad, None
-                if receiver is not None and grad is not None:
-                    receiver.receive(Part(rows, grad, plan, None, counts, ordinal))
+                if receiver is not None:
+                    receiver.receive(Part(rows, grad.contiguous(), plan, None, counts, ordinal))
 
-            tensor.register_post_accumulate_grad_hook(deliver)
+            tensor.register_hook(deliver)
     return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds)
+
+
+class _RowsOf(torch.autograd.Function):
+    """Rows, as a function of the parameter that stands for their table.
+
+    The parameter itself gets no gradient (the rows' is delivered by a hook), but the engine sees that they belong to
+    it: it leaves them out of a backward for other inputs, and reaches them in one for this.
+    """
+
+    @staticmethod
+    def forward(ctx, parameter, array):
+        return torch.from_numpy(array)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
 
 
 class _Expand(torch.autograd.Function):
