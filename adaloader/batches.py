@@ -65,6 +65,12 @@ class Batch:
     def plans(self) -> Iterator[pm.RowPlan]:
         return (needed.plan for needed in self.tables.values())
 
+    def forget(self) -> None:
+        """The batch is finished: keep only what tells whether a lookup is of it."""
+        self.data = None
+        for needed in self.tables.values():
+            needed.slab = None
+
 
 class Batches:
     """The open batches of one model.
@@ -173,7 +179,7 @@ class Batches:
         if not batches:
             return
         for batch in batches:
-            batch.data = None
+            batch.forget()
             for plan in batch.plans():
                 self._manager.release(plan)
         self.active = [batch for batch in self.active if batch not in batches]
@@ -187,7 +193,7 @@ class Batches:
         self.active = [batch for batch in self.active if batch not in done]
         self._finished.extend(done)
         for batch in done:
-            batch.data = None
+            batch.forget()
         return [plan for batch in done for plan in batch.plans()]
 
 

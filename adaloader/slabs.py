@@ -103,7 +103,7 @@ def make_slab(
 ) -> Slab:
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
     parameter = table.parameter
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+    with table.owner.paused(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         if not parameter.requires_grad:
             tensor = torch.from_numpy(array)
         else:
