@@ -72,12 +72,12 @@ class Combiner:
                 "call backward() once outside of it before you read, clip or unscale them"
             )
         if self._combined_at != reducer.reductions:
-            self._exchange([table.gradient for table in model.tables_in_order()], following=False)
+            self._exchange([table.gradient for table in model.tables_in_order()])
             self._combined_at = reducer.reductions
 
     def combine_backward(self, sums: Sequence[RowSum], *, following: bool) -> list[RowSum]:
         """Combine gradients of the backward that has just ended, of tables in order; return those that any rank has."""
-        return self._exchange(sums, following=following)
+        return self._exchange(sums, following=following, of_backward=True)
 
     def others_hold_parts(self) -> bool:
         """Whether ranks that follow may have parts, so that not even a factor is a matter of each rank's own."""
@@ -112,16 +112,21 @@ class Combiner:
     def join(self) -> None:
         """Give the others what this rank has (collective)."""
         model = self._model()
-        self._exchange([table.gradient for table in model.tables_in_order()], following=True)
+        tables = model.tables_in_order()
+        if any(message.numbers[4] for message in list(self._present[self._number + 1].values())):
+            sums = [RowSum(table, [], belongs_to_table=False) for table in tables if table.has_hooks]
+            self._exchange(sums, following=True, of_backward=True)
+            return
+        self._exchange([table.gradient for table in tables], following=True)
         self._combined_at = model.reducer.reductions
 
     # One exchange
 
-    def _exchange(self, sums: Sequence[RowSum], *, following: bool) -> list[RowSum]:
+    def _exchange(self, sums: Sequence[RowSum], *, following: bool = False, of_backward: bool = False) -> list[RowSum]:
         """Collective: make of `sums`, one per table in order, whole rows; return those that any rank has a part of."""
         self._number += 1
         number, manager = self._number, self._manager
-        said = self._say_present(number, sums, following)
+        said = self._say_present(number, sums, following, of_backward)
         self._active = [rank for rank in range(manager.ranks) if said[rank][0]]
         states = np.array([said[rank][1] for rank in range(manager.ranks)])
         self._check_known(states)
@@ -146,13 +151,15 @@ class Combiner:
                 reached.append(given)
         return reached
 
-    def _say_present(self, number: int, sums: Sequence[RowSum], following: bool) -> list[tuple[bool, np.ndarray]]:
+    def _say_present(
+        self, number: int, sums: Sequence[RowSum], following: bool, of_backward: bool
+    ) -> list[tuple[bool, np.ndarray]]:
         """Collective: return, by rank, whether it is to have rows, and what it says of each table."""
         manager, model = self._manager, self._model()
         states = np.full(len(manager.tables), _UNKNOWN, np.int64)
         for given in sums:
             states[given.table.table.number] = _WITH if given.parts or self._is_zero(given) else _WITHOUT
-        numbers = (number, model.reducer.reductions, manager.steps, int(not following))
+        numbers = (number, model.reducer.reductions, manager.steps, int(not following), int(of_backward))
         for peer in manager.peers:
             manager.transport.send(peer, Message(Kind.PRESENT, numbers, (states,)))
         manager.transport.wake()
@@ -160,7 +167,8 @@ class Combiner:
         self._wait_for(lambda: [p for p in manager.peers if p not in present])
         for peer in manager.peers:
             theirs = present[peer]
-            if theirs.numbers[1:3] != numbers[1:3] or len(theirs.arrays[0]) != len(states):
+            same = theirs.numbers[1:3] == numbers[1:3] and theirs.numbers[4] == numbers[4]
+            if not same or len(theirs.arrays[0]) != len(states):
                 raise ManagedTableError(
                     f"rank {manager.rank} combines the gradients of tables after {numbers[1]} sums of gradients and "
                     f"{numbers[2]} steps, rank {peer} after {theirs.numbers[1]} and {theirs.numbers[2]}: every rank "

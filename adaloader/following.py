@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_ITERATIONS = 1 << 32
 _UNASKED = -1
+_NO_SUM = 0, 0, 0
 
 
 class Follower:
@@ -43,7 +44,7 @@ class Follower:
         self._over: set[int] = set()
         self._ended: dict[int, dict[int, Message]] = {}
         self._announced: dict[int, tuple[int, ...]] = {}
-        self._last_sum = 0, 0, np.empty(0, np.int64)
+        self._last_sum = 0, 0, False, np.empty(0, np.int64)
         self._answered: dict[int, set[int]] = {}
         self._clears: dict[int, int] = {}
         self._cleared: dict[int, set[int]] = {}
@@ -65,10 +66,10 @@ class Follower:
         self._under_way.add(following)
         return following
 
-    def announce(self) -> None:
+    def announce(self, carries: bool) -> None:
         """This rank begins a sum of dense gradients: tell the ranks that have ended and would not notice."""
         model = self._model()
-        self._last_sum = model.reducer.reductions + 1, self._manager.steps, self._cleared_since_sum()
+        self._last_sum = model.reducer.reductions + 1, self._manager.steps, carries, self._cleared_since_sum()
         following = {peer for number in self._open for peer in list(self._ended.get(number, ()))}
         for peer in following:
             self._send_last_sum(peer, _UNASKED)
@@ -77,8 +78,9 @@ class Follower:
 
     def _send_last_sum(self, peer: int, iteration: int) -> None:
         """Tell `peer` of the last sum, in answer to its having ended `iteration` if that is not `_UNASKED`."""
-        number, steps, cleared = self._last_sum
-        self._manager.transport.send(peer, Message(Kind.REDUCTIONS, (number, steps, iteration), (cleared,)))
+        number, steps, carries, cleared = self._last_sum
+        numbers = number, steps, int(carries), iteration
+        self._manager.transport.send(peer, Message(Kind.REDUCTIONS, numbers, (cleared,)))
 
     def _cleared_since_sum(self) -> np.ndarray:
         """Return the numbers of the tables whose gradient was cleared since this was last asked."""
@@ -173,8 +175,8 @@ class Follower:
         elif message.kind == Kind.REDUCTIONS:
             number = message.numbers[0]
             self._cleared.setdefault(number, set()).update(message.arrays[0].tolist())
-            self._announced[source] = max(self._announced.get(source, (0, 0)), message.numbers[:2])
-            self._answered.setdefault(message.numbers[2], set()).add(source)
+            self._announced[source] = max(self._announced.get(source, _NO_SUM), message.numbers[:3])
+            self._answered.setdefault(message.numbers[3], set()).add(source)
         elif self._passed_on is not None:
             self._passed_on(source, message)
 
@@ -188,7 +190,7 @@ class Follower:
             return set(list(self._ended.get(iteration, ()))) | manager.closed_peers >= set(manager.peers)
 
         def sum_begun() -> bool:
-            number, steps = max(list(self._announced.values()), default=(0, 0))
+            number, steps, _ = max(list(self._announced.values()), default=_NO_SUM)
             return number > model.reducer.reductions and steps <= manager.steps  # what was stepped before comes first
 
         def all_answered() -> bool:
@@ -222,14 +224,16 @@ class Follower:
         return ", ".join(str(peer) for peer in self._manager.peers if peer not in ended)
 
     def _join_sum(self, model: ManagedModel) -> None:
-        for parameter in model.dense_parameters():
-            parameter.grad = None  # it comes whole from the others
+        carries = bool(max(list(self._announced.values()))[2])
+        if not (carries and model.reducer.has_unstepped):
+            for parameter in model.dense_parameters():
+                parameter.grad = None  # it comes whole from the others
         due = model.reducer.reductions + 1
         self._clear(model, self._cleared.get(due, set()))
         self._cleared = {number: tables for number, tables in list(self._cleared.items()) if number > due}
         model.joining = True
         try:
-            model.reducer.join()
+            model.reducer.join(carries=carries)
         finally:
             model.joining = False
 

@@ -116,9 +116,12 @@ class ManagedModel:
         """Return (weight of this rank's present gradient, all ranks' together or None)."""
         if self.joining:
             return self.follower.weight
-        if self.follower is not None:
-            self.follower.announce()
         return self.batches.weight() or (1.0, None if self.ranks > 1 else 1.0)
+
+    def sum_begins(self, carries: bool) -> None:
+        """A sum of dense gradients begins; `carries` says that gradients gathered inside `no_sync` are in it."""
+        if self.follower is not None and not self.joining:
+            self.follower.announce(carries)
 
     def backward_reached(self, table: ManagedTable, part: Part) -> None:
         table.hidden = False

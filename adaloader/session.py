@@ -4,6 +4,7 @@ loaders."""
 from __future__ import annotations
 
 import atexit
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,11 @@ class Session:
             manager.transport.collective(lambda comm: comm.Ibcast(state, 0), manager.timeout_seconds)
             set_random_state(generator, state)
 
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Return what the loaders' `no_sync` returns."""
+        reducer = self.managed.reducer
+        return contextlib.nullcontext() if reducer is None else reducer.no_sync()
+
     def stats(self) -> dict[str, Any]:
         """Return counts since the model's first loader was built, on this rank.
 
@@ -322,6 +328,7 @@ def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, time
         group,
         weights=managed.weight_of_backward,
         on_reduced=managed.reduced,
+        on_begun=managed.sum_begins,
         on_ended=managed.gradient_hooks.backward_ended,
         timeout_seconds=timeout_seconds,
         describe_peers=whereabouts.describe,
