@@ -51,7 +51,7 @@ class Combiner:
         self._present: dict[int, dict[int, Message]] = defaultdict(dict)
         self._pieces: dict[int, dict[int, dict[int, list[Piece]]]] = {}
         self._sent: dict[int, set[int]] = defaultdict(set)
-        self._given: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+        self._given: dict[tuple[int, ...], dict[int, np.ndarray]] = defaultdict(dict)
         self._passed_on = self._manager.on_control
         self._manager.on_control = self._receive
 
@@ -91,10 +91,10 @@ class Combiner:
         """Return the `values` (float64 `[n]`) of every rank that has rows, in rank order (collective)."""
         rank = self._manager.rank
         self._gathers += 1
-        number = self._gathers
+        number = self._number, self._gathers  # ranks that followed the last exchange do not count with it
         for peer in self._active:
             if peer != rank:
-                self._manager.transport.send(peer, Message(Kind.GIVEN, (number,), (values,)))
+                self._manager.transport.send(peer, Message(Kind.GIVEN, number, (values,)))
         self._manager.transport.wake()
         given = self._given[number]
         self._wait_for(lambda: [p for p in self._active if p != rank and p not in given])
@@ -125,6 +125,7 @@ class Combiner:
     def _exchange(self, sums: Sequence[RowSum], *, following: bool = False, of_backward: bool = False) -> list[RowSum]:
         """Collective: make of `sums`, one per table in order, whole rows; return those that any rank has a part of."""
         self._number += 1
+        self._gathers = 0
         number, manager = self._number, self._manager
         said = self._say_present(number, sums, following, of_backward)
         self._active = [rank for rank in range(manager.ranks) if said[rank][0]]
@@ -253,7 +254,7 @@ class Combiner:
         elif message.kind == Kind.SHARED:
             self._sent[message.numbers[0]].add(source)
         elif message.kind == Kind.GIVEN:
-            self._given[message.numbers[0]][source] = message.arrays[0]
+            self._given[message.numbers][source] = message.arrays[0]
         elif self._passed_on is not None:
             self._passed_on(source, message)
 

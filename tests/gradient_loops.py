@@ -176,16 +176,13 @@ def infinite_in_some_rows(s: Script) -> None:
 
 def hooked(s: Script) -> None:
     """Hooks on tables that scale, clamp and look at the gradient of each backward, and one that sees `.grad`."""
-    called = []
-
-    def look(parameter):
-        called.append(parameter.grad.norm())
+    seen, pooled = [], []
 
     handles = [
         s.model.rows.weight.register_hook(lambda grad: grad * 0.5),
         s.model.rows.weight.register_hook(lambda grad: grad.clamp(-0.01, 0.02)),
-        s.model.rows.weight.register_post_accumulate_grad_hook(look),
-        s.model.bag.weight.register_hook(lambda grad: called.append(grad.norm())),
+        s.model.rows.weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.norm())),
+        s.model.bag.weight.register_hook(lambda grad: pooled.append(grad.norm())),
     ]
     for _ in s.passes():
         for number, batch in enumerate(s.loader):
@@ -195,8 +192,9 @@ def hooked(s: Script) -> None:
             if number % 2:
                 s.step()
                 s.zero_grad()
-        while called:
-            s.note_same(called.pop(0))
+        for called in (seen, pooled):
+            s.note_same(torch.stack(called).sum())
+            called.clear()
         s.zero_grad()
     for handle in handles:
         handle.remove()
