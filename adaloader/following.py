@@ -112,7 +112,8 @@ class Follower:
         model = self._model()
         has_gradient = any(p.grad is not None and bool(p.grad.any()) for p in model.dense_parameters())
         steps = self._manager.steps
-        numbers = (number, model.reducer.reductions, int(has_gradient), steps, int(follow))
+        reductions, scalers = model.reducer.reductions, len(model.scalers)
+        numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers)
         arrays = (np.array(counts, np.int64), self._cleared_since_sum())
         for peer in self._manager.peers:
             self._manager.transport.send(peer, Message(Kind.END, numbers, arrays))
@@ -124,6 +125,7 @@ class Follower:
             ended = dict(self._ended.get(number, {}))
             self._follow_to_the_end(following, list(ended.values()))
             self._take_over_dense_state(model, steps, ended)
+            following.scaler_states = self._states_of_scalers(model, (reductions, scalers), ended)
         for over in [n for n in self._over if set(list(self._ended.get(n, ()))) >= set(self._manager.peers)]:
             self._over.discard(over)
             self._answered.pop(over, None)
@@ -165,6 +167,10 @@ class Follower:
         following, self._postponed = self._postponed, None
         self._catching_up = following  # later: the loop has not come to its scheduler yet
         self.end(following, counts, follow=True)
+
+    def take_over_scalers(self, states: list[torch.Tensor]) -> None:
+        """Set this rank's loss scalers to another's."""
+        self._model().scalers.take_over(states)
 
     # On the background thread
 
@@ -276,6 +282,25 @@ class Follower:
         source = min(rank for rank, taken in steps.items() if taken == furthest)
         broadcast(tensors, model.process_group, source)
 
+    def _states_of_scalers(
+        self, model: ManagedModel, own: tuple[int, int], ended: dict[int, Message]
+    ) -> list[torch.Tensor]:
+        """Return the states of the loss scalers of the rank that was last in its loop (collective).
+
+        `own`: the sums that this rank had taken part in when it ended, and how many scalers it has. Nothing is
+        returned where they need not or cannot be taken over.
+        """
+        if set(ended) != set(self._manager.peers) or not all(end.numbers[4] for end in ended.values()):
+            return []
+        said = {self._manager.rank: own} | {peer: (end.numbers[1], end.numbers[5]) for peer, end in ended.items()}
+        reductions = {rank: each[0] for rank, each in said.items()}
+        if len({each[1] for each in said.values()}) > 1 or len(set(reductions.values())) == 1:
+            return []
+        states = model.scalers.states()
+        if states:
+            broadcast(states, model.process_group, max(reductions, key=lambda rank: (reductions[rank], -rank)))
+        return states
+
     def _step_along(self, model: ManagedModel, number: int, vector: np.ndarray) -> None:
         """Take the step that the others take, with their hyperparameters."""
         optimizer = model.optimizers[number]
@@ -312,6 +337,7 @@ class Following:
         self._counts_at_step: list[int] | None = None
         self._gains_after_step: list[int] | None = None
         self.furthest: list[int] = []
+        self.scaler_states: list[torch.Tensor] = []
 
     def ended(self, reason: str, *, handed_out: bool, later: bool) -> None:
         """The iteration has ended; `later` says that the loop has yet to work on a batch of it."""
@@ -340,12 +366,15 @@ class Following:
         return [now + gain for now, gain in zip(self.counts(), self._gains_after_step, strict=True)]
 
     def catch_up(self) -> None:
-        """Take the scheduler steps that the others took in the loop after this rank had left it."""
+        """Take the scheduler steps that the others took after this rank had left the loop, and their loss scale."""
         for scheduler, count in zip(self.schedulers, self.furthest, strict=False):
             while scheduler._step_count < count:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # about an order of calls that is the others'
                     scheduler.step()
+        if self.scaler_states:
+            self._follower.take_over_scalers(self.scaler_states)
+            self.scaler_states = []
 
     def counts(self) -> list[int]:
         """Return how far the schedulers are."""

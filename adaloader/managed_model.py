@@ -19,6 +19,7 @@ from adaloader.dense import DenseReducer
 from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import groups_by_parameter, hyperparameter_name, hyperparameter_vector, rule_for, snapshot
+from adaloader.scalers import Scalers
 from adaloader.slabs import Buffers, Part
 from adaloader.table_values import load_values
 from adaloader.watch import Watch
@@ -53,6 +54,7 @@ class ManagedModel:
         self.follower: Follower | None = None
         self.combiner: Combiner | None = None
         self.gradient_hooks = GradientHooks(self)
+        self.scalers = Scalers()
         self.optimizer_steps = 0
         self.writes = 0
         self.sessions = 0

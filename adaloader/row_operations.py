@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from adaloader.errors import ManagedTableError
 from adaloader.row_sum import RowSum, refusal
 from adaloader.slabs import Part
 
@@ -82,13 +83,19 @@ def add_(gradient: RowSum, other: RowSum, factor: float) -> None:
 
 def unscale(gradients: Sequence[RowSum], found_inf: torch.Tensor, inverse_scale: torch.Tensor) -> None:
     """Multiply by `inverse_scale` `[1]`; set `found_inf` `[1]` on all ranks where a value of any is not finite."""
-    finite = True
+    finite, factor = True, float(inverse_scale)
+    gradients[0].table.owner.scalers.in_use()
     for gradient in gradients:
         finite &= bool(torch.isfinite(gradient.whole().values.detach()).all())
-        gradient.scale(float(inverse_scale))
-    said = gradients[0].gather(np.array([0.0 if finite else 1.0]))
-    if any(each[0] for each in said):
+        gradient.scale(factor)
+    said = np.stack(gradients[0].gather(np.array([0.0 if finite else 1.0, factor])))
+    if said[:, 0].any():
         found_inf.fill_(1.0)
+    if (said[:, 1] != factor).any():
+        raise ManagedTableError(
+            f"the ranks' losses were scaled by {(1 / said[:, 1]).tolist()}: GradScaler.update() must be called equally "
+            "often on all ranks, for their gradients are averaged"
+        )
 
 
 def tested(gradient: RowSum, test: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

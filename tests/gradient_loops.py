@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -189,15 +190,73 @@ def hooked(s: Script) -> None:
             loss = s.model.loss(batch)
             loss.backward()
             s.note(loss, len(batch["target"]))
+            assert len(seen) == len(pooled) == 1  # called once per backward
+            s.note_same(seen.pop() + pooled.pop())
             if number % 2:
                 s.step()
                 s.zero_grad()
-        for called in (seen, pooled):
-            s.note_same(torch.stack(called).sum())
-            called.clear()
         s.zero_grad()
     for handle in handles:
         handle.remove()
+
+
+def no_sync(s: Script):
+    return s.loader.no_sync() if hasattr(s.loader, "no_sync") else contextlib.nullcontext()
+
+
+def accumulating_without_sums(s: Script) -> None:
+    """Over three batches, the last of an epoch included; two epochs run on into each other."""
+    for _ in s.passes():
+        for number, batch in enumerate(s.loader, 1):
+            with no_sync(s) if number % 3 else contextlib.nullcontext():
+                loss = s.model.loss(batch) / 3
+                loss.backward()
+            s.note(loss, len(batch["target"]))
+            if number % 3 == 0:
+                s.note_same(clip_grad_norm_(s.model.parameters(), 0.1))
+                s.step()
+                s.zero_grad()
+
+
+def dropping_what_was_not_summed(s: Script) -> None:
+    """Cleared at the start of every third batch; the epoch ends inside."""
+    for _ in s.passes():
+        for number, batch in enumerate(s.loader):
+            if number % 3 == 0:
+                s.zero_grad()
+            with no_sync(s) if number % 3 < 2 else contextlib.nullcontext():
+                loss = s.model.loss(batch) / 3
+                loss.backward()
+            s.note(loss, len(batch["target"]))
+            if number % 3 == 2:
+                s.step()
+
+
+def stepping_without_a_sum(s: Script) -> None:
+    """The loop forgets it: the step sums."""
+    for _ in s.passes():
+        for number, batch in enumerate(s.loader):
+            with no_sync(s):
+                loss = s.model.loss(batch) / 2
+                loss.backward()
+                s.note(loss, len(batch["target"]))
+                if number % 2:
+                    s.step()
+                    s.zero_grad()
+
+
+def sum_after_sum(s: Script) -> None:
+    """What was summed before stays in `.grad`, and counts once."""
+    for _ in s.passes():
+        for number, batch in enumerate(s.loader):
+            with no_sync(s) if number % 2 else contextlib.nullcontext():
+                loss = s.model.loss(batch) / 4
+                loss.backward()
+            s.note(loss, len(batch["target"]))
+            if number % 4 == 3:
+                s.step()
+                s.zero_grad()
+        s.zero_grad()
 
 
 ALL = {
@@ -230,5 +289,9 @@ ALL = {
         with_scaler,
         infinite_in_some_rows,
         hooked,
+        accumulating_without_sums,
+        dropping_what_was_not_summed,
+        stepping_without_a_sum,
+        sum_after_sum,
     )
 }
