@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 
 class Deferral:
-    """Whether backwards are to wait for a later sum, and whether some do.
+    """Whether backwards are to wait for a later sum, and how many do (`pending`).
 
     Invariant: gradients pass `factor` on their way into `.grad` inside `no_sync()`, and from then on until they have
     been summed.
@@ -25,7 +25,7 @@ class Deferral:
     """
 
     def __init__(self, factor: Callable[[], float]):
-        self.pending = False
+        self.pending = 0
         self._factor = factor
         self._depth = 0
         self._handles: list = []
@@ -53,7 +53,7 @@ class Deferral:
 
     def summed(self) -> None:
         """What was pending has been summed."""
-        self.pending = False
+        self.pending = 0
         self._release()
 
     def _release(self) -> None:

@@ -157,6 +157,11 @@ class DenseReducer:
     @property
     def is_deferred(self) -> bool:
         """Whether gradients of backwards inside `no_sync` wait to be summed."""
+        return self._deferral.pending > 0
+
+    @property
+    def deferred(self) -> int:
+        """How many backwards inside `no_sync` wait to be summed."""
         return self._deferral.pending
 
     @property
@@ -218,7 +223,8 @@ class DenseReducer:
         """
         with self._lock:
             weight, total = self._ask_weights()
-            self._deferral.pending |= carries
+            if carries and not self.is_deferred:
+                self._deferral.pending = 1
             self._begin(0.0 if zero else weight, total, joined=zero)
             return self._finish()
 
@@ -322,7 +328,7 @@ class DenseReducer:
         total, active = current.total, int(not current.joined)
         if current.deferred:
             self._ever_fired |= current.fired
-            self._deferral.pending = True
+            self._deferral.pending += 1
             self._forget()
             self._on_reduced(current.weight / total)
             self._on_ended()

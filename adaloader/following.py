@@ -47,7 +47,7 @@ class Follower:
         self._last_sum = 0, 0, False, np.empty(0, np.int64)
         self._answered: dict[int, set[int]] = {}
         self._clears: dict[int, int] = {}
-        self._cleared: dict[int, set[int]] = {}
+        self._cleared: dict[int, set[tuple[int, int]]] = {}
         self._total_weight: float | None = None
         self._postponed: Following | None = None
         self._catching_up: Following | None = None
@@ -83,11 +83,13 @@ class Follower:
         self._manager.transport.send(peer, Message(Kind.REDUCTIONS, numbers, (cleared,)))
 
     def _cleared_since_sum(self) -> np.ndarray:
-        """Return the numbers of the tables whose gradient was cleared since this was last asked."""
+        """Return (number, backwards inside `no_sync` before) of the tables whose gradient was cleared since this was
+        last asked, int64 `[n, 2]`.
+        """
         tables = self._model().tables
-        numbers = [table.table.number for table in tables if table.clears != self._clears.get(table.table.number, 0)]
+        cleared = [table for table in tables if table.clears != self._clears.get(table.table.number, 0)]
         self._clears = {table.table.number: table.clears for table in tables}
-        return np.array(numbers, np.int64)
+        return np.array([(table.table.number, table.cleared_after) for table in cleared], np.int64).reshape(-1, 2)
 
     @property
     def ranks_may_differ(self) -> bool:
@@ -113,7 +115,7 @@ class Follower:
         has_gradient = any(p.grad is not None and bool(p.grad.any()) for p in model.dense_parameters())
         steps = self._manager.steps
         reductions, scalers = model.reducer.reductions, len(model.scalers)
-        numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers)
+        numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers, model.reducer.deferred)
         arrays = (np.array(counts, np.int64), self._cleared_since_sum())
         for peer in self._manager.peers:
             self._manager.transport.send(peer, Message(Kind.END, numbers, arrays))
@@ -123,7 +125,7 @@ class Follower:
             while self._follow_once(number):
                 pass
             ended = dict(self._ended.get(number, {}))
-            self._follow_to_the_end(following, list(ended.values()))
+            self._follow_to_the_end(following, (reductions, numbers[6]), list(ended.values()))
             self._take_over_dense_state(model, steps, ended)
             following.scaler_states = self._states_of_scalers(model, (reductions, scalers), ended)
         for over in [n for n in self._over if set(list(self._ended.get(n, ()))) >= set(self._manager.peers)]:
@@ -180,7 +182,7 @@ class Follower:
             self._send_last_sum(source, message.numbers[0])
         elif message.kind == Kind.REDUCTIONS:
             number = message.numbers[0]
-            self._cleared.setdefault(number, set()).update(message.arrays[0].tolist())
+            self._cleared.setdefault(number, set()).update(map(tuple, message.arrays[0].tolist()))
             self._announced[source] = max(self._announced.get(source, _NO_SUM), message.numbers[:3])
             self._answered.setdefault(message.numbers[3], set()).add(source)
         elif self._passed_on is not None:
@@ -231,11 +233,11 @@ class Follower:
 
     def _join_sum(self, model: ManagedModel) -> None:
         carries = bool(max(list(self._announced.values()))[2])
-        if not (carries and model.reducer.has_unstepped):
+        due = model.reducer.reductions + 1
+        cleared = self._clear(model, self._cleared.get(due, set()))
+        if cleared or not (carries and model.reducer.has_unstepped):
             for parameter in model.dense_parameters():
                 parameter.grad = None  # it comes whole from the others
-        due = model.reducer.reductions + 1
-        self._clear(model, self._cleared.get(due, set()))
         self._cleared = {number: tables for number, tables in list(self._cleared.items()) if number > due}
         model.joining = True
         try:
@@ -243,18 +245,29 @@ class Follower:
         finally:
             model.joining = False
 
-    def _clear(self, model: ManagedModel, numbers: set[int]) -> None:
-        """Clear the gradients that the others have cleared: what this rank had left of its last batches counts no
-        more."""
+    def _clear(self, model: ManagedModel, cleared: set[tuple[int, int]]) -> bool:
+        """Clear the gradients that the others have cleared, and say whether there were any: what this rank had left of
+        its last batches counts no more, unless they were cleared before these.
+        """
+        deferred = model.reducer.deferred
+        numbers = {number for number, after in cleared if after >= deferred}
         for table in model.tables:
             if table.table.number in numbers:
                 table.clear_gradient()
+        return bool(numbers)
 
-    def _follow_to_the_end(self, following: Following, ends: list[Message]) -> None:
-        """Do what those that ended last did after their last sum; note how far their schedulers had come."""
+    def _follow_to_the_end(self, following: Following, own: tuple[int, int], ends: list[Message]) -> None:
+        """Do what those that ended last did after their last sum; note how far their schedulers had come.
+
+        `own`: the sums, and the backwards inside `no_sync` since, that this rank had had when it ended.
+        """
         model = self._model()
-        last = [end for end in ends if end.numbers[1] == model.reducer.reductions]
-        self._clear(model, {number for end in last for number in end.arrays[1].tolist()})
+        progress = [(end.numbers[1], end.numbers[6]) for end in ends]
+        furthest = max([own, *progress])
+        last = [end for end, at in zip(ends, progress, strict=True) if at == furthest]
+        if furthest[0] != model.reducer.reductions:
+            last = []
+        self._clear(model, {tuple(each) for end in last for each in end.arrays[1].tolist()})
         if last and not any(end.numbers[2] for end in last):
             for parameter in model.dense_parameters():
                 parameter.grad = None

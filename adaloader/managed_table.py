@@ -90,6 +90,7 @@ class ManagedTable:
     frequency_lookups: tuple[int, int] = (0, 0)
     all_rows_held: bool = False
     clears: int = 0
+    cleared_after: int = 0
     settled_at: int = 0
     captured: list[Part] | None = None
     hooks: OrderedDict = field(default_factory=OrderedDict)
@@ -302,6 +303,7 @@ class ManagedTable:
         self.gradient.changed()
         self.settle_gradient(keep_zero and self.may_have_gradient)
         self.clears += 1
+        self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
 
     def step_gradients(self) -> list[pm.TableGradient]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
