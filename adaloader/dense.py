@@ -70,6 +70,7 @@ class DenseReducer:
     zeros from the others. Sparse gradients (`nn.Embedding(sparse=True)`) travel densely, as their tables are
     small, and come out sparse again, with the union of the ranks' rows.
 
+    `reductions` have been made; `backwards` counts those and the backwards inside `no_sync`.
     `some_joined` says of the last reduction whether a rank joined it without a backward (None: nothing was sent).
 
     All ranks must construct it with the same parameters and make the same reductions. Ranks that are not in
@@ -117,6 +118,7 @@ class DenseReducer:
             ValueError: the ranks' parameters differ in name, order, shape or dtype.
         """
         self.reductions = 0
+        self.backwards = 0
         self.some_joined: bool | None = None
         self._parameters = list({parameter: name for name, parameter in named_parameters}.items())
         self._group = group
@@ -329,6 +331,7 @@ class DenseReducer:
         if current.deferred:
             self._ever_fired |= current.fired
             self._deferral.pending += 1
+            self.backwards += 1
             self._forget()
             self._on_reduced(current.weight / total)
             self._on_ended()
@@ -379,6 +382,7 @@ class DenseReducer:
         self._forget()
         self._index += 1
         self.reductions += 1
+        self.backwards += 1
 
     def _forget(self) -> None:
         for handle in self._current.handles:

@@ -102,8 +102,8 @@ class Follower:
         return 0.0, self._total_weight
 
     def progress(self) -> tuple[int, int]:
-        """Steps that this rank has taken, and sums that it has taken part in."""
-        return self._manager.steps, self._model().reducer.reductions
+        """Steps that this rank has taken, and backwards that it has had or joined."""
+        return self._manager.steps, self._model().reducer.backwards
 
     def end(self, following: Following, counts: list[int], *, follow: bool) -> None:
         """This rank has no more batches in an iteration, or has left its loop; with `follow`, stay until all have
