@@ -9,6 +9,7 @@ there at the end.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,16 @@ from adaloader.slabs import Part
 if TYPE_CHECKING:
     from adaloader.managed_model import ManagedModel
     from adaloader.managed_table import ManagedTable
+
+
+class OfTable:
+    """A hook of a table. Autograd, which may still hold it, gets nothing by calling it; `call` is for tables."""
+
+    def __init__(self, call: Callable[[torch.Tensor], object]):
+        self.call = call
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        return None
 
 
 class GradientHooks:
@@ -61,7 +72,8 @@ class GradientHooks:
             given = [rows for rows in given if rows.parts]
         if not model.joining:
             with_graph = any(part.values.requires_grad for rows in given for part in rows.parts)
-            with torch.set_grad_enabled(with_graph), model.paused():
+            # backward(inputs=[a table]) is run with the operations of tables switched off, hooks are not
+            with torch.set_grad_enabled(with_graph), torch._C._EnableTorchFunction(), model.paused():
                 for rows in given:
                     _call(rows)
 
@@ -71,7 +83,7 @@ def _call(rows: RowSum) -> None:
     table = rows.table
     gradient = row_gradient(rows)
     for hook in list(table.hooks.values()):
-        returned = hook(gradient)
+        returned = hook.call(gradient)
         if returned is not None:
             if not (isinstance(returned, RowGradient) and returned._sum.table is table):
                 raise ManagedTableError(
@@ -83,4 +95,5 @@ def _call(rows: RowSum) -> None:
     table.gradient.changed()
     table.has_gradient = True
     for hook in list(table.post_hooks.values()):
-        hook(table.parameter)
+        if hook.call(table.parameter) is not None:
+            raise RuntimeError("Tensor post accumulate grad hooks should return None.")

@@ -219,15 +219,27 @@ class ManagedModel:
             self.reducer.finish_step()
         number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
         gradients, groups = [], {}
+        is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
             groups[table.table.number] = snapshot(group)
-            gradients += table.step_gradients()
+            gradients += [] if is_skipped else table.step_gradients()
         finished = self.batches.finish_used()
         vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
         self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)
         self.optimizer_steps += 1
         if self.follower is not None and not self.joining:
             self.follower.step_taken()
+
+    def _unscale_fused(self, optimizer: Optimizer) -> bool:
+        """Do to rows what a fused optimizer does itself where a `GradScaler` steps it: unscale gradients. Return
+        whether a gradient was not finite, so that the step changes nothing.
+        """
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            for table, _ in self._held_by(optimizer):
+                table.gradient.scale(1.0 / float(scale))
+        found_inf = getattr(optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
 
     def describe_hyperparameter(self, optimizer: int, at: int) -> str:
         return hyperparameter_name(self.optimizers[optimizer], at)

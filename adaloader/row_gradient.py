@@ -193,7 +193,8 @@ def _power(gradient, exponent) -> RowGradient:
 
 
 def _reduced(operation):
-    def handler(gradient, *args, dtype=None, **kwargs):
+    def handler(input, *args, dtype=None, **kwargs):
+        gradient = input
         if args or any(v not in (None, False) for v in kwargs.values()):
             raise _refusal(gradient, f"{operation.__name__} along a dimension")
         return operation(gradient._sum) if dtype is None else operation(gradient._sum, dtype)

@@ -17,6 +17,7 @@ from adaloader import functional_grad, lookups
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import ManagedTableError
+from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class _ManagedTensor:
             return handler(*args, **kwargs)
         if func is torch.autograd.grad:
             return functional_grad.grad(*args, **kwargs)
+        if func is torch.autograd.backward:  # with a table among its inputs=, which the graph knows
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func in FORM or func in _FORM_OF_ARGUMENT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -202,17 +206,19 @@ def _registers(name: str):
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
         hooks = getattr(tensor._managed, name)
         handle = RemovableHandle(hooks)
-        hooks[handle.id] = hook
+        hooks[handle.id] = OfTable(hook)
         return handle
 
     return handler
 
 
 def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
-    """Keep hooks with the table; those of the parameter itself would be called without a gradient."""
+    """Keep hooks with the table: autograd would call them for the parameter itself, which gets no gradient."""
     for attribute, kept in (("_backward_hooks", "hooks"), ("_post_accumulate_grad_hooks", "post_hooks")):
         hooks = getattr(parameter, attribute)
         if hooks is not None:
+            for key, hook in list(hooks.items()):
+                hooks[key] = OfTable(hook)
             setattr(table, kept, hooks)  # the very dict: handles remove from it
             setattr(parameter, attribute, None)
 

@@ -239,7 +239,7 @@ REFUSED = {
     "index": lambda g: g[3],
     "numpy": lambda g: g.numpy(),
     "cat": lambda g: torch.cat([g.detach(), torch.ones(1, DIM)]),
-    "keyword": lambda g: torch.sum(input=g),
+    "keyword": lambda g: torch.sum(input=g, dim=1),
     "norm of rows": lambda g: g.norm(dim=1),
     "norm, kept": lambda g: torch.linalg.vector_norm(g, 2, dim=0),
     "spectral norm": lambda g: torch.linalg.norm(g, 2),

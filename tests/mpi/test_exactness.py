@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from adaloader import AdaLoader, ManagedTableError, full_optimizer_state_dict, full_state_dict
+from adaloader import AdaLoader, full_optimizer_state_dict, full_state_dict
 
 ROWS, FIELDS, DENSE, DIM = 60, 4, 3, 4
 LIMITS = {torch.float32: (5e-6, 5e-5), torch.float64: (1e-10, 1e-10)}
