@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -26,16 +26,19 @@ from adaloader.init_program import DeferredInitError
 from adaloader.managed_model import ManagedModel, log
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for, snapshot
+from adaloader.probation import Probation
 from adaloader.table_parameter import TableParameter, become_table
-from adaloader.table_values import broadcast_array, load_states, load_values
+from adaloader.table_values import broadcast_array, load_states
 
 _TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _MASK64 = (1 << 64) - 1
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-def find_tables(model: nn.Module, min_rows: int) -> dict[str, nn.Parameter]:
+def find_tables(model: nn.Module, min_rows: int, strategy: Mapping[str, str]) -> dict[str, nn.Parameter]:
     """Return the parameters to manage by name, in the model's order: deferred ones, and embeddings of `min_rows`.
+
+    `strategy` may say otherwise of a name.
 
     Raises:
         ValueError: for a table on another device than the CPU, one that shares its memory with another parameter or
@@ -56,7 +59,13 @@ def find_tables(model: nn.Module, min_rows: int) -> dict[str, nn.Parameter]:
             and parameter.ndim == 2
             and parameter.shape[0] >= min_rows
         )
-        if not is_table:
+        chosen = strategy.get(name)
+        if chosen == "dense" and isinstance(parameter, DeferredTensor):
+            raise ValueError(
+                f'strategy says "dense" of table {name!r}, which was declared under deferred_init and has no values; '
+                "build it outside of that context"
+            )
+        if not (chosen == "managed" or (is_table and chosen != "dense")):
             continue
         _check_table(name, parameter)
         if parameter.dtype not in _DTYPES:
@@ -164,29 +173,43 @@ def specs_for(found: dict[str, nn.Parameter], optimizers: list[Optimizer], seeds
 def _filler(name: str, parameter: nn.Parameter, seed: int | None) -> Callable[[np.ndarray, np.ndarray], None]:
     program = program_of(parameter)
     if program is None:
-        return lambda rows, out: out.fill(0)  # every row of an existing table is loaded before it is first touched
+        return lambda rows, out: out.fill(0)  # replaced by the values that the table has, see `adopt`
     chosen = program.seed if seed is None else seed
     return lambda rows, out: program.fill(rows, out, seed=chosen, name=name)
 
 
 def adopt(model: ManagedModel, found: dict[str, nn.Parameter], specs: list[pm.TableSpec]) -> None:
     """Make the parameters in `found` managed tables (collective): values and optimizer state move into the manager."""
-    for (name, parameter), table in zip(found.items(), model.manager.add_tables(specs), strict=True):
-        held = held_anywhere(model.optimizers, parameter, table.spec.rule)
-        differs_by_row, constant, steps = _form_on_rank_0(model.manager, held)
+    held = [held_anywhere(model.optimizers, found[spec.name], spec.rule) for spec in specs]
+    probations = [
+        Probation(found[spec.name], of_spec) if program_of(found[spec.name]) is None else None
+        for spec, of_spec in zip(specs, held, strict=True)
+    ]
+    specs = [
+        spec if probation is None else replace(spec, fill=probation.fill, fill_states=probation.fill_states)
+        for spec, probation in zip(specs, probations, strict=True)
+    ]
+    tables = model.manager.add_tables(specs)
+    for table, of_table, probation in zip(tables, held, probations, strict=True):
+        parameter = found[table.spec.name]
+        differs_by_row, constant, steps = _form_on_rank_0(model.manager, of_table)
         table.spec = replace(table.spec, group=starting_from(table.spec.group, table.spec.rule, constant))
         table.gradient_steps = steps
-        if program_of(parameter) is not None:
+        if probation is None:
             take_over(parameter)
+            if differs_by_row:
+                load_states(model.manager, table, of_table.values)
         else:
-            load_values(model.manager, table, parameter.detach())
-        if differs_by_row:
-            load_states(model.manager, table, held.values)
-        managed = ManagedTable(name, parameter, table, weakref.ref(model))
-        managed.all_rows_held = program_of(parameter) is None
+            probation.take_from_rank_0(model.manager, table.store.record_class.state_words, differs_by_row)
+        managed = ManagedTable(table.spec.name, parameter, table, weakref.ref(model), probation=probation)
+        managed.is_deferred, managed.steps_before = probation is None, steps
         become_table(parameter, managed)
-        free_state(model.optimizers, parameter)
+        if probation is not None:
+            model.watched[table.spec.name] = weakref.ref(parameter)
+        else:
+            free_state(model.optimizers, parameter)
         model.tables.append(managed)
+    model.manager.rewrite_ended()  # nobody asks for rows before all ranks have rank 0's values
 
 
 def adopt_later(model: ManagedModel, table: ManagedTable, optimizer: Optimizer, at: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,17 +19,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
-from adaloader.held_state import free_state, held_anywhere, hyperparameters
+from adaloader.dense_use import become_dense
+from adaloader.held_state import held_anywhere, hyperparameters
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for
+from adaloader.probation import Probation, confirm
 from adaloader.table_parameter import FORM, LOOKUPS, TableParameter, become_table
 
-_CHUNK_ROWS = 1 << 16
 # Modules of PyTorch's own multiply their weights; these only hold parameters for others.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 # What a rank has decided of a candidate.
-_OPEN, _TABLE, _DENSE = range(3)
+_OPEN, _TABLE_SO_FAR, _TABLE, _DENSE = range(4)
 
 
 def find_candidates(model: nn.Module, tables: Collection[str], min_rows: int) -> dict[str, nn.Parameter]:
@@ -102,6 +104,7 @@ class CandidateParameter(nn.Parameter):
     """A parameter that waits for its first use."""
 
     _decide: Callable[[bool], None]
+    decides_before_rows = True
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -184,9 +187,9 @@ def _state_source(
 
 
 def agree_on_candidates(model: ManagedModel) -> None:
-    """Decide on every rank what any rank has decided of a candidate (collective).
+    """Decide on every rank what any rank has decided of a parameter that may be a table (collective).
 
-    A rank that has not used a parameter yet still holds it whole; what concerns all tables needs all ranks to agree.
+    A rank that has not used it yet still holds it whole; what concerns all tables needs all ranks to agree.
 
     Raises:
         ValueError: on every rank, if a parameter is a table on some ranks and dense on others.
@@ -204,16 +207,29 @@ def agree_on_candidates(model: ManagedModel) -> None:
             raise ValueError(
                 f"parameter {name!r} was looked up on ranks {tables} and used otherwise on ranks {dense}; all ranks "
                 f"must "
-                "use it the same way, or name it in keys= (to make it a table), or raise min_rows (to keep it dense)"
+                "use it the same way, or say in strategy= what it is"
             )
-        if decided[at] == _OPEN and (tables or dense):
-            parameter()._decide(bool(tables))
+        if dense:
+            _become_dense(parameter())
+        elif (all_decided[:, at] != _OPEN).any():
+            decide_now(parameter())
+            if tables and parameter()._managed.probation is not None:
+                confirm(parameter()._managed)
+
+
+def _become_dense(parameter: nn.Parameter) -> None:
+    if isinstance(parameter, CandidateParameter):
+        parameter._decide(False)
+    elif isinstance(parameter, TableParameter):
+        become_dense(parameter._managed, "another rank's use of the parameter")
 
 
 def _decision(parameter: nn.Parameter) -> int:
     if isinstance(parameter, CandidateParameter):
         return _OPEN
-    return _TABLE if isinstance(parameter, TableParameter) else _DENSE
+    if isinstance(parameter, TableParameter):
+        return _TABLE if parameter._managed.probation is None else _TABLE_SO_FAR
+    return _DENSE
 
 
 def state_was_loaded(model: ManagedModel) -> None:
@@ -225,17 +241,14 @@ def state_was_loaded(model: ManagedModel) -> None:
 
 
 def _promote(model: ManagedModel, name: str, parameter: nn.Parameter, table) -> None:
-    """Make a table of a candidate: this rank keeps the rows that it owns, and the parameter's memory is freed."""
-    manager = model.manager
-    for start in range(0, table.spec.rows, _CHUNK_ROWS):
-        rows = manager.rows_owned(table, np.arange(start, min(start + _CHUNK_ROWS, table.spec.rows), dtype=np.int64))
-        manager.touch(table, rows)
-    managed = ManagedTable(name, parameter, table, weakref.ref(model))
-    managed.all_rows_held = True
+    """Make a table of a candidate; its memory is kept for as long as it may still become dense (see `probation.py`)."""
+    held = held_anywhere(model.optimizers, parameter, table.spec.rule)
+    managed = ManagedTable(name, parameter, table, weakref.ref(model), probation=Probation(parameter, held))
+    managed.steps_before = table.gradient_steps
+    table.spec = replace(table.spec, fill=managed.probation.fill, fill_states=managed.probation.fill_states)
     if model.reducer is not None:
         model.reducer.drop(parameter)
     become_table(parameter, managed)
-    free_state(model.optimizers, parameter)
     model.table_added(managed)
 
 

@@ -144,7 +144,8 @@ class DenseReducer:
         self._hooks: dict[Parameter, RemovableHandle] = {}
         if group is not None:
             self._replan()
-            self._hooks = {parameter: hook_gradient(parameter, self._on_gradient) for parameter, _ in self._parameters}
+            for parameter, _ in self._parameters:
+                self._hook(parameter)
 
     @property
     def begun(self) -> int:
@@ -243,6 +244,19 @@ class DenseReducer:
                 self._hooks.pop(parameter).remove()
             self._ever_fired.discard(parameter)
             self._signature = None
+
+    def add(self, parameter: Parameter, name: str, order: list[Parameter]) -> None:
+        """Take `parameter` in from the next reduction on, placed as in `order` (on every rank): it is no table."""
+        with self._lock:
+            names = dict(self._parameters) | {parameter: name}
+            place = {id(p): at for at, p in enumerate(order)}
+            self._parameters = sorted(names.items(), key=lambda item: place.get(id(item[0]), len(place)))
+            self._signature = None
+            if self._group is not None and parameter not in self._hooks:
+                self._hook(parameter)
+
+    def _hook(self, parameter: Parameter) -> None:
+        self._hooks[parameter] = hook_gradient(parameter, self._on_gradient)
 
     def close(self) -> None:
         """Let go of the parameters: their gradients are this rank's own again."""

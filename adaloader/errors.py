@@ -5,5 +5,9 @@ class ManagedTableError(RuntimeError):
     """An operation reached a managed table that is neither a lookup nor handled otherwise."""
 
 
+class WholeTableError(ManagedTableError):
+    """A lookup that would read every row of a managed table."""
+
+
 class UnsupportedOptimizerError(ValueError):
     """An optimizer (or one of its options) that managed tables cannot be trained with."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from adaloader.free_memory import free_bytes
 from adaloader.managed_model import ManagedModel, log, managed_models
 from adaloader.managed_table import ManagedTable
 from adaloader.table_values import numbers_of_rank_0
 
 _CHUNK_ROWS = 1 << 16
-# Where containers find their limits, and the files of a limit and of what is used: cgroup version 2, and 1.
-_CGROUPS = ("/sys/fs/cgroup", "/sys/fs/cgroup/memory")
-_CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 def managed_of(model: nn.Module, instead: str) -> ManagedModel:
@@ -82,6 +79,8 @@ def gather_table(managed: ManagedModel, table: ManagedTable, *, states: bool = F
         array = whole.numpy()
         if states:
             array.fill(spec.rule.initial_state(spec.group))
+            if table.probation is not None:
+                table.probation.fill_states(np.arange(spec.rows), array)
         elif not table.all_rows_held:
             for start in range(0, spec.rows, _CHUNK_ROWS):
                 rows = np.arange(start, min(start + _CHUNK_ROWS, spec.rows), dtype=np.int64)
@@ -121,26 +120,3 @@ def check_memory(managed: ManagedModel, needed_bytes: int) -> None:
         raise MemoryError(message + "; keep the tables sharded, or gather on a machine with more memory")
     if managed.manager.rank == 0:
         log.info(message)
-
-
-def free_bytes() -> int:
-    """Return the memory available to this process without swapping, -1 if the system does not say."""
-    available = [left for root in _CGROUPS if (left := _left_in_cgroup(Path(root))) is not None]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-        available.append(int(line.split()[1]) * 1024)
-    return min(available, default=-1)
-
-
-def _left_in_cgroup(folder: Path) -> int | None:
-    """Return what a container's limit leaves, counting cached files as free; None where there is no limit."""
-    for limit_name, usage_name in _CGROUP_FILES:
-        if (folder / limit_name).exists() and (folder / usage_name).exists():
-            limit = (folder / limit_name).read_text().strip()
-            if limit == "max":
-                return None
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cached = int(statistics.get("active_file", 0)) + int(statistics.get("inactive_file", 0))
-            return max(0, int(limit) - int((folder / usage_name).read_text()) + cached)
-    return None

@@ -9,6 +9,7 @@ there at the end.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,16 @@ class OfTable:
 
     def __call__(self, gradient: torch.Tensor) -> None:
         return None
+
+
+def give_back_hooks(table: ManagedTable) -> None:
+    """The parameter is an ordinary one again: its hooks are autograd's to call."""
+    for attribute, hooks in (("_backward_hooks", table.hooks), ("_post_accumulate_grad_hooks", table.post_hooks)):
+        if hooks:
+            for key, hook in list(hooks.items()):
+                hooks[key] = hook.call
+            setattr(table.parameter, attribute, hooks)
+    table.hooks, table.post_hooks = OrderedDict(), OrderedDict()
 
 
 class GradientHooks:

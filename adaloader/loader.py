@@ -51,6 +51,8 @@ class AdaLoader(StatefulDataLoader):
         batch_weight: function of a batch giving its weight in the average over ranks. For loaders whose ranks have
             batches of their own; by default each rank with a batch counts 1.
         timeout_seconds: how long to wait for another rank before an error names it.
+        strategy: by name of a parameter, "managed" (a table, however few rows it has) or "dense" (an ordinary
+            parameter). By default a table that is used as a whole in its first step becomes dense by itself.
 
     Raises:
         ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
@@ -84,6 +86,7 @@ class AdaLoader(StatefulDataLoader):
         comm=None,
         batch_weight: Callable[[Any], float] | None = None,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        strategy: Mapping[str, str] | None = None,
         **kwargs,
     ):
         orders = (
@@ -107,9 +110,9 @@ class AdaLoader(StatefulDataLoader):
         )
         self._session: Session | None = None
         self._place = None
-        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds)
+        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy)
         if model is None:
-            _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm)
+            _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
             return
         self._shuffles_or_generates = orders and (bool(shuffle) or generator is not None)
         order = "batches of the rank's own"
@@ -147,6 +150,7 @@ class AdaLoader(StatefulDataLoader):
         comm=None,
         batch_weight: Callable[[Any], float] | None = None,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        strategy: Mapping[str, str] | None = None,
     ) -> WrappedLoader:
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
@@ -154,7 +158,7 @@ class AdaLoader(StatefulDataLoader):
         Collective. Keywords as for `AdaLoader`. A rank that runs out of batches first contributes zero until the
         others have finished theirs.
         """
-        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds)
+        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy)
         return WrappedLoader(iterable, model, optimizer, settings)
 
     def __len__(self) -> int:

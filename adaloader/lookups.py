@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from adaloader.errors import ManagedTableError
+from adaloader.errors import ManagedTableError, WholeTableError
 from adaloader.rows_view import guarded
 from adaloader.slabs import expand
 
@@ -75,7 +75,7 @@ def embedding_bag(
 def index_select(input, dim, index):
     """`index_select` of rows (dim 0) of a managed table."""
     if dim not in (0, -2):
-        raise ManagedTableError(
+        raise WholeTableError(
             f"index_select of table {input._managed.name!r} along dimension {dim} would read every row of it; only "
             "rows (dimension 0) can be looked up"
         )
@@ -107,6 +107,22 @@ def get_item(weight, index):
         if rest:
             rows = rows[(slice(None),) * ids.ndim + rest]
         return guarded(rows, table.name) if basic and not advanced else rows
+
+
+def ids_of_assignment(table, index) -> tuple[torch.Tensor, tuple] | None:
+    """Return the ids that `table[index] = ...` writes, and the rest of the index; None where it writes all rows."""
+    parts = index if isinstance(index, tuple) else tuple(index) if _is_tuple_to_pytorch(index) else (index,)
+    if not parts or parts[0] is None or parts[0] is Ellipsis or isinstance(parts[0], bool):
+        return None
+    first, num_rows = parts[0], table.table.spec.rows
+    if isinstance(first, (list, np.ndarray)):
+        first = torch.as_tensor(first)
+    if isinstance(first, torch.Tensor) and first.dtype in (torch.bool, torch.uint8):
+        return (first.nonzero().squeeze(1), parts[1:]) if first.ndim == 1 and len(first) == num_rows else None
+    if isinstance(first, slice):
+        rows = range(*first.indices(num_rows))
+        return None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step), parts[1:])
+    return _from_the_front(table, _ids_of_index(table, first)), parts[1:]
 
 
 def _is_tuple_to_pytorch(index) -> bool:
@@ -141,6 +157,11 @@ def _ids_of_index(table, index) -> torch.Tensor:
         index = torch.as_tensor(index if len(index) else np.empty(np.shape(index), np.int64))
     if isinstance(index, torch.Tensor) and not hasattr(index, "_managed"):
         if index.dtype in (torch.bool, torch.uint8):
+            if index.shape != table.parameter.shape[: index.ndim]:
+                raise IndexError(
+                    f"a mask of shape {list(index.shape)} does not fit table {table.name!r} "
+                    f"{list(table.parameter.shape)}"
+                )
             raise _whole_table(table, index)
         return index
     if isinstance(index, slice) and index != slice(None):
@@ -152,11 +173,14 @@ def _ids_of_index(table, index) -> torch.Tensor:
             return torch.arange(rows.start, rows.stop, rows.step)
     if hasattr(index, "__index__") and not isinstance(index, (bool, torch.Tensor)):
         return torch.tensor(operator.index(index))
-    raise _whole_table(table, index)
+    if index is None or index is Ellipsis or isinstance(index, (bool, slice)):
+        raise _whole_table(table, index)
+    shown = f"table {index._managed.name!r}" if hasattr(index, "_managed") else repr(index)
+    raise TypeError(f"table {table.name!r} cannot be indexed with {shown}: ids are integers, or tensors of integers")
 
 
-def _whole_table(table, index) -> ManagedTableError:
-    return ManagedTableError(
+def _whole_table(table, index) -> WholeTableError:
+    return WholeTableError(
         f"table {table.name!r}[{index!r}] would read the whole table, whose rows AdaLoader manages; index it with "
         f"integer ids, or keep it dense: AdaLoader(..., min_rows={table.table.spec.rows + 1})"
     )

@@ -19,9 +19,9 @@ from adaloader.dense import DenseReducer
 from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import groups_by_parameter, hyperparameter_name, hyperparameter_vector, rule_for, snapshot
+from adaloader.probation import confirm
 from adaloader.scalers import Scalers
 from adaloader.slabs import Buffers, Part
-from adaloader.table_values import load_values
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ class ManagedModel:
     `optimizer.step()`, not with batches.
     """
 
-    def __init__(self, model: nn.Module, manager: pm.Manager, settings: dict[str, object]):
+    def __init__(self, model: nn.Module, manager: pm.Manager, settings: dict[str, object], strategy: dict[str, str]):
         self.model = weakref.ref(model)
         self.manager = manager
         self.settings = settings
+        self.strategy = strategy
         self.tables: list[ManagedTable] = []
         self.optimizers: list[Optimizer] = []
         self.buffers = Buffers()
@@ -62,6 +63,7 @@ class ManagedModel:
         self.process_group = None
         self.on_table_added: Callable[[ManagedModel, ManagedTable], None] = lambda model, table: None
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
+        self.dense_because: dict[str, str] = {}
         self.exporting = False
         self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
@@ -80,6 +82,14 @@ class ManagedModel:
         """A parameter turned out to be a table when it was first used."""
         self.tables.append(table)
         self.on_table_added(self, table)
+
+    def table_became_dense(self, table: ManagedTable, why: str) -> None:
+        """A table is an ordinary parameter from now on, whose gradient is averaged like that of any other."""
+        self.tables.remove(table)
+        self.dense_because[table.name] = why
+        model = self.model()
+        if self.reducer is not None and model is not None:
+            self.reducer.add(table.parameter, table.name, list(model.parameters()))
 
     def tables_in_order(self) -> list[ManagedTable]:
         """Return the tables in an order that is the same on every rank, whatever each used first."""
@@ -227,6 +237,10 @@ class ManagedModel:
         vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
         self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)
         self.optimizer_steps += 1
+        for table in self.tables:
+            table.whole = None
+            if table.probation is not None and table.table.number in groups and table.counts.rows:
+                confirm(table)
         if self.follower is not None and not self.joining:
             self.follower.step_taken()
 
@@ -243,23 +257,3 @@ class ManagedModel:
 
     def describe_hyperparameter(self, optimizer: int, at: int) -> str:
         return hyperparameter_name(self.optimizers[optimizer], at)
-
-    # Writes from outside the optimizer
-
-    def overwrite(self, table: ManagedTable, values: torch.Tensor, operation: str) -> None:
-        """Set all rows of `table` to `values` `[num_rows, dim]` (one rank only, unless all ranks are importing)."""
-        if self.importing is not None:
-            self.importing[table] = values
-            return
-        if self.ranks > 1:
-            raise RuntimeError(
-                f"{operation} on table {table.name!r}: its rows are spread over {self.ranks} ranks; load them with "
-                "adaloader.load_full_state_dict(model, state_dict), which all ranks call"
-            )
-        if tuple(values.shape) != tuple(table.parameter.shape):
-            raise ValueError(
-                f"{operation} on table {table.name!r}: expected shape {tuple(table.parameter.shape)}, got "
-                f"{tuple(values.shape)}"
-            )
-        load_values(self.manager, table.table, values)
-        self.writes += 1

@@ -12,9 +12,12 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.errors import ManagedTableError
+from adaloader.probation import Probation, confirm
 from adaloader.row_operations import replace
 from adaloader.row_sum import RowSum
 from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
+from adaloader.table_values import read_whole
 
 if TYPE_CHECKING:
     from adaloader.managed_model import ManagedModel
@@ -77,6 +80,7 @@ class ManagedTable:
     `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it. On several ranks that is known
     of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
+    With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     """
 
     name: str
@@ -90,6 +94,11 @@ class ManagedTable:
     frequency_lookups: tuple[int, int] = (0, 0)
     all_rows_held: bool = False
     clears: int = 0
+    probation: Probation | None = None
+    is_dense: bool = False
+    is_deferred: bool = False
+    steps_before: int = 0
+    whole: tuple[tuple[int, int], torch.Tensor] | None = None
     cleared_after: int = 0
     settled_at: int = 0
     captured: list[Part] | None = None
@@ -106,7 +115,7 @@ class ManagedTable:
     def owner(self) -> ManagedModel:
         model = self.model()
         if model is None:
-            raise RuntimeError(f"table {self.name!r} outlived the model that it belongs to")
+            raise ManagedTableError(f"table {self.name!r} outlived the model that it belongs to")
         return model
 
     @property
@@ -244,9 +253,29 @@ class ManagedTable:
             return make_slab(self, rows, out, None, counts, self._next_ordinal()), positions
         return make_slab(self, rows, out, None), positions
 
+    def whole_values(self) -> torch.Tensor:
+        """Return all rows `[num_rows, dim]` as they are now; not to be written. Kept until they change.
+
+        Any rank may ask alone.
+
+        Raises:
+            MemoryError: if there is not enough.
+        """
+        if self.probation is not None:
+            return self.probation.values
+        model = self.owner
+        version = model.version
+        if self.whole is None or self.whole[0] != version:
+            self.whole = None
+            with model.paused(), torch.inference_mode(False):
+                self.whole = (version, read_whole(model.manager, self.table))
+        return self.whole[1]
+
     def renormed(self, slab: Slab, positions: np.ndarray, max_norm: float, norm_type: float) -> None:
         """Scale looked-up rows whose norm is above `max_norm` down to it, here and in main copies, before the
         lookup."""
+        if self.probation is not None:
+            confirm(self)  # its memory no longer says what rows are
         touched, _ = cuda_ops.dedup(positions)
         values = slab.array[touched]
         changed = cuda_ops.renorm(values, max_norm, norm_type)

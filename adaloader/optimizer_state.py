@@ -25,6 +25,7 @@ from adaloader.held_state import state_names
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_layout import broadcast_optimizer_state
+from adaloader.probation import confirm
 from adaloader.table_values import load_states, text_of_rank_0
 
 
@@ -89,7 +90,7 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
                 refuse_on_several_ranks(
                     managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
                 )
-                state_dict["state"][index] = _saved_entry(managed, table, state_dict["state"][index])
+                state_dict["state"][index] = saved_entry(managed, table, state_dict["state"][index])
         return state_dict
 
     def before_loading(optimizer, state_dict):
@@ -116,7 +117,7 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_post_hook(loaded)
 
 
-def _saved_entry(managed: ManagedModel, table: ManagedTable, entry: Mapping[str, Any]) -> dict[str, Any]:
+def saved_entry(managed: ManagedModel, table: ManagedTable, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter's entry of the optimizer's state_dict with what the records hold."""
     whole = gather_table(managed, table, states=True)
     names, dim = state_names(table.table.spec.rule), table.table.spec.dim
@@ -133,6 +134,9 @@ def _load_table(
 ) -> None:
     """Move a table's entry of a loaded state_dict into the records, and leave placeholders in the optimizer."""
     names = state_names(table.table.spec.rule)
+    if table.probation is not None:
+        entry = dict(entry)
+        confirm(table)  # and with that what the optimizer holds is freed
     if names:
         here = managed.manager.rank == 0 or not collective
         whole = torch.cat([entry[name] for name in names], dim=1) if here and len(names) > 1 else None

@@ -32,18 +32,15 @@ class RowsView(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        written = kwargs.get("out")
-        source = (
-            args[0] if args else next((kwargs[name] for name in ("input", "tensor", "self") if name in kwargs), None)
-        )
-        if written is None and _writes_first(func):
-            written = source
-        for target in written if isinstance(written, (list, tuple)) else (written,):
+        if any(getattr(kind, "decides_before_rows", False) for kind in types):
+            return NotImplemented  # a table among the arguments has no values to be read here
+        source = _source(args, kwargs)
+        for target in written_arguments(func, args, kwargs):
             if isinstance(target, RowsView):
                 raise ManagedTableError(
-                    f"{operation_name(func)} would write to rows of table {target.table_name!r}, but what indexing "
-                    "returns of a managed table is a copy: rows change by optimizer steps, or all at once by "
-                    "table.copy_(values) and adaloader.load_full_state_dict"
+                    f"{operation_name(func)} would write to rows of table {target.table_name!r}, but what reading a "
+                    "managed table gives is a copy: write to the table itself, under torch.no_grad() "
+                    "(table[ids] = values, table.mul_(0.9), table.copy_(values))"
                 )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -55,6 +52,18 @@ def guarded(rows: torch.Tensor, table_name: str) -> RowsView:
     view = rows.as_subclass(RowsView)
     view.table_name = table_name
     return view
+
+
+def written_arguments(func, args: tuple, kwargs: dict) -> list:
+    """Return the arguments that `func(*args, **kwargs)` writes to: `out=`, or the first of a function in place."""
+    written = kwargs.get("out")
+    if written is None and _writes_first(func):
+        written = _source(args, kwargs)
+    return list(written) if isinstance(written, (list, tuple)) else [] if written is None else [written]
+
+
+def _source(args: tuple, kwargs: dict):
+    return args[0] if args else next((kwargs[name] for name in ("input", "tensor", "self") if name in kwargs), None)
 
 
 def _writes_first(func) -> bool:

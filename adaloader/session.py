@@ -40,6 +40,7 @@ from adaloader.ranks import (
 )
 from adaloader.sampling import random_state, set_random_state
 from adaloader.state import hook_modules, hook_state_dicts
+from adaloader.strategy import check_strategy, resolve_strategy
 from adaloader.table_values import all_numbers
 from adaloader.whereabouts import Whereabouts
 
@@ -66,8 +67,10 @@ class Settings:
     comm: object
     batch_weight: Callable[[Any], float] | None
     timeout_seconds: float
+    strategy: Mapping[str, str] | None = None
 
     def __post_init__(self):
+        check_strategy(self.strategy)
         if not _is_int(self.lookahead) or self.lookahead < 0:
             raise ValueError(f"lookahead must be a number of batches, 0 or more; got {self.lookahead!r}")
         if self.staleness != 0 or isinstance(self.staleness, bool):
@@ -277,7 +280,8 @@ def _check_model(model) -> None:
 def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, order: str) -> ManagedModel:
     """Take over the tables of `model` (collective)."""
     comm = settings.comm if settings.comm is not None else default_comm()
-    found = adoption.find_tables(model, settings.min_rows)
+    strategy = resolve_strategy(model, settings.strategy)
+    found = adoption.find_tables(model, settings.min_rows, strategy)
     adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
     if comm is None or comm.size == 1:
         manager = pm.Manager()
@@ -286,14 +290,14 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         manager = pm.SynchronousManager(comm, settings.timeout_seconds)
         manager.on_failure = partial(end_job_unless, partial(getattr, manager, "failure_is_known"))
         _open_managers.add(manager)
-    managed = ManagedModel(model, manager, settings.shared())
+    managed = ManagedModel(model, manager, settings.shared(), strategy)
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
         managed.combiner = Combiner(managed)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
     try:
-        adoption.agree(manager, "tables or settings", _describe(model, found, optimizers, settings))
+        adoption.agree(manager, "tables or settings", _describe(model, found, optimizers, settings, strategy))
         adoption.agree(manager, "dataset, batches or weights", f"{order}, {weighted}", _ONE_DATASET)
     except ValueError:  # on all ranks
         manager.close()
@@ -303,18 +307,18 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     if manager.ranks > 1:
         _reduce_dense_parameters(managed, model, comm, settings.timeout_seconds)
         end_job_on_failure()  # torch.distributed has set a hook of its own
-    watch_candidates(managed, find_candidates(model, found, settings.min_rows))
+    watch_candidates(managed, find_candidates(model, {*found, *strategy}, settings.min_rows))
     hook_state_dicts(managed, model)
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
 
 
-def _describe(model, found, optimizers, settings) -> str:
+def _describe(model, found, optimizers, settings, strategy) -> str:
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     programs = [program.describe() for p in found.values() if (program := program_of(p)) is not None]
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    return repr((settings.min_rows, list(found), kinds, parameters, programs))
+    return repr((settings.min_rows, strategy, list(found), kinds, parameters, programs))
 
 
 def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, timeout_seconds: float) -> None:
@@ -342,9 +346,13 @@ def _check_same_settings(managed: ManagedModel, settings: Settings) -> None:
         if not (same_comm(value, first) if name == "comm" else value == first):
             raise ValueError(
                 f"this model already has a loader with {name}={first!r}, and this one asks for {name}={value!r}; "
-                f"loaders "
-                "of one model must agree on that"
+                "loaders of one model must agree on that"
             )
+    if settings.strategy is not None and resolve_strategy(managed.model(), settings.strategy) != managed.strategy:
+        raise ValueError(
+            f"this model's first loader had strategy={managed.strategy!r}, and this one asks for "
+            f"{dict(settings.strategy)!r}; leave it out, for loaders of one model share it"
+        )
 
 
 def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -103,37 +102,44 @@ def make_slab(
 ) -> Slab:
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
     parameter = table.parameter
+
+    def deliver(grad: torch.Tensor) -> None:
+        if table.model() is not None and not table.is_dense:  # a graph may outlive the model, and the table's being one
+            table.receive(Part(rows, grad.contiguous(), plan, None, counts, ordinal))
+
     with table.owner.paused(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         if not parameter.requires_grad:
             tensor = torch.from_numpy(array)
         else:
             with torch.enable_grad():
-                tensor = _RowsOf.apply(parameter, array)
-            to_table = weakref.ref(table)
-
-            def deliver(grad: torch.Tensor) -> None:
-                receiver = to_table()
-                if receiver is not None:
-                    receiver.receive(Part(rows, grad.contiguous(), plan, None, counts, ordinal))
-
-            tensor.register_hook(deliver)
+                tensor = _RowsOf.apply(parameter, array, rows, table)
+            tensor.register_hook(deliver)  # not in the backward below, which would seem to be checkpointing's
     return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds)
 
 
 class _RowsOf(torch.autograd.Function):
     """Rows, as a function of the parameter that stands for their table.
 
-    The parameter itself gets no gradient (the rows' is delivered by a hook), but the engine sees that they belong to
-    it: it leaves them out of a backward for other inputs, and reaches them in one for this.
+    The parameter itself gets no gradient (the rows' is delivered by a hook) unless it has become dense since, but the
+    engine sees that they belong to it: it leaves them out of a backward for other inputs, and reaches them in one for
+    this.
     """
 
     @staticmethod
-    def forward(ctx, parameter, array):
+    def forward(ctx, parameter, array, rows, table):
+        ctx.rows, ctx.table = rows, table
+        ctx.set_materialize_grads(False)
         return torch.from_numpy(array)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None
+        is_dense = grad is not None and ctx.table.is_dense
+        return spread(ctx.rows, grad, ctx.table.parameter.shape) if is_dense else None, None, None, None
+
+
+def spread(rows: np.ndarray, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a tensor of `shape` with `values` `[U, dim]` at distinct `rows` (int64 `[U]`), and zeros elsewhere."""
+    return values.new_zeros(shape).index_add(0, torch.from_numpy(rows), values)
 
 
 class _Expand(torch.autograd.Function):

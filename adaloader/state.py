@@ -22,7 +22,9 @@ from adaloader.gathering import (
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_state import hook_optimizer
-from adaloader.table_values import load_values, numbers_of_rank_0, text_of_rank_0
+from adaloader.table_parameter import TableParameter
+from adaloader.table_values import numbers_of_rank_0, text_of_rank_0
+from adaloader.writes import set_whole
 
 _INSTEAD = "its own state_dict() and load_state_dict()"
 
@@ -72,8 +74,7 @@ def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | None,
     flags = numbers_of_rank_0(manager, flags)
     for table in in_order:
         if flags.pop(0):
-            load_values(manager, table.table, tables.get(table))
-            table.all_rows_held = True
+            set_whole(managed, table, tables.get(table))
     broadcast([t for t, is_loaded in zip(dense, flags, strict=True) if is_loaded], managed.process_group)
     managed.writes += 1
 
@@ -113,27 +114,31 @@ def hook_state_dicts(managed: ManagedModel, model: nn.Module) -> None:
 
 def hook_modules(managed: ManagedModel, model: nn.Module, tables: list[ManagedTable]) -> None:
     """Have `state_dict()` of the modules that hold `tables` know their rows."""
-    by_parameter = {id(table.parameter): table for table in tables}
+    held = {id(table.parameter) for table in tables}
     for module in model.modules():
-        own = {
-            name: by_parameter[id(parameter)]
-            for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in by_parameter
-        }
-        if own:
-            module.register_state_dict_post_hook(_module_hook(managed, own))
+        if any(id(parameter) in held for parameter in module._parameters.values()):
+            module.register_state_dict_post_hook(_WithRows(managed))
 
 
-def _module_hook(managed: ManagedModel, own: dict[str, ManagedTable]):
-    def hook(module, state_dict, prefix, local_metadata):
-        for name, table in own.items():
-            if prefix + name not in state_dict:
+class _WithRows:
+    """Puts rows in place of the managed tables that a module holds at the time; a copy of the module holds none."""
+
+    def __init__(self, managed: ManagedModel | None):
+        self._managed = managed
+
+    def __call__(self, module, state_dict, prefix, local_metadata):
+        for name, parameter in module._parameters.items():
+            if not isinstance(parameter, TableParameter) or prefix + name not in state_dict:
                 continue
-            refuse_on_several_ranks(managed, "model.state_dict()", "full_state_dict(model)")
-            gathered = gather_table(managed, table)
+            refuse_on_several_ranks(self._managed, "model.state_dict()", "full_state_dict(model)")
+            gathered = gather_table(self._managed, parameter._managed)
             if gathered is None:
                 del state_dict[prefix + name]
             else:
                 state_dict[prefix + name] = gathered
 
-    return hook
+    def __deepcopy__(self, memo):
+        return _WithRows(None)
+
+    def __reduce__(self):
+        return _WithRows, (None,)

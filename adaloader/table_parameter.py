@@ -15,10 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from adaloader import functional_grad, lookups
 from adaloader.conversion import METHODS, check_stays
-from adaloader.deferred_tensor import constant_tensor, operation_name
-from adaloader.errors import ManagedTableError
+from adaloader.deferred_tensor import constant_tensor
+from adaloader.errors import ManagedTableError, WholeTableError
 from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
+from adaloader.whole_use import use_whole
+from adaloader.writes import overwrite
 
 if TYPE_CHECKING:
     from adaloader.managed_table import ManagedTable
@@ -28,13 +30,20 @@ class _ManagedTensor:
     """What the parameter and its detached views share."""
 
     _managed: ManagedTable
+    decides_before_rows = True
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        subject = _subject(func, args, kwargs)
+        if getattr(getattr(subject, "_managed", None), "is_dense", False):  # a view from before
+            return func(*_as_dense(args), **_as_dense(kwargs))
         handler = _HANDLERS.get(func)
-        if handler is not None and isinstance(_subject(func, args, kwargs), _ManagedTensor):
-            return handler(*args, **kwargs)
+        if handler is not None and isinstance(subject, _ManagedTensor):
+            try:
+                return handler(*args, **kwargs)
+            except WholeTableError:
+                return use_whole(subject._managed, func, args, kwargs)
         if func is torch.autograd.grad:
             return functional_grad.grad(*args, **kwargs)
         if func is torch.autograd.backward:  # with a table among its inputs=, which the graph knows
@@ -44,14 +53,7 @@ class _ManagedTensor:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         table = _table_among((*args, *kwargs.values()))
-        if table is None:
-            return NotImplemented
-        name = operation_name(func)
-        raise ManagedTableError(
-            f"{name} was called on table {table.name!r} {list(table.parameter.shape)}, whose rows AdaLoader manages: "
-            "only lookups of rows (embedding, embedding_bag, index_select, table[ids]) are possible. To use the "
-            f"whole table as a tensor keep it dense: AdaLoader(..., min_rows={table.table.spec.rows + 1})"
-        )
+        return NotImplemented if table is None else use_whole(table, func, args, kwargs)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         table = self._managed
@@ -61,20 +63,23 @@ class _ManagedTensor:
         )
 
     def __deepcopy__(self, memo):
-        raise ManagedTableError(
-            f"table {self._managed.name!r} cannot be copied: its rows live in the parameter manager. Copy the model "
-            "before the loader is built, or load adaloader.full_state_dict(model) into a new one"
-        )
+        """A copy is an ordinary dense parameter (or tensor), with the values of this moment."""
+        if id(self) not in memo:
+            memo[id(self)] = self._as_plain()
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        raise ManagedTableError(
-            f"table {self._managed.name!r} cannot be pickled: its rows live in the parameter manager. Save "
-            "adaloader.full_state_dict(model) instead"
-        )
+        return self._as_plain().__reduce_ex__(protocol)
+
+    def _as_plain(self) -> torch.Tensor:
+        return self._managed.whole_values().clone()
 
 
 class TableParameter(_ManagedTensor, nn.Parameter):
     """A managed table as the model and the optimizers hold it; a parameter becomes one in place."""
+
+    def _as_plain(self) -> nn.Parameter:
+        return nn.Parameter(super()._as_plain(), self.requires_grad)
 
     @property
     def grad(self) -> RowGradient | None:
@@ -148,12 +153,23 @@ def _set_data(tensor, value) -> None:
     table = tensor._managed
     if isinstance(value, _ManagedTensor) and value._managed is table:
         return
-    table.owner.overwrite(table, value, f"assigning {tensor.__class__.__name__}.data")
+    overwrite(table, value, f"assigning {tensor.__class__.__name__}.data")
 
 
 def _copy_(tensor, source, non_blocking=False):
-    tensor._managed.owner.overwrite(tensor._managed, source, "copy_")
+    if isinstance(source, _ManagedTensor):
+        source = source._managed.whole_values()
+    overwrite(tensor._managed, source, "copy_")
     return tensor
+
+
+def _as_dense(value):
+    """Return `value` with the parameter itself, without gradient, in place of views of a table that has become one."""
+    if isinstance(value, TableView) and value._managed.is_dense:
+        return value._managed.parameter.detach()
+    if isinstance(value, dict):
+        return {name: _as_dense(part) for name, part in value.items()}
+    return type(value)(map(_as_dense, value)) if type(value) in (list, tuple) else value
 
 
 def _to(tensor, *args, **kwargs):
@@ -228,9 +244,9 @@ is_quantized is_meta is_mkldnn is_mps is_xla is_xpu is_nested is_ipu is_vulkan i
 grad_fn output_nr _version _backward_hooks _post_accumulate_grad_hooks retains_grad _is_param""".split()
 _METHODS = """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous
 element_size get_device is_signed is_conj is_neg is_inference is_same_size __len__ new_zeros new_ones new_full new_empty
-new_tensor is_shared""".split()
+new_tensor is_shared data_ptr untyped_storage _is_view""".split()
 _FUNCTIONS = """is_floating_point is_complex numel is_same_size result_type is_conj is_neg is_signed is_inference
-_has_compatible_shallow_copy_type""".split()
+_has_compatible_shallow_copy_type rand_like randn_like randint_like""".split()
 
 # Questions about a table's form, which need no value of it.
 FORM = (

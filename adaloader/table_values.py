@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import pm
+from adaloader.free_memory import free_bytes
 
 _CHUNK_BYTES = 4 << 20
 
@@ -17,6 +18,28 @@ def load_values(manager: pm.Manager, table: pm.Table, values: torch.Tensor | Non
     for rows, chunk in _own_rows_from_rank_0(manager, table, values, table.spec.dim):
         manager.load_rows(table, rows, chunk, None)
     manager.rewrite_ended()
+
+
+def read_whole(manager: pm.Manager, table: pm.Table) -> torch.Tensor:
+    """Return all rows of `table` `[rows, dim]` at this rank's version, in memory of their own.
+
+    Raises:
+        MemoryError: saying how many bytes it takes and are free.
+    """
+    spec = table.spec
+    dtype = np.dtype(spec.dtype)
+    needed, free = spec.rows * spec.dim * dtype.itemsize, free_bytes()
+    if needed > free >= 0:
+        raise MemoryError(
+            f"reading table {spec.name!r} as a whole takes {needed:,} bytes, where {free:,} are free; look up the rows "
+            "that are needed instead"
+        )
+    whole = np.empty((spec.rows, spec.dim), dtype)
+    chunk_rows = max(1, _CHUNK_BYTES // max(1, spec.dim * dtype.itemsize))
+    for start in range(0, spec.rows, chunk_rows):
+        rows = np.arange(start, min(start + chunk_rows, spec.rows), dtype=np.int64)
+        manager.pull(table, rows, whole[start : start + len(rows)])
+    return torch.from_numpy(whole)
 
 
 def load_states(manager: pm.Manager, table: pm.Table, states: torch.Tensor | None) -> None:

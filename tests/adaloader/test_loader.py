@@ -316,7 +316,8 @@ def test_loader_and_model_leave_nothing(ending, wrap, no_threads_before):
     batch = None
     del loader, model, optimizer, iterator, batch
     gc.collect()
-    assert [reference() for reference in watched] == [None] * 4
+    gc.collect()  # autograd's nodes hold the parameter from outside Python until the first pass has freed them
+    assert [type(reference()) for reference in watched] == [type(None)] * 4
     assert planner_threads() == []
 
 

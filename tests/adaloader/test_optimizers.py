@@ -187,6 +187,11 @@ def test_state_taken_over_is_freed(seed):
     optimizer.step()
     loader = AdaLoader.wrap(batches(seed), model=model, optimizer=optimizer, min_rows=1)
     held = optimizer.state[model.emb.weight]["sum"]
+    assert held.untyped_storage().nbytes() > 4  # until the first step is over it may still be needed
+    for batch in loader:
+        weigh(model(batch)).backward()
+        optimizer.step()
+    held = optimizer.state[model.emb.weight]["sum"]
     assert held.shape == (ROWS, DIM) and held.untyped_storage().nbytes() == 4
     loader.close()
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import adaloader
-from adaloader import AdaLoader, gathering
+from adaloader import AdaLoader, free_memory, gathering
 from tests.training import OPTIMIZERS, Shop, Visits, assert_same_optimizer_state, assert_same_tensors, step, train
 
 
@@ -250,15 +250,15 @@ def test_gathering_says_what_it_takes_and_stops_short_of_it(seed, monkeypatch, c
     assert len(adaloader.full_state_dict(model)) == 8
 
 
-@pytest.mark.parametrize("names", gathering._CGROUP_FILES)
+@pytest.mark.parametrize("names", free_memory._CGROUP_FILES)
 def test_a_containers_limit_counts(tmp_path, monkeypatch, names):
     limit, usage = (tmp_path / name for name in names)
     limit.write_text("1000000\n"), usage.write_text("300000\n")
     (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 50000\nactive_file 1000\n")
-    monkeypatch.setattr(gathering, "_CGROUPS", (str(tmp_path / "absent"), str(tmp_path)))
-    assert gathering.free_bytes() == 751000
+    monkeypatch.setattr(free_memory, "_CGROUPS", (str(tmp_path / "absent"), str(tmp_path)))
+    assert free_memory.free_bytes() == 751000
     limit.write_text("max\n")
-    assert gathering.free_bytes() > 751000
+    assert free_memory.free_bytes() > 751000
 
 
 def test_loading_keeps_a_pending_gradient_and_the_optimizers_state(seed):
