@@ -11,6 +11,7 @@ from adaloader.errors import ManagedTableError, UnsupportedOptimizerError
 from adaloader.init_program import DeferredInitError
 from adaloader.loader import AdaLoader
 from adaloader.optimizer_state import full_optimizer_state_dict, load_full_optimizer_state_dict
+from adaloader.rowwise_adagrad import RowwiseAdagrad
 from adaloader.state import full_state_dict, load_full_state_dict
 from pm import PeerError
 
@@ -19,6 +20,7 @@ __all__ = [
     "DeferredInitError",
     "ManagedTableError",
     "PeerError",
+    "RowwiseAdagrad",
     "UnsupportedOptimizerError",
     "deferred_init",
     "full_optimizer_state_dict",

@@ -16,6 +16,7 @@ import pm
 from adaloader.deferred_tensor import DeferredTensor, program_of, take_over
 from adaloader.held_state import (
     HeldState,
+    continue_from,
     free_state,
     held_anywhere,
     held_state,
@@ -192,17 +193,17 @@ def adopt(model: ManagedModel, found: dict[str, nn.Parameter], specs: list[pm.Ta
     tables = model.manager.add_tables(specs)
     for table, of_table, probation in zip(tables, held, probations, strict=True):
         parameter = found[table.spec.name]
-        differs_by_row, constant, steps = _form_on_rank_0(model.manager, of_table)
-        table.spec = replace(table.spec, group=starting_from(table.spec.group, table.spec.rule, constant))
-        table.gradient_steps = steps
+        differs_by_row, form = _form_on_rank_0(model.manager, of_table)
+        table.spec = replace(table.spec, group=starting_from(table.spec.group, table.spec.rule, form.constant))
+        continue_from(table, form)
         if probation is None:
             take_over(parameter)
             if differs_by_row:
-                load_states(model.manager, table, of_table.values)
+                load_states(model.manager, table, of_table.parts)
         else:
-            probation.take_from_rank_0(model.manager, table.store.record_class.state_words, differs_by_row)
+            probation.take_from_rank_0(model.manager, table.spec.rule, differs_by_row)
         managed = ManagedTable(table.spec.name, parameter, table, weakref.ref(model), probation=probation)
-        managed.is_deferred, managed.steps_before = probation is None, steps
+        managed.is_deferred, managed.steps_before = probation is None, form.steps
         become_table(parameter, managed)
         if probation is not None:
             model.watched[table.spec.name] = weakref.ref(parameter)
@@ -217,23 +218,27 @@ def adopt_later(model: ManagedModel, table: ManagedTable, optimizer: Optimizer, 
     group = optimizer.param_groups[at]
     rule = rule_for(optimizer, group, table.name)
     held = held_state(optimizer, table.parameter, rule)
-    differs_by_row, constant, steps = _form_on_rank_0(model.manager, held)
-    group = starting_from(snapshot(group), rule, constant)
+    differs_by_row, form = _form_on_rank_0(model.manager, held)
+    group = starting_from(snapshot(group), rule, form.constant)
     model.manager.replace_rule(table.table, replace(table.table.spec, rule=rule, group=group))
-    table.table.gradient_steps = steps
+    continue_from(table.table, form)
     if differs_by_row:
-        load_states(model.manager, table.table, held.values)
+        load_states(model.manager, table.table, held.parts)
     free_state([optimizer], table.parameter)
 
 
-def _form_on_rank_0(manager: pm.Manager, held: HeldState) -> tuple[bool, float | None, int]:
-    """Return rank 0's (whether state differs by row, the number that all rows have or None, steps) (collective)."""
+def _form_on_rank_0(manager: pm.Manager, held: HeldState) -> tuple[bool, HeldState]:
+    """Return whether rank 0's state differs by row, and all else that it holds (collective)."""
     constant = np.nan if held.constant is None else held.constant
-    form = np.array([held.values is not None, held.constant is not None, constant, held.steps], np.float64)
+    numbers = [held.parts is not None, held.constant is not None, constant, held.steps, held.begun]
+    numbers += [held.mu_product, held.mu_product.itemsize]
+    form = np.array(numbers, np.float64)
     if manager.ranks > 1:
         broadcast_array(manager, form)
-    differs_by_row, is_constant, constant, steps = form.tolist()
-    return bool(differs_by_row), constant if is_constant else None, int(steps)
+    differs_by_row, is_constant, constant, steps, begun, mu_product, itemsize = form.tolist()
+    constant = constant if is_constant else None
+    mu_product = (np.float64 if itemsize == 8 else np.float32)(mu_product)
+    return bool(differs_by_row), HeldState(None, constant, int(steps), bool(begun), mu_product)
 
 
 _SAME_EVERYWHERE = "all ranks must build the same model, optimizer and loader"

@@ -19,8 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
+from adaloader.compiler import not_compiled
 from adaloader.dense_use import become_dense
-from adaloader.held_state import held_anywhere, hyperparameters
+from adaloader.held_state import continue_from, held_anywhere, hyperparameters, take_states
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for
@@ -107,6 +108,7 @@ class CandidateParameter(nn.Parameter):
     decides_before_rows = True
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in FORM and func not in _NEUTRAL:
@@ -158,7 +160,7 @@ def _watch(
     parameter.__class__ = CandidateParameter
     parameter._decide = decide
     model.watched[name] = to_parameter
-    table.gradient_steps = held_anywhere(model.optimizers, parameter, table.spec.rule).steps
+    continue_from(table, held_anywhere(model.optimizers, parameter, table.spec.rule))
 
 
 def _row_source(parameter: nn.Parameter) -> Callable[[np.ndarray, np.ndarray], None]:
@@ -179,9 +181,9 @@ def _state_source(
     source = weakref.ref(parameter)
 
     def fill_states(rows: np.ndarray, out: np.ndarray) -> None:
-        values = held_anywhere(optimizers, source(), rule).values
-        if values is not None:
-            np.take(values.detach().numpy(), rows, axis=0, out=out)
+        parts = held_anywhere(optimizers, source(), rule).parts
+        if parts is not None:
+            take_states(parts, rows, out)
 
     return fill_states
 
@@ -237,7 +239,7 @@ def state_was_loaded(model: ManagedModel) -> None:
     for name, parameter in model.watched.items():
         if isinstance(parameter(), CandidateParameter):
             table = next(table for table in model.manager.tables if table.spec.name == name)
-            table.gradient_steps = held_anywhere(model.optimizers, parameter(), table.spec.rule).steps
+            continue_from(table, held_anywhere(model.optimizers, parameter(), table.spec.rule))
 
 
 def _promote(model: ManagedModel, name: str, parameter: nn.Parameter, table) -> None:

@@ -11,6 +11,7 @@ from adaloader.errors import ManagedTableError
 from adaloader.free_memory import free_bytes
 from adaloader.gradient_hooks import give_back_hooks
 from adaloader.held_state import state_names
+from adaloader.optimizers import group_of
 from adaloader.slabs import spread
 from intents.sites import users_line
 
@@ -74,21 +75,21 @@ def _give_state_back(table: ManagedTable) -> None:
     """Put what the records hold into the optimizer; during probation it never left."""
     from adaloader.optimizer_state import saved_entry
 
-    model = table.owner
-    for optimizer in model.optimizers:
-        if not any(held is table.parameter for group in optimizer.param_groups for held in group["params"]):
-            continue
-        probation, names = table.probation, state_names(table.table.spec.rule)
-        if probation is None:
-            entry = saved_entry(model, table, optimizer.state.get(table.parameter, {}))
-            if entry:
-                optimizer.state[table.parameter] = {
-                    name: value.clone() if torch.is_tensor(value) else value for name, value in entry.items()
-                }
-        elif probation.states is not None and model.manager.rank > 0:
-            dim = table.table.spec.dim
-            for at, name in enumerate(names):
-                optimizer.state[table.parameter][name] = probation.states[:, at * dim : (at + 1) * dim].clone()
+    model, probation, names = table.owner, table.probation, state_names(table.table.spec.rule)
+    place = group_of(model.optimizers, table.parameter)
+    if place is None or not names:
+        return
+    optimizer = model.optimizers[place[0]]
+    entry = optimizer.state.get(table.parameter, {})
+    if probation is None:
+        if entry or table.table.begun:
+            entry = saved_entry(model, table, optimizer.param_groups[place[1]], entry)
+            optimizer.state[table.parameter] = {
+                name: value.clone() if torch.is_tensor(value) else value for name, value in entry.items()
+            }
+    elif probation.states is not None and model.manager.rank > 0:
+        for name, part in zip(names, probation.states, strict=True):
+            optimizer.state[table.parameter][name] = part.clone()
 
 
 def refuse(table: ManagedTable, operation: str, why: str) -> ManagedTableError:

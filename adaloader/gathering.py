@@ -73,18 +73,19 @@ def gather_table(managed: ManagedModel, table: ManagedTable, *, states: bool = F
     if key in managed.exported:
         return managed.exported[key]
     spec, whole, receive = table.table.spec, None, None
+    managed.manager.settle()  # rows that nobody holds are what they are after the same steps
     if managed.manager.rank == 0:
         words = table.table.store.record_class.state_words if states else spec.dim
         whole = torch.empty(spec.rows, words, dtype=getattr(torch, spec.dtype))
         array = whole.numpy()
-        if states:
+        if states and table.table.history is None:
             array.fill(spec.rule.initial_state(spec.group))
             if table.probation is not None:
                 table.probation.fill_states(np.arange(spec.rows), array)
         elif not table.all_rows_held:
             for start in range(0, spec.rows, _CHUNK_ROWS):
                 rows = np.arange(start, min(start + _CHUNK_ROWS, spec.rows), dtype=np.int64)
-                spec.fill(rows, array[start : start + len(rows)])
+                array[start : start + len(rows)] = managed.manager.unmade_rows(table.table, rows)[int(states)]
 
         def receive(rows, values, held_states):
             array[rows] = held_states if states else values

@@ -40,7 +40,9 @@ class AdaLoader(StatefulDataLoader):
         dataset, batch_size, ...: as `DataLoader`; `batch_size` is per rank. Unless a sampler is given, batch t of N
             ranks is batch t of a plain loader with `batch_size=N*batch_size`, cut into N contiguous shares.
         model: the model to train, on the CPU, not wrapped in DistributedDataParallel.
-        optimizer: the optimizer, or several, over its parameters; None for a loader that only evaluates.
+        optimizer: the optimizer, or several, over its parameters; None for a loader that only evaluates. Tables take
+            torch.optim's SGD, Adagrad, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adadelta, SparseAdam (with
+            sparse=True) and adaloader.RowwiseAdagrad; anything may train the rest of the model.
         lookahead: batches to read ahead of the loop (0: none).
         staleness: steps that a rank may be behind the others' updates; 0 (synchronous and exact) is what there is.
         keys: "auto" derives which rows a batch needs by watching a step; a mapping from table (its name, parameter or

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from adaloader.errors import ManagedTableError, WholeTableError
+from adaloader.gradient_layout import check_layout
 from adaloader.rows_view import guarded
 from adaloader.slabs import expand
 
@@ -17,8 +18,9 @@ _MORE_THAN_NUMBERS = (torch.Tensor, np.ndarray, slice, list, tuple, range, str)
 
 
 def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    """`torch.nn.functional.embedding` of a managed table. `sparse` is ignored: row gradients always are."""
+    """`torch.nn.functional.embedding` of a managed table; `sparse` matters only to what its optimizer may be."""
     table, ids = _table_and_ids(weight, input, "embedding")
+    _check_layout(weight, sparse, "embedding")
     slab, positions = table.look_up(ids, "embedding", by_frequency=scale_grad_by_freq and _trains(weight))
     if max_norm is not None:
         table.renormed(slab, positions, float(max_norm), float(norm_type))
@@ -31,7 +33,8 @@ def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sca
 
 def aten_embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     """`torch.embedding`, where -1 means no padding row."""
-    return embedding(indices, weight, None if padding_idx < 0 else padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    padding_idx = None if padding_idx < 0 else padding_idx
+    return embedding(indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
 
 def embedding_bag(
@@ -49,6 +52,7 @@ def embedding_bag(
 ):
     """`torch.nn.functional.embedding_bag` of a managed table, all modes, with offsets or a matrix of ids."""
     table, ids = _table_and_ids(weight, input, "embedding_bag")
+    _check_layout(weight, sparse, "embedding_bag")
     if scale_grad_by_freq and mode == "max":
         raise ValueError("embedding_bag: mode='max' does not support scale_grad_by_freq=True")
     slab, positions = table.look_up(ids, "embedding_bag", by_frequency=scale_grad_by_freq and _trains(weight))
@@ -69,6 +73,8 @@ def embedding_bag(
             include_last_offset=include_last_offset,
             padding_idx=padding,
         )
+        if slab.reached is not None and pooled.requires_grad:
+            pooled.register_hook(lambda gradient: slab.mark_reached(positions, -1 if padding is None else padding))
         return _as_seen_from(weight, pooled)
 
 
@@ -82,6 +88,7 @@ def index_select(input, dim, index):
     table, ids = _table_and_ids(input, index, "index_select")
     if ids.ndim > 1:
         raise IndexError(f"index_select: the index must have one dimension, got {ids.ndim}")
+    _check_layout(input, False, "index_select")
     slab, positions = table.look_up(ids, "index_select")
     with table.owner.paused():
         return _as_seen_from(input, expand(slab, positions, torch.Size((ids.numel(),))))
@@ -95,6 +102,7 @@ def get_item(weight, index):
     if not parts:
         raise _whole_table(table, index)
     first, rest = parts[0], parts[1:]
+    _check_layout(weight, False, "indexing")
     ids = _from_the_front(table, _ids_of_index(table, first))
     slab, positions = table.look_up(ids, "indexing")
     basic = ids.ndim == 0 or isinstance(first, slice)
@@ -194,6 +202,11 @@ def _table_and_ids(weight, ids, operation):
             f"{operation} of table {weight._managed.name!r} needs a tensor of ids, got {type(ids).__name__}"
         )
     return weight._managed, ids
+
+
+def _check_layout(weight, sparse: bool, operation: str) -> None:
+    if _trains(weight):
+        check_layout(weight._managed.table.spec.rule, sparse, weight._managed.name, operation)
 
 
 def _trains(weight) -> bool:

@@ -18,7 +18,13 @@ from adaloader.batches import Batch, Batches
 from adaloader.dense import DenseReducer
 from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
-from adaloader.optimizers import groups_by_parameter, hyperparameter_name, hyperparameter_vector, rule_for, snapshot
+from adaloader.optimizers import (
+    check_options,
+    groups_by_parameter,
+    hyperparameter_name,
+    hyperparameter_vector,
+    snapshot,
+)
 from adaloader.probation import confirm
 from adaloader.scalers import Scalers
 from adaloader.slabs import Buffers, Part
@@ -194,7 +200,7 @@ class ManagedModel:
                 self.follower.step_begins()
         for table, group in self._held_by(optimizer):
             if not isinstance(table.table.spec.rule, pm.Frozen):
-                rule_for(optimizer, group, table.name)  # options may have changed since the loader was built
+                check_options(table.table.spec, optimizer, group)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._gradients_are_made()

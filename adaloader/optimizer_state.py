@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import pm
 from adaloader.candidate import agree_on_candidates, state_was_loaded
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.gathering import (
@@ -21,12 +23,20 @@ from adaloader.gathering import (
     refuse_on_several_ranks,
     snapshots,
 )
-from adaloader.held_state import state_names
+from adaloader.held_state import (
+    HeldState,
+    continue_from,
+    entry_names,
+    is_held_from_the_start,
+    scalar,
+    state_names,
+    state_shape,
+)
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_layout import broadcast_optimizer_state
 from adaloader.probation import confirm
-from adaloader.table_values import load_states, text_of_rank_0
+from adaloader.table_values import load_states, numbers_of_rank_0, text_of_rank_0
 
 
 def full_optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -40,6 +50,7 @@ def full_optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[st
         MemoryError: on every rank, if rank 0 lacks the memory.
     """
     managed = _managed_with(model, optimizer)
+    managed.manager.settle()
     agree_on_candidates(managed)
     held = [table for _, table in _indexed_tables(managed, optimizer)]
     check_memory(managed, sum(t.table.spec.rows * _state_bytes(t) for t in held))
@@ -74,8 +85,10 @@ def load_full_optimizer_state_dict(
     with importing(managed):
         optimizer.load_state_dict(dense)
     for _, table in _indexed_tables(managed, optimizer):
-        _, entry = whole.get(table, (None, {}))
-        _load_table(managed, optimizer, table, entry, collective=True)
+        if state_names(table.table.spec.rule):
+            _, entry = whole.get(table, (None, {}))
+            (present,) = numbers_of_rank_0(manager, [int(_has_state(table, entry))])
+            _load_table(managed, optimizer, table, entry if present else None)
     state_was_loaded(managed)
 
 
@@ -85,12 +98,15 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
 
     def saved(optimizer, state_dict):
         managed = to_managed()
+        state = state_dict["state"]
         for index, table in _indexed_tables(managed, optimizer) if managed is not None else ():
-            if index in state_dict["state"] and state_names(table.table.spec.rule):
+            if (index in state or table.table.begun) and state_names(table.table.spec.rule):
                 refuse_on_several_ranks(
                     managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
                 )
-                state_dict["state"][index] = saved_entry(managed, table, state_dict["state"][index])
+                group = next(g for g in optimizer.param_groups if any(p is table.parameter for p in g["params"]))
+                state[index] = saved_entry(managed, table, group, state.get(index, {}))
+        state_dict["state"] = dict(sorted(state.items()))
         return state_dict
 
     def before_loading(optimizer, state_dict):
@@ -109,7 +125,9 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         if managed is None or managed.importing is not None:
             return
         for _, table in _indexed_tables(managed, optimizer):
-            _load_table(managed, optimizer, table, optimizer.state.get(table.parameter, {}), collective=False)
+            entry = optimizer.state.get(table.parameter, {})
+            if state_names(table.table.spec.rule):
+                _load_table(managed, optimizer, table, entry if _has_state(table, entry) else None)
         state_was_loaded(managed)
 
     optimizer.register_state_dict_post_hook(saved)
@@ -117,36 +135,79 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_post_hook(loaded)
 
 
-def saved_entry(managed: ManagedModel, table: ManagedTable, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a parameter's entry of the optimizer's state_dict with what the records hold."""
-    whole = gather_table(managed, table, states=True)
-    names, dim = state_names(table.table.spec.rule), table.table.spec.dim
+def saved_entry(
+    managed: ManagedModel, table: ManagedTable, group: Mapping[str, Any], entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a parameter's entry of the optimizer's state_dict with what the records hold.
+
+    Args:
+        managed: the model.
+        table: its table.
+        group: the parameter's group.
+        entry: what the optimizer itself holds; nothing where it makes its state at the first step.
+    """
+    whole, rule = gather_table(managed, table, states=True), table.table.spec.rule
+    names, words = state_names(rule), table.table.store.record_class.state_words
+    width, shape = words // len(names), state_shape(rule, table.parameter.shape)
     saved = dict(entry)
-    if "step" in entry:
-        saved["step"] = torch.full_like(torch.as_tensor(entry["step"]), table.table.gradient_steps)
-    for at, name in enumerate(names):
-        saved[name] = None if whole is None else whole[:, at * dim : (at + 1) * dim]
+    for name in entry_names(rule):
+        if name == "step":
+            saved[name] = _step_as_held(table, group, entry)
+        elif name == "mu_product":
+            saved[name] = torch.from_numpy(np.array(table.table.history.mu_product))
+        else:
+            at = names.index(name) * width
+            saved[name] = None if whole is None else whole[:, at : at + width].view(shape)
     return saved
 
 
+def _step_as_held(table: ManagedTable, group: Mapping[str, Any], entry: Mapping[str, Any]) -> torch.Tensor | int:
+    """Return the count of steps in the form in which the optimizer holds it."""
+    steps = table.table.gradient_steps
+    if "step" in entry:
+        held = entry["step"]
+        return torch.full_like(held, steps) if torch.is_tensor(held) else type(held)(steps)
+    if isinstance(table.table.spec.rule, pm.SparseAdam):
+        return steps
+    double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+    return torch.tensor(float(steps), dtype=torch.float64 if double else torch.float32)
+
+
+def _has_state(table: ManagedTable, entry: Mapping[str, Any]) -> bool:
+    return any(entry.get(name) is not None for name in state_names(table.table.spec.rule))
+
+
 def _load_table(
-    managed: ManagedModel, optimizer: Optimizer, table: ManagedTable, entry: Mapping[str, Any], *, collective: bool
+    managed: ManagedModel, optimizer: Optimizer, table: ManagedTable, entry: Mapping[str, Any] | None
 ) -> None:
-    """Move a table's entry of a loaded state_dict into the records, and leave placeholders in the optimizer."""
-    names = state_names(table.table.spec.rule)
+    """Move a table's entry of a loaded state_dict (None: it has none) into the records; collective where that is.
+
+    Only rank 0's entry has the parts; where the optimizer keeps its state it is left placeholders.
+    """
+    manager, rule, names = managed.manager, table.table.spec.rule, state_names(table.table.spec.rule)
+    shape = state_shape(rule, table.parameter.shape)
+    state = optimizer.state.get(table.parameter, {})
+    held = HeldState(steps=int(state.get("step", 0)), begun=True, mu_product=scalar(state.get("mu_product", 1.0)))
     if table.probation is not None:
-        entry = dict(entry)
+        entry = None if entry is None else dict(entry)
         confirm(table)  # and with that what the optimizer holds is freed
-    if names:
-        here = managed.manager.rank == 0 or not collective
-        whole = torch.cat([entry[name] for name in names], dim=1) if here and len(names) > 1 else None
-        load_states(managed.manager, table.table, entry[names[0]] if here and whole is None else whole)
-        state = optimizer.state[table.parameter]
-        for name in names:
-            state[name] = constant_tensor(
-                table.parameter.shape, float("nan"), dtype=table.parameter.dtype, device="cpu"
-            )
-    table.table.gradient_steps = int(optimizer.state.get(table.parameter, {}).get("step", 0))
+    if entry is None:
+        if table.table.begun:
+            zero = constant_tensor(shape, 0.0, dtype=table.parameter.dtype, device="cpu")
+            load_states(manager, table.table, [zero] * len(names))
+        continue_from(table.table, HeldState())
+        return
+    is_source = all(name in entry for name in names)
+    load_states(manager, table.table, [_dense(entry[name]) for name in names] if is_source else None)
+    for name in names:
+        optimizer.state[table.parameter][name] = constant_tensor(
+            shape, float("nan"), dtype=table.parameter.dtype, device="cpu"
+        )
+    continue_from(table.table, held)
+
+
+def _dense(value: torch.Tensor) -> torch.Tensor:
+    return value if value.layout == torch.strided else value.to_dense()
 
 
 def _managed_with(model: nn.Module, optimizer: Optimizer) -> ManagedModel:
@@ -208,12 +269,15 @@ def _problem(managed: ManagedModel, optimizer: Optimizer, state_dict) -> str:
             f"{expected}; build the optimizer over the same parameters in the same order"
         )
     for table, (_, entry) in _entries(optimizer, managed, state_dict).items():
-        for name in state_names(table.table.spec.rule):
+        rule = table.table.spec.rule
+        if not (_has_state(table, entry) or is_held_from_the_start(rule)):
+            continue  # the optimizer had not come to a step with this table
+        expected = state_shape(rule, table.parameter.shape)
+        for name in state_names(rule):
             shape = tuple(getattr(entry.get(name), "shape", ()))
-            if shape != tuple(table.parameter.shape):
+            if shape != expected:
                 has = f"has shape {shape}" if name in entry else "is missing"
                 return (
-                    f"the state_dict's {name!r} of table {table.name!r} {has}; the table's state has shape "
-                    f"{tuple(table.parameter.shape)}"
+                    f"the state_dict's {name!r} of table {table.name!r} {has}; the table's state has shape {expected}"
                 )
     return ""

@@ -2,33 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch.optim import SGD, Adagrad, Optimizer
+from torch import optim
+from torch.optim import Optimizer
 
 import pm
 from adaloader.errors import UnsupportedOptimizerError
+from adaloader.rowwise_adagrad import RowwiseAdagrad
 
-_SUPPORTED = "torch.optim.SGD (no momentum, no weight_decay) and torch.optim.Adagrad (no weight_decay)"
+_SUPPORTED = (
+    "torch.optim.SGD, Adagrad, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adadelta, SparseAdam, and "
+    "adaloader.RowwiseAdagrad"
+)
 
 
-def rule_for(optimizer: Optimizer, group: Mapping[str, object], table: str) -> pm.SGD | pm.Adagrad:
+def _sgd(optimizer: Optimizer, group: Mapping[str, object]) -> pm.Rule:
+    if group["momentum"] or group["weight_decay"]:
+        return pm.MomentumSGD(momentum=bool(group["momentum"]))
+    return pm.SGD()
+
+
+def _adagrad(optimizer: Optimizer, group: Mapping[str, object]) -> pm.Rule:
+    return pm.DecayingAdagrad() if group["weight_decay"] else pm.Adagrad()
+
+
+_RULES: dict[type[Optimizer], Callable[[Optimizer, Mapping[str, object]], pm.Rule]] = {
+    optim.SGD: _sgd,
+    optim.Adagrad: _adagrad,
+    optim.Adam: lambda optimizer, group: pm.Adam(amsgrad=bool(group["amsgrad"])),  # AdamW has its step
+    optim.NAdam: lambda optimizer, group: pm.NAdam(),
+    optim.RAdam: lambda optimizer, group: pm.RAdam(),
+    optim.Adamax: lambda optimizer, group: pm.Adamax(),
+    optim.RMSprop: lambda optimizer, group: pm.RMSprop(bool(group["centered"]), group["momentum"] > 0),
+    optim.Adadelta: lambda optimizer, group: pm.Adadelta(),
+    optim.SparseAdam: lambda optimizer, group: pm.SparseAdam(),
+    RowwiseAdagrad: lambda optimizer, group: pm.RowwiseAdagrad(),
+}
+
+
+def rule_for(optimizer: Optimizer, group: Mapping[str, object], table: str) -> pm.Rule:
     """Return the update rule that does to rows what `optimizer` does to a parameter of `group`.
 
     Raises:
         UnsupportedOptimizerError: naming table, optimizer or option, and what is supported.
     """
     kind = type(optimizer)
-    if kind.step is SGD.step:
-        _refuse_options(kind, group, table, ("momentum", "weight_decay", "nesterov", "differentiable"))
-        return pm.SGD()
-    if kind.step is Adagrad.step:
-        _refuse_options(kind, group, table, ("weight_decay", "differentiable"))
-        if "initial_accumulator_value" not in group:
-            raise UnsupportedOptimizerError(f"the group of table {table!r} lacks initial_accumulator_value")
-        return pm.Adagrad()
+    own_step = inspect.unwrap(kind.step)  # PyTorch wraps the step of each class whose first object is made
+    for known, make in _RULES.items():
+        if own_step is inspect.unwrap(known.step):
+            if group.get("differentiable"):
+                raise UnsupportedOptimizerError(
+                    f"table {table!r}: {kind.__name__}(differentiable=True) is not supported on managed tables; leave "
+                    "it out, or keep the table dense (raise min_rows above its number of rows)"
+                )
+            try:
+                return make(optimizer, group)
+            except KeyError as error:
+                raise UnsupportedOptimizerError(
+                    f"table {table!r}: its parameter group of {kind.__name__} lacks {error.args[0]!r}"
+                ) from error
     raise UnsupportedOptimizerError(
         f"table {table!r} is trained by {kind.__module__}.{kind.__qualname__}, which is not supported on managed "
         f"tables; supported: {_SUPPORTED}. Train the tables with one of those and the rest of the model with yours "
@@ -36,13 +72,22 @@ def rule_for(optimizer: Optimizer, group: Mapping[str, object], table: str) -> p
     )
 
 
-def _refuse_options(kind, group, table, names) -> None:
-    for name in names:
-        if group.get(name):
-            raise UnsupportedOptimizerError(
-                f"table {table!r}: {kind.__name__}({name}={group[name]!r}) is not supported on managed tables; "
-                f"supported: {_SUPPORTED}"
-            )
+_OPTIONS_OF_KIND = ("momentum", "weight_decay", "amsgrad", "centered")
+
+
+def check_options(spec: pm.TableSpec, optimizer: Optimizer, group: Mapping[str, object]) -> None:
+    """Check, before a step, that a table's records can go on under what the options of its group are by now.
+
+    Raises:
+        UnsupportedOptimizerError: naming table and options, if they were changed to what needs other optimizer state.
+    """
+    if not spec.rule.covers(rule_for(optimizer, group, spec.name)):
+        changed = [f"{name}={group[name]!r}" for name in _OPTIONS_OF_KIND if group.get(name) != spec.group.get(name)]
+        raise UnsupportedOptimizerError(
+            f"table {spec.name!r}: {type(optimizer).__name__}({', '.join(changed)}) was set after the loader was "
+            "built, and needs other optimizer state than its rows have; give the optimizer that option (or any value "
+            "of it but 0, False) before the loader is built"
+        )
 
 
 def group_of(
@@ -75,11 +120,20 @@ def groups_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, object]]:
 
 def snapshot(group: Mapping[str, object]) -> dict[str, object]:
     """Return the group's hyperparameters as they are now: schedules change them while a step may still be applied."""
-    return {
-        name: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        for name, value in group.items()
-        if name != "params"
-    }
+    return {name: _as_numbers(value) for name, value in group.items() if name != "params"}
+
+
+def _as_numbers(value):
+    """Return tensors of one number as numbers of their dtype: PyTorch computes with them in it."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as_numbers(part) for part in value)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        return value
+    value = value.detach().reshape(()).cpu()
+    return value.numpy()[()] if value.dtype in (torch.float32, torch.float64) else value.item()
+
+
+_NUMBERS = (bool, int, float, np.floating)
 
 
 def _numbers(optimizer: Optimizer) -> list[tuple[int, str, float]]:
@@ -89,7 +143,7 @@ def _numbers(optimizer: Optimizer) -> list[tuple[int, str, float]]:
         for name, value in sorted(snapshot(group).items()):
             values = value if isinstance(value, (tuple, list)) else (value,)
             for place, number in enumerate(values):
-                if isinstance(number, (bool, int, float)):
+                if isinstance(number, _NUMBERS):
                     label = name if len(values) == 1 else f"{name}[{place}]"
                     found.append((at, label, float(number)))
     return found
@@ -118,7 +172,10 @@ def adopt_hyperparameters(optimizer: Optimizer, vector: np.ndarray) -> None:
             elif isinstance(value, (tuple, list)):
                 mine = list(value)
                 for place, number in enumerate(mine):
-                    if isinstance(number, (bool, int, float)):
+                    if isinstance(number, torch.Tensor) and number.numel() == 1:
+                        number.fill_(float(vector[at]))
+                        at += 1
+                    elif isinstance(number, (bool, int, float)):
                         mine[place] = type(number)(vector[at])
                         at += 1
                 group[name] = type(value)(mine)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import pm
-from adaloader.held_state import HeldState, free_state
+from adaloader.held_state import HeldState, free_state, state_names, state_shape, take_states
 from adaloader.table_values import broadcast_tensor
 
 if TYPE_CHECKING:
@@ -27,32 +27,34 @@ class Probation:
 
     Args:
         parameter: whose memory `values` `[rows, dim]` stays.
-        held: what its optimizer holds; `states` `[rows, state_words]` where that differs by row.
+        held: what its optimizer holds; `states`, one tensor `[rows, ...]` per part, where that differs by row.
     """
 
     def __init__(self, parameter: torch.nn.Parameter, held: HeldState):
         with torch._C.DisableTorchFunctionSubclass():
             self.values = parameter.detach().contiguous()
-        self.states = held.values
+        self.states = held.parts
 
     def fill(self, rows: np.ndarray, out: np.ndarray) -> None:
         np.take(self.values.numpy(), rows, axis=0, out=out)
 
     def fill_states(self, rows: np.ndarray, out: np.ndarray) -> None:
         if self.states is not None:
-            np.take(self.states.detach().numpy(), rows, axis=0, out=out)
+            take_states(self.states, rows, out)
 
-    def take_from_rank_0(self, manager: pm.Manager, state_words: int, differs_by_row: bool) -> None:
+    def take_from_rank_0(self, manager: pm.Manager, rule: pm.Rule, differs_by_row: bool) -> None:
         """Make values, and state where it differs by row, rank 0's on every rank (collective)."""
         if not differs_by_row:
             self.states = None
         elif self.states is None:
-            self.states = self.values.new_empty(len(self.values), state_words)
+            shape = state_shape(rule, self.values.shape)
+            self.states = tuple(self.values.new_empty(shape) for _ in state_names(rule))
         if manager.ranks > 1:
             broadcast_tensor(manager, self.values)
             if differs_by_row:
-                self.states = self.states.contiguous()
-                broadcast_tensor(manager, self.states)
+                self.states = tuple(part.detach().contiguous() for part in self.states)
+                for part in self.states:
+                    broadcast_tensor(manager, part)
 
     def overwrite(self, manager: pm.Manager, table: pm.Table, values: torch.Tensor | None) -> None:
         """Set all rows to rank 0's `values` `[rows, dim]` (collective)."""

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from adaloader import row_operations
+from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.row_sum import RowSum, refusal
@@ -44,6 +45,7 @@ class RowGradient(torch.Tensor):
         return f"RowGradient(table={self._sum.table.name!r}, shape={tuple(self.shape)}, gathered_rows={gathered})"
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _FORM:

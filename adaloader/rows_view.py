@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from adaloader.compiler import not_compiled
 from adaloader.deferred_tensor import operation_name
 from adaloader.errors import ManagedTableError
 
@@ -30,6 +31,7 @@ class RowsView(torch.Tensor):
     table_name: str
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(getattr(kind, "decides_before_rows", False) for kind in types):

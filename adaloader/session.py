@@ -24,11 +24,12 @@ from adaloader.deferred_tensor import program_of
 from adaloader.dense import DenseReducer
 from adaloader.feed import Feed
 from adaloader.following import Follower
+from adaloader.gradient_layout import check_modules
 from adaloader.iteration import Iteration
 from adaloader.managed_model import ManagedModel, managed_models
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_state import hook_optimizer
-from adaloader.optimizers import group_of
+from adaloader.optimizers import group_of, rule_for
 from adaloader.process_group import process_group
 from adaloader.ranks import (
     default_comm,
@@ -282,7 +283,8 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     comm = settings.comm if settings.comm is not None else default_comm()
     strategy = resolve_strategy(model, settings.strategy)
     found = adoption.find_tables(model, settings.min_rows, strategy)
-    adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
+    specs = adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
+    check_modules(model, {spec.name: (spec.rule, spec.group) for spec in specs})
     if comm is None or comm.size == 1:
         manager = pm.Manager()
     else:
@@ -368,6 +370,8 @@ def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
                 f"table has "
                 "one optimizer"
             )
+        group = fresh[place[0]].param_groups[place[1]]
+        check_modules(managed.model(), {table.name: (rule_for(fresh[place[0]], group, table.name), group)})
         adoption.adopt_later(managed, table, fresh[place[0]], place[1])
     managed.attach(fresh)
     for optimizer in fresh:

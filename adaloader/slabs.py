@@ -83,6 +83,8 @@ class Slab:
         tensor: the same memory as a function of the table's parameter; its gradient goes to the table.
         plan: the intent that brought the rows, if any.
         seconds: where the time of its backward is added.
+        reached: for tables whose optimizer moves the rows that were looked up and no others (SparseAdam): which rows a
+            backward has reached so far (bool `[U]`); a batch may have brought more. None where that does not matter.
     """
 
     rows: np.ndarray
@@ -90,6 +92,12 @@ class Slab:
     tensor: torch.Tensor
     plan: pm.RowPlan | None
     seconds: dict[str, float]
+    reached: np.ndarray | None = None
+
+    def mark_reached(self, positions: np.ndarray, padding: int = -1) -> None:
+        """Note that a backward has come to the rows at `positions` (int64 `[n]`), but for the one at `padding`."""
+        if self.reached is not None:
+            self.reached[positions if padding < 0 else positions[positions != padding]] = True
 
 
 def make_slab(
@@ -102,10 +110,14 @@ def make_slab(
 ) -> Slab:
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
     parameter = table.parameter
+    reached = None
+    if parameter.requires_grad and table.table.spec.rule.moves_looked_up_rows:
+        reached = np.zeros(len(rows), bool)
 
     def deliver(grad: torch.Tensor) -> None:
         if table.model() is not None and not table.is_dense:  # a graph may outlive the model, and the table's being one
-            table.receive(Part(rows, grad.contiguous(), plan, None, counts, ordinal))
+            part = Part(rows, grad.contiguous(), plan, None, counts, ordinal)
+            table.receive(part if reached is None else _only(part, reached))
 
     with table.owner.paused(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         if not parameter.requires_grad:
@@ -114,7 +126,17 @@ def make_slab(
             with torch.enable_grad():
                 tensor = _RowsOf.apply(parameter, array, rows, table)
             tensor.register_hook(deliver)  # not in the backward below, which would seem to be checkpointing's
-    return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds)
+    return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds, reached)
+
+
+def _only(part: Part, reached: np.ndarray) -> Part:
+    """Return `part` without the rows that its backward has not reached; the next backward begins anew."""
+    keep = np.flatnonzero(reached)
+    reached[:] = False
+    if len(keep) == len(reached):
+        return part
+    counts = None if part.counts is None else part.counts[keep]
+    return replace(part, rows=part.rows[keep], values=part.values[torch.from_numpy(keep)], plan=None, counts=counts)
 
 
 class _RowsOf(torch.autograd.Function):
@@ -146,10 +168,10 @@ class _Expand(torch.autograd.Function):
     """out[i] = slab[positions[i]]; the gradient is summed per slab row, leaving out the padding row."""
 
     @staticmethod
-    def forward(ctx, tensor, array, positions, shape, padding, seconds):
-        ctx.positions, ctx.padding, ctx.slab_shape, ctx.seconds = positions, padding, tensor.shape, seconds
+    def forward(ctx, tensor, slab, positions, shape, padding):
+        ctx.positions, ctx.padding, ctx.slab_shape, ctx.slab = positions, padding, tensor.shape, slab
         out = torch.empty(*shape, tensor.shape[1], dtype=tensor.dtype, device="cpu")
-        cuda_ops.expand(array, positions, out.numpy().reshape(-1, tensor.shape[1]))
+        cuda_ops.expand(slab.array, positions, out.numpy().reshape(-1, tensor.shape[1]))
         return out
 
     @staticmethod
@@ -166,8 +188,9 @@ class _Expand(torch.autograd.Function):
             summed = torch.empty(rows, dim, dtype=grad.dtype, device="cpu")
             flat = grad.contiguous().numpy().reshape(-1, dim)
             cuda_ops.segment_sum(flat, ctx.positions, summed.numpy(), skip=ctx.padding)
-        ctx.seconds["backward"] += time.perf_counter() - started
-        return summed, None, None, None, None, None
+        ctx.slab.mark_reached(ctx.positions, ctx.padding)
+        ctx.slab.seconds["backward"] += time.perf_counter() - started
+        return summed, None, None, None, None
 
 
 def expand(slab: Slab, positions: np.ndarray, shape: torch.Size, padding: int = -1) -> torch.Tensor:
@@ -179,7 +202,7 @@ def expand(slab: Slab, positions: np.ndarray, shape: torch.Size, padding: int = 
         shape: shape of the ids.
         padding: position whose row gets no gradient, -1 for none.
     """
-    return _Expand.apply(slab.tensor, slab.array, positions, shape, padding, slab.seconds)
+    return _Expand.apply(slab.tensor, slab, positions, shape, padding)
 
 
 def no_rows(table: ManagedTable) -> Part:

@@ -7,6 +7,8 @@ Code that reaches below that (C++ extensions, TorchScript) finds NaN: the storag
 
 from __future__ import annotations
 
+import inspect
+import types
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from adaloader import functional_grad, lookups
+from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
@@ -33,7 +36,8 @@ class _ManagedTensor:
     decides_before_rows = True
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    @not_compiled
+    def __torch_function__(cls, func, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
         subject = _subject(func, args, kwargs)
         if getattr(getattr(subject, "_managed", None), "is_dense", False):  # a view from before
@@ -239,9 +243,14 @@ def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
             setattr(parameter, attribute, None)
 
 
-_PROPERTIES = """shape dtype device ndim requires_grad is_leaf layout is_cuda is_cpu is_sparse is_sparse_csr
-is_quantized is_meta is_mkldnn is_mps is_xla is_xpu is_nested is_ipu is_vulkan is_mtia is_maia names itemsize nbytes
-grad_fn output_nr _version _backward_hooks _post_accumulate_grad_hooks retains_grad _is_param""".split()
+# Attributes that are made of values, or are handled by themselves; all others are questions about a tensor's form.
+_OF_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad", "_grad"}
+_ATTRIBUTES = [
+    attribute
+    for name in dir(torch.Tensor)
+    if name not in _OF_VALUES
+    and isinstance(attribute := inspect.getattr_static(torch.Tensor, name), (types.GetSetDescriptorType, property))
+]
 _METHODS = """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous
 element_size get_device is_signed is_conj is_neg is_inference is_same_size __len__ new_zeros new_ones new_full new_empty
 new_tensor is_shared data_ptr untyped_storage _is_view""".split()
@@ -250,7 +259,7 @@ _has_compatible_shallow_copy_type rand_like randn_like randint_like""".split()
 
 # Questions about a table's form, which need no value of it.
 FORM = (
-    {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES if hasattr(torch.Tensor, name)}
+    {attribute.__get__ for attribute in _ATTRIBUTES}
     | {getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)}
     | {getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)}
 )

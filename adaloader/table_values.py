@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ _CHUNK_BYTES = 4 << 20
 
 def load_values(manager: pm.Manager, table: pm.Table, values: torch.Tensor | None) -> None:
     """Set every row of `table` from rank 0's `values` `[rows, dim]`; other ranks' are not read (collective)."""
-    for rows, chunk in _own_rows_from_rank_0(manager, table, values, table.spec.dim):
+    for rows, chunk in _own_rows_from_rank_0(manager, table, [values], table.spec.dim):
         manager.load_rows(table, rows, chunk, None)
     manager.rewrite_ended()
 
@@ -42,25 +42,29 @@ def read_whole(manager: pm.Manager, table: pm.Table) -> torch.Tensor:
     return torch.from_numpy(whole)
 
 
-def load_states(manager: pm.Manager, table: pm.Table, states: torch.Tensor | None) -> None:
-    """Set the optimizer state of every row from rank 0's `states` `[rows, state_words]` (collective)."""
+def load_states(manager: pm.Manager, table: pm.Table, parts: Sequence[torch.Tensor] | None) -> None:
+    """Set the optimizer state of every row from rank 0's `parts` `[rows, ...]`, side by side (collective)."""
     words = table.store.record_class.state_words
     if words == 0:
         return
-    for rows, chunk in _own_rows_from_rank_0(manager, table, states, words):
-        table.store.set_states(manager.touch(table, rows), chunk)
+    for rows, chunk in _own_rows_from_rank_0(manager, table, parts, words):
+        manager.load_states(table, rows, chunk)
 
 
 def _own_rows_from_rank_0(
-    manager: pm.Manager, table: pm.Table, source: torch.Tensor | None, width: int
+    manager: pm.Manager, table: pm.Table, source: Sequence[torch.Tensor] | None, width: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (rows, their part of rank 0's `source`) for the rows that this rank owns, chunk by chunk (collective)."""
+    """Yield (rows, their part of rank 0's `source`) for the rows that this rank owns, chunk by chunk (collective).
+
+    Rank 0's `source` are tensors `[rows, ...]` that a chunk has side by side, `width` numbers of each row together.
+    """
     dtype = np.dtype(table.spec.dtype)
     chunk_rows = max(1, _CHUNK_BYTES // (width * dtype.itemsize))
     for start in range(0, table.spec.rows, chunk_rows):
         rows = np.arange(start, min(start + chunk_rows, table.spec.rows), dtype=np.int64)
         if manager.rank == 0:
-            chunk = source[start : start + len(rows)].detach().to("cpu", getattr(torch, table.spec.dtype))
+            parts = [part.detach()[start : start + len(rows)].reshape(len(rows), -1) for part in source]
+            chunk = torch.cat(parts, 1).to("cpu", getattr(torch, table.spec.dtype))
             chunk = np.ascontiguousarray(chunk.numpy())
         else:
             chunk = np.empty((len(rows), width), dtype)

@@ -131,6 +131,8 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
         confirm(table)
     by_row = any(_is_per_row(value, spec.rows) for value in (*args, *kwargs.values()))
     manager.settle()
+    if not table.all_rows_held:
+        _check_untouched_rows(table, operation, by_row)
 
     def apply(rows: np.ndarray, values: np.ndarray) -> None:
         def part(value):
@@ -146,14 +148,23 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
             apply(rows, values)
             manager.load_rows(table.table, rows, values, None)
         if not table.all_rows_held:
-            if by_row:
-                raise ManagedTableError(
-                    f"{operation} on table {table.name!r} with a tensor of {spec.rows} rows: it was declared under "
-                    "deferred_init, and rows that were never touched can only be changed by numbers"
-                )
             _fill_changed(table, apply)
         manager.rewrite_ended()
     model.writes += 1
+
+
+def _check_untouched_rows(table: ManagedTable, operation: str, by_row: bool) -> None:
+    if by_row:
+        raise ManagedTableError(
+            f"{operation} on table {table.name!r} with a tensor of {table.table.spec.rows} rows: it was declared under "
+            "deferred_init, and rows that were never touched can only be changed by numbers"
+        )
+    if table.table.history:
+        raise ManagedTableError(
+            f"{operation} on table {table.name!r}: it was declared under deferred_init, and its optimizer has moved "
+            "rows that were never touched, which are not held and cannot be changed; write to rows by their ids, or "
+            "build the table outside deferred_init"
+        )
 
 
 def _fill_changed(table: ManagedTable, apply: Callable[[np.ndarray, np.ndarray], None]) -> None:

@@ -7,6 +7,7 @@ Numba and torch, and nothing of ours. Read `dispatch.py` first, then `cpu/rows.p
 in memory.
 """
 
+from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import partition as _partition
@@ -14,8 +15,10 @@ from cuda_ops.cpu import renorm as _renorm
 from cuda_ops.cpu import rows as _rows
 from cuda_ops.cpu import schedule as _schedule
 from cuda_ops.cpu import segment as _segment
+from cuda_ops.cpu import sparse_update as _sparse_update
 from cuda_ops.cpu import steps as _steps
 from cuda_ops.cpu import update as _update
+from cuda_ops.cpu.advance import history_columns
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.dispatch import by_device
@@ -29,6 +32,9 @@ segment_sum = by_device(_segment.segment_sum)
 segment_count = by_device(_segment.segment_count)
 sgd_update = by_device(_update.sgd_update)
 adagrad_update = by_device(_update.adagrad_update)
+sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
+rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
+advance = by_device(_advance.advance)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 owners = by_device(_partition.owners)
@@ -43,11 +49,13 @@ __all__ = [
     "DedupScratch",
     "KeyIndex",
     "adagrad_update",
+    "advance",
     "dedup",
     "dedup_counts",
     "delta",
     "expand",
     "gather",
+    "history_columns",
     "last_steps",
     "mark_steps",
     "merge",
@@ -55,9 +63,11 @@ __all__ = [
     "owners",
     "partition",
     "renorm",
+    "rowwise_adagrad_update",
     "scatter",
     "segment_count",
     "segment_sum",
     "select_due",
     "sgd_update",
+    "sparse_adam_update",
 ]

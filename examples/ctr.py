@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from counters import intended_lookups, stats_of
 from ctr_data import CRITEO_ROWS, Clicks, as_is, load_criteo, make_synthetic, split
 from ctr_models import MODELS
 from metrics import log_loss, roc_auc
@@ -144,11 +145,6 @@ def train_epoch(
     return np.array([loss_sum, samples, lookups, intended, after["wait_seconds"] - waited_before, seconds])
 
 
-def intended_lookups(stats: Mapping[str, float]) -> float:
-    """How many lookups found their row here because it had been intended."""
-    return stats["lookups"] * stats["intent_coverage"] if stats["lookups"] else 0.0
-
-
 @torch.no_grad()
 def evaluate(loader: Iterable, model: nn.Module) -> np.ndarray:
     """Return (label, logit) of this rank's share of the test set, float64 [n, 2]."""
@@ -171,13 +167,6 @@ def summarise(number: int, sums: np.ndarray, scores: np.ndarray) -> Epoch:
         intent_coverage=intended / lookups if lookups else None,
         waiting_share=waited / float(sums[:, 5].sum()) if lookups else None,
     )
-
-
-def stats_of(loader: Iterable) -> Mapping[str, float]:
-    """The loader's counters; zeros for a plain loader."""
-    if isinstance(loader, DataLoader) and not hasattr(loader, "stats"):
-        return {"lookups": 0, "intent_coverage": 0.0, "wait_seconds": 0.0, "memory_bytes": 0}
-    return loader.stats()
 
 
 def report(args: argparse.Namespace, ranks: Ranks, epochs: list[Epoch], stats: Mapping[str, float]) -> None:

@@ -6,19 +6,31 @@ typed messages (`messages.py`). The room imports `intents` (timing) and `cuda_op
 `synchronous.py` (asking for rows) and `serving.py` (owning them).
 """
 
+from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop
 from pm.manager import Manager
-from pm.rules import SGD, Adagrad, Frozen
+from pm.rules import SGD, Adagrad, Frozen, RowwiseAdagrad, Rule, SparseAdam
 from pm.synchronous import SynchronousManager
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.waiting import PeerError
 
 __all__ = [
     "SGD",
+    "Adadelta",
     "Adagrad",
+    "Adam",
+    "Adamax",
+    "DecayingAdagrad",
     "Frozen",
     "Manager",
+    "MomentumSGD",
+    "NAdam",
     "PeerError",
+    "RAdam",
+    "RMSprop",
     "RowPlan",
+    "RowwiseAdagrad",
+    "Rule",
+    "SparseAdam",
     "SynchronousManager",
     "Table",
     "TableGradient",

@@ -51,7 +51,12 @@ class AskedRows:
         return (plan for plan in self.plans.values() if plan.expected <= version)
 
     def early(self, version: int, horizon: int) -> Iterator[AskedPlan]:
-        """Plans for later versions, up to which all ranks' intents are known (`horizon`), with rows that are due."""
+        """Plans for later versions, up to which all ranks' intents are known (`horizon`), with rows that are due.
+
+        Not of tables whose every step moves every row: what is sent early would be stale when it is needed.
+        """
         return (
-            plan for plan in self.plans.values() if version < plan.expected <= horizon + 1 and plan.next_due <= version
+            plan
+            for plan in self.plans.values()
+            if version < plan.expected <= horizon + 1 and plan.next_due <= version and plan.table.history is None
         )

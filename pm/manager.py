@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import cuda_ops
+from pm.dense_rules import SWEPT_STEPS
 from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
 from pm.store import RecordClass, RecordStore
@@ -63,10 +64,15 @@ class Manager:
         for spec in specs:
             store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
             added.append(Table(spec, len(self.tables), store))
+            added[-1].begin_history()
             self.tables.append(added[-1])
         return added
 
     def _store_for(self, record_class: RecordClass, rows: int, declared_rows: int) -> RecordStore:
+        if record_class.catches_up:  # rows are caught up in turn, by slot: such a table has a store of its own
+            store = RecordStore(record_class, rows * _RESERVE_FACTOR)
+            self._stores.append((store, rows))
+            return store
         for at, (store, declared) in enumerate(self._stores):
             if store.record_class == record_class and declared + rows <= store.capacity:
                 self._stores[at] = (store, declared + rows)
@@ -76,13 +82,23 @@ class Manager:
         return store
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
-        """Give `table` another update rule (collective): its records move to a store of the new class."""
+        """Give `table` another update rule (collective): its records move to a store of the new class.
+
+        Raises:
+            ValueError: if steps have moved rows that nobody holds, which the new rule would not know of.
+        """
+        if table.history is not None and len(table.history):
+            raise ValueError(
+                f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
+                "moved all its rows; it cannot be given another rule"
+            )
         with self._structure:
             held_keys, held_slots = table.store.index.items()
             mine = table_of(held_keys) == table.number
             keys, slots = held_keys[mine], held_slots[mine]
             old, table.store = table.store, self._store_for(spec.record_class, spec.rows, spec.rows)
             table.spec = spec
+            table.begin_history()
             for start in range(0, len(keys), _CHUNK_ROWS):
                 part = slice(start, start + _CHUNK_ROWS)
                 values = old.values(slots[part], np.empty((len(keys[part]), spec.dim), spec.dtype))
@@ -123,14 +139,59 @@ class Manager:
         return slots
 
     def _initialise_state(self, table: Table, rows: np.ndarray, slots: np.ndarray) -> None:
-        words = table.store.record_class.state_words
-        if words:
-            initial = table.spec.rule.initial_state(table.spec.group)
-            states = np.full((len(slots), words), initial, table.spec.dtype)
-            if table.spec.fill_states is not None:
-                table.spec.fill_states(rows, states)
-            table.store.set_states(slots, states)
+        if table.store.record_class.state_words:
+            table.store.set_states(slots, self._initial_states(table, rows))
+        if table.history is not None:
+            table.store.set_caught_up(slots, 0)
         cuda_ops.mark_steps(table.store.steps, table.store.record_class.record_bytes, slots, 0)
+
+    def _initial_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        initial = table.spec.rule.initial_state(table.spec.group)
+        states = np.full((len(rows), table.spec.record_class.state_words), initial, table.spec.dtype)
+        if states.size and table.spec.fill_states is not None:
+            table.spec.fill_states(rows, states)
+        return states
+
+    # Rows that steps moved without touching them
+
+    def catch_up(self, table: Table, slots: np.ndarray) -> None:
+        """Bring the records at `slots` (int64 `[n]`, distinct) to the table's last step. Any thread.
+
+        Whoever reads or writes a value or a state does this before; it costs nothing where rows move only when they are
+        touched.
+        """
+        if table.history is not None and len(table.history):
+            with self._values:
+                table.advance(table.store, slots)
+
+    def _sweep(self, table: Table) -> None:
+        """Catch up the next records in turn, so that no held one is ever more than `SWEPT_STEPS` steps behind.
+
+        This bounds what a lookup after a long gap costs where rows never come to rest by themselves (coupled weight
+        decay, momentum near 1). A row of a deferred table that is made late still takes all steps since the first.
+        """
+        with self._structure:  # no record is being made meanwhile
+            in_use = table.store.slots_in_use
+            share = -(-in_use // SWEPT_STEPS)
+            start = table.swept if table.swept < in_use else 0
+            stop = min(start + share, in_use)
+            self.catch_up(table, np.arange(start, stop, dtype=np.int64))
+            table.swept = stop
+
+    def unmade_rows(self, table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (values `[n, dim]`, states `[n, state_words]`) that `rows` have that no owner holds yet."""
+        spec = table.spec
+        values = np.empty((len(rows), spec.dim), spec.dtype)
+        spec.fill(rows, values)
+        states = self._initial_states(table, rows)
+        if table.history is None or not len(table.history):
+            return values, states
+        scratch = RecordStore(spec.record_class, len(rows))
+        slots = scratch.allocate(len(rows))
+        scratch.set_values(slots, values)
+        scratch.set_states(slots, states)
+        table.advance(scratch, slots)
+        return scratch.values(slots, values), scratch.states(slots)
 
     # Rows
 
@@ -157,14 +218,18 @@ class Manager:
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
         """Write the plan's rows at the current version to `out` `[U, dim]`, waiting for those not here yet."""
         started = time.perf_counter()
-        plan.table.store.values(self.slots_of(plan), out)
+        slots = self.slots_of(plan)
+        self.catch_up(plan.table, slots)
+        plan.table.store.values(slots, out)
         self.traffic.seconds["gather"] += time.perf_counter() - started
         return out
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Write distinct `rows` (int64 `[n]`, in range) at the current version to `out` `[n, dim]`, on demand."""
         self.traffic.on_demand_pulls += 1
-        return table.store.values(self.touch(table, rows), out)
+        slots = self.touch(table, rows)
+        self.catch_up(table, slots)
+        return table.store.values(slots, out)
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         """Scale down the main copies of distinct `rows` whose norm is above `max_norm`, as `embedding_renorm_` does."""
@@ -173,6 +238,7 @@ class Manager:
     def renorm_own(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         """As `renorm`, of rows that this rank owns; copies of those that change are stale from the next version on."""
         slots = self.touch(table, rows)
+        self.catch_up(table, slots)
         values = table.store.values(slots, np.empty((len(rows), table.spec.dim), table.spec.dtype))
         changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
         with self._values:
@@ -223,9 +289,18 @@ class Manager:
         """Update records with the sum of one step's pieces of a table's gradient, at slots of this rank."""
         slots, grads, scale = self._summing.combine(pieces, table.spec.dim)
         table.gradient_steps += 1
-        if len(slots):
-            version = self._version_after_step()
-            table.spec.rule.apply(table.store, slots, grads, scale, group, table.gradient_steps, version)
+        version, rule = self._version_after_step(), table.spec.rule
+        if table.history is None:
+            table.begun = True
+            if len(slots):
+                rule.apply(table.store, slots, grads, scale, group, table.gradient_steps, version)
+            return
+        with self._values:
+            table.history.append(rule.entry(table, group))
+            table.changed_at = version
+            table.advance(table.store, slots, grads, -scale if group["maximize"] else scale, version)
+        if table.history.slow:
+            self._sweep(table)
 
     def _version_after_step(self) -> int:
         return self.steps + 1
@@ -238,10 +313,17 @@ class Manager:
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
         """Set values and, where given, optimizer state of distinct `rows` of which this rank is the owner."""
         slots = self.touch(table, rows)
+        self.catch_up(table, slots)
         table.store.set_values(slots, values)
         if states is not None:
             table.store.set_states(slots, states)
         self._mark_changed(table, slots)
+
+    def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
+        """Set the optimizer state `[n, state_words]` of distinct `rows` of which this rank is the owner."""
+        slots = self.touch(table, rows)
+        self.catch_up(table, slots)
+        table.store.set_states(slots, states)
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (rows, values, states) of the records of `table` that this rank owns, in chunks."""
@@ -251,6 +333,7 @@ class Manager:
         keys, slots = keys[mine], slots[mine]
         for start in range(0, len(keys), _CHUNK_ROWS):
             part = slots[start : start + _CHUNK_ROWS]
+            self.catch_up(table, part)
             values = table.store.values(part, np.empty((len(part), table.spec.dim), table.spec.dtype))
             yield rows_of(keys[start : start + _CHUNK_ROWS]), values, table.store.states(part)
 
@@ -264,8 +347,9 @@ class Manager:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the rows that this rank holds, with their state and index."""
-        return sum(store.memory_bytes for store, _ in self._stores)
+        """Bytes of the rows that this rank holds, with their state and index, and of tables' histories."""
+        histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
+        return histories + sum(store.memory_bytes for store, _ in self._stores)
 
     @property
     def bytes_sent(self) -> int:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import cuda_ops
+from pm.dense_rules import DenseRule
 from pm.store import RecordStore
 
 
-class Frozen:
+class SparseRule:
+    """What rules share that leave alone the rows without gradient, as PyTorch does too, or to the same effect."""
+
+    catches_up = False
+    moves_looked_up_rows = False
+    """Whether a row that was looked up moves though its gradient is zero, while one that was not stays."""
+
+    def covers(self, other: object) -> bool:
+        """Whether records of this rule can go on under `other`, whose options were changed."""
+        return type(self) is type(other)
+
+
+class Frozen(SparseRule):
     """No optimizer holds the table: its records carry a value alone, and a gradient for it is an error upstream."""
 
     name = "frozen"
@@ -20,7 +34,7 @@ class Frozen:
         return 0.0
 
 
-class SGD:
+class SGD(SparseRule):
     """`torch.optim.SGD` without momentum and weight decay: value -= lr * grad."""
 
     name = "sgd"
@@ -33,13 +47,12 @@ class SGD:
 
     def apply(self, store: RecordStore, slots, grads, scale, group, count: int, version: int) -> None:
         """Update the records at `slots` (int64 `[n]`, distinct) with `scale * grads` (`[n, dim]`)."""
-        sign = -1.0 if group["maximize"] else 1.0
         dim = store.record_class.dim
-        lr = float(group["lr"])
-        cuda_ops.sgd_update(store.words, store.stride, dim, store.steps, slots, grads, lr, sign * scale, version)
+        lr, scale = float(group["lr"]), _sign(group) * scale
+        cuda_ops.sgd_update(store.words, store.stride, dim, store.steps, slots, grads, lr, scale, version)
 
 
-class Adagrad:
+class Adagrad(SparseRule):
     """`torch.optim.Adagrad` without weight decay (Duchi et al. 2011), state: the sum of squares per value."""
 
     name = "adagrad"
@@ -55,8 +68,7 @@ class Adagrad:
 
         `count` is the number of steps, this one included, in which the table had a gradient: it drives `lr_decay`.
         """
-        sign = -1.0 if group["maximize"] else 1.0
-        decayed_lr = float(group["lr"]) / (1 + (count - 1) * float(group["lr_decay"]))
+        decayed_lr = float(group["lr"] / (1 + (count - 1) * group["lr_decay"]))
         cuda_ops.adagrad_update(
             store.words,
             store.stride,
@@ -66,9 +78,71 @@ class Adagrad:
             grads,
             decayed_lr,
             float(group["eps"]),
-            sign * scale,
+            _sign(group) * scale,
             version,
         )
 
 
-Rule = Frozen | SGD | Adagrad
+class SparseAdam(SparseRule):
+    """`torch.optim.SparseAdam`: Adam of the rows that have a gradient; their two moments are the state."""
+
+    name = "sparse_adam"
+    moves_looked_up_rows = True
+
+    def state_words(self, dim: int) -> int:
+        return 2 * dim
+
+    def initial_state(self, group: Mapping[str, object]) -> float:
+        return 0.0
+
+    def apply(self, store: RecordStore, slots, grads, scale, group, count: int, version: int) -> None:
+        """Update the records at `slots` (int64 `[n]`, distinct) with `scale * grads` (`[n, dim]`); `count` is t."""
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        step_size = group["lr"] * math.sqrt(1 - beta2**count) / (1 - beta1**count)
+        cuda_ops.sparse_adam_update(
+            store.words,
+            store.stride,
+            store.record_class.dim,
+            store.steps,
+            slots,
+            grads,
+            (beta1, beta2),
+            float(step_size),
+            float(group["eps"]),
+            _sign(group) * scale,
+            version,
+        )
+
+
+class RowwiseAdagrad(SparseRule):
+    """`adaloader.RowwiseAdagrad`, state: the sum of the mean of squares, one number per row."""
+
+    name = "rowwise_adagrad"
+
+    def state_words(self, dim: int) -> int:
+        return 1
+
+    def initial_state(self, group: Mapping[str, object]) -> float:
+        return float(group["initial_accumulator_value"])
+
+    def apply(self, store: RecordStore, slots, grads, scale, group, count: int, version: int) -> None:
+        """Update the records at `slots` (int64 `[n]`, distinct) with `scale * grads` (`[n, dim]`)."""
+        cuda_ops.rowwise_adagrad_update(
+            store.words,
+            store.stride,
+            store.record_class.dim,
+            store.steps,
+            slots,
+            grads,
+            float(group["lr"]),
+            float(group["eps"]),
+            _sign(group) * scale,
+            version,
+        )
+
+
+def _sign(group: Mapping[str, object]) -> float:
+    return -1.0 if group["maximize"] else 1.0
+
+
+Rule = Frozen | SGD | Adagrad | SparseAdam | RowwiseAdagrad | DenseRule

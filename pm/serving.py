@@ -131,6 +131,8 @@ class Serving:
         """Send what is stale of a plan (`early`: only what is due): ROWS(plan, is an answer; positions, values)."""
         table, store = plan.table, plan.table.store
         record_bytes = store.record_class.record_bytes
+        if table.history is not None:  # each of its steps moves every row, also those that it does not touch
+            plan.sent_at[plan.sent_at < table.changed_at] = -1
         positions = cuda_ops.select_due(
             store.steps, record_bytes, plan.slots, plan.sent_at, plan.due, self.applied, not early
         )
@@ -140,6 +142,7 @@ class Serving:
             return
         whole = len(positions) == len(plan.slots)
         slots = plan.slots if whole else plan.slots[positions]
+        self._manager.catch_up(table, slots)
         values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
         arrays = (ALL_ROWS if whole else positions, values)
         self._manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
@@ -208,7 +211,9 @@ class Serving:
         number, table_number = message.numbers
         table, rows = self._manager.tables[table_number], message.arrays[0]
         values = np.empty((len(rows), table.spec.dim), table.spec.dtype)
-        table.store.values(self._manager.touch(table, rows), values)
+        slots = self._manager.touch(table, rows)
+        self._manager.catch_up(table, slots)
+        table.store.values(slots, values)
         self._manager.transport.send(source, Message(Kind.PULLED, (number,), (values,)))
 
     def on_renorm(self, source: int, message: Message) -> None:

@@ -23,20 +23,25 @@ class RecordClass:
         dtype: numpy dtype name of value and state, "float32" or "float64".
         rule: name of the update rule whose state the records hold.
         state_words: words (of `dtype`) of optimizer state per row.
+        catches_up: whether records say up to which step of their table they are caught up (see `pm.history`).
     """
 
     dim: int
     dtype: str
     rule: str
     state_words: int
+    catches_up: bool = False
 
     @property
     def stride(self) -> int:
-        """Words per record: value, state, and an 8-byte word for the step of the last update, aligned to 8 bytes."""
+        """Words per record: value, state, and 8-byte words, aligned to 8 bytes.
+
+        These are, with `catches_up`, the step that the record is caught up to; and the step of the last update.
+        """
         itemsize = np.dtype(self.dtype).itemsize
         payload = (self.dim + self.state_words) * itemsize
         padded = -(-payload // _STEP_BYTES) * _STEP_BYTES
-        return (padded + _STEP_BYTES) // itemsize
+        return (padded + (1 + self.catches_up) * _STEP_BYTES) // itemsize
 
     @property
     def record_bytes(self) -> int:
@@ -164,6 +169,16 @@ class RecordStore:
     def set_states(self, slots: np.ndarray, states: np.ndarray) -> None:
         """Write `states` `[n, state_words]` as the optimizer state of `slots` (int64 `[n]`, distinct)."""
         cuda_ops.scatter(self.words, self.stride, slots, states, offset=self.record_class.dim)
+
+    def set_caught_up(self, slots: np.ndarray, count: int) -> None:
+        """Say that the records at `slots` (int64 `[n]`) are caught up to step `count` of their table's history."""
+        record_longs = self.record_class.record_bytes // _STEP_BYTES
+        self.steps[(slots + 1) * record_longs - 2] = count
+
+    @property
+    def slots_in_use(self) -> int:
+        """Number of slots that were ever given out: they are the first ones."""
+        return self._next_slot
 
 
 def reserve_zeros(count: int, dtype: type) -> np.ndarray:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+import cuda_ops
+from pm.history import History
 from pm.keys import make_keys
 from pm.rules import Rule
 from pm.store import RecordClass, RecordStore
@@ -38,17 +40,49 @@ class TableSpec:
 
     @property
     def record_class(self) -> RecordClass:
-        return RecordClass(self.dim, self.dtype, self.rule.name, self.rule.state_words(self.dim))
+        words = self.rule.state_words(self.dim)
+        return RecordClass(self.dim, self.dtype, self.rule.name, words, self.rule.catches_up)
 
 
 @dataclass
 class Table:
-    """A table that the manager holds: its spec, number, store, and the steps in which it had a gradient."""
+    """A table that the manager holds: its spec, number, store, and the steps in which it had a gradient.
+
+    Where its rule moves every row at every such step, `history` has them, and a record is caught up when it is needed;
+    the table then has a store of its own. `begun` says whether plain PyTorch would hold optimizer state for it by now,
+    `changed_at` is the version of the last such step, `swept` the slot up to which rows were caught up in turn.
+    """
 
     spec: TableSpec
     number: int
     store: RecordStore
     gradient_steps: int = 0
+    history: History | None = None
+    begun: bool = False
+    changed_at: int = 0
+    swept: int = 0
+
+    def begin_history(self) -> None:
+        """The table's records are new, or under another rule: what it does from now on counts."""
+        rule = self.spec.rule
+        self.history = History(rule.kind, self.spec.dtype) if rule.catches_up else None
+        self.begun, self.swept = False, 0
+
+    def advance(self, store: RecordStore, slots: np.ndarray, grads=None, scale: float = 1.0, version: int = 0) -> None:
+        """Bring the records at `slots` of `store` to the table's last step, which has the gradient `grads` if given."""
+        cuda_ops.advance(
+            self.history.kind,
+            store.words,
+            store.stride,
+            self.spec.dim,
+            store.steps,
+            slots,
+            grads,
+            self.history.steps,
+            self.history.bounds,
+            scale,
+            version,
+        )
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         return make_keys(self.number, rows)

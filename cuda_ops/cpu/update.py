@@ -32,7 +32,7 @@ def sgd_update(words, stride, dim, steps, slots, grad, lr, scale, version):
         IndexError: a slot is outside the store.
         TypeError, ValueError: a dtype or shape does not fit.
     """
-    slots, grad = _check(words, stride, dim, 0, steps, slots, grad)
+    slots, grad = check_update(words, stride, dim, 0, steps, slots, grad)
     _sgd(words, stride, steps, slots, grad, float(lr), float(scale), int(version))
 
 
@@ -52,11 +52,12 @@ def adagrad_update(words, stride, dim, steps, slots, grad, clr, eps, scale, vers
         IndexError: a slot is outside the store.
         TypeError, ValueError: a dtype or shape does not fit.
     """
-    slots, grad = _check(words, stride, dim, dim, steps, slots, grad)
+    slots, grad = check_update(words, stride, dim, dim, steps, slots, grad)
     _adagrad(words, stride, steps, slots, grad, float(clr), float(eps), float(scale), int(version))
 
 
-def _check(words, stride, dim, state_words, steps, slots, grad):
+def check_update(words, stride, dim, state_words, steps, slots, grad):
+    """Return (slots, grad) in plain form; raise what the update functions say if something does not fit."""
     count = record_count(words, stride)
     if words.itemsize * stride % 8:
         raise ValueError(f"stride is {stride} words of {words.itemsize} bytes; a record must be a multiple of 8 bytes")

@@ -302,10 +302,11 @@ def test_optimizer_of_another_model():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda p: torch.optim.Adam(p, lr=0.1), "Adam.*SGD.*Adagrad"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum=0.9"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), "weight_decay=0.1"),
-        (lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1), "weight_decay=0.1"),
+        (lambda p: torch.optim.LBFGS(p, lr=0.1), "LBFGS.*SGD.*Adagrad"),
+        (lambda p: torch.optim.ASGD(p, lr=0.1), "ASGD.*SGD.*Adagrad"),
+        (lambda p: torch.optim.Rprop(p, lr=0.1), "Rprop.*SGD.*Adagrad"),
+        (lambda p: torch.optim.Adam(p, lr=0.1, differentiable=True), "differentiable=True"),
+        (lambda p: torch.optim.SparseAdam(p, lr=0.1), "sparse=False.*SparseAdam.*sparse=True"),
     ],
 )
 def test_optimizer_that_tables_cannot_have(make, says):

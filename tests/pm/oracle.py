@@ -8,12 +8,58 @@ import torch
 import cuda_ops
 import pm
 
-RULES = {"sgd": pm.SGD, "adagrad": pm.Adagrad}
+RULES = {
+    "sgd": pm.SGD,
+    "adagrad": pm.Adagrad,
+    "sgd_momentum": lambda: pm.MomentumSGD(momentum=True),
+    "sgd_decay": lambda: pm.MomentumSGD(momentum=False),
+    "adagrad_decay": pm.DecayingAdagrad,
+    "rmsprop": lambda: pm.RMSprop(centered=False, momentum=False),
+    "rmsprop_all": lambda: pm.RMSprop(centered=True, momentum=True),
+    "adadelta": pm.Adadelta,
+    "adam": lambda: pm.Adam(amsgrad=False),
+    "adam_decay": lambda: pm.Adam(amsgrad=False),
+    "adamw_amsgrad": lambda: pm.Adam(amsgrad=True),
+    "nadam": pm.NAdam,
+    "radam": pm.RAdam,
+    "adamax": pm.Adamax,
+}
+KINDS = {
+    pm.SGD: torch.optim.SGD,
+    pm.MomentumSGD: torch.optim.SGD,
+    pm.Adagrad: torch.optim.Adagrad,
+    pm.DecayingAdagrad: torch.optim.Adagrad,
+    pm.RMSprop: torch.optim.RMSprop,
+    pm.Adadelta: torch.optim.Adadelta,
+    pm.Adam: torch.optim.Adam,
+    pm.NAdam: torch.optim.NAdam,
+    pm.RAdam: torch.optim.RAdam,
+    pm.Adamax: torch.optim.Adamax,
+}
+_ADAM = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+_DECOUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
 GROUPS = {
     "sgd": {"lr": 0.1, "maximize": False},
     "adagrad": {"lr": 0.1, "lr_decay": 0.05, "eps": 1e-10, "initial_accumulator_value": 0.25, "maximize": False},
+    "sgd_momentum": {"lr": 0.02, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.0, "nesterov": False},
+    "sgd_decay": {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.05, "nesterov": False},
+    "rmsprop": {"lr": 0.01, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False},
+    "rmsprop_all": {"lr": 0.01, "alpha": 0.9, "eps": 1e-5, "weight_decay": 0.1, "momentum": 0.7, "centered": True},
+    "adadelta": {"lr": 0.5, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0},
+    "adam": {**_ADAM, "amsgrad": False},
+    "adam_decay": {**_ADAM, "amsgrad": False, "weight_decay": 0.1},
+    "adamw_amsgrad": {**_ADAM, **_DECOUPLED, "amsgrad": True},
+    "nadam": {**_ADAM, "momentum_decay": 0.004},
+    "radam": {**_ADAM, **_DECOUPLED},
+    "adamax": dict(_ADAM),
 }
+GROUPS["adagrad_decay"] = {**GROUPS["adagrad"], "weight_decay": 0.05}
+GROUPS = {name: {"maximize": False, **group} for name, group in GROUPS.items()}
+DENSE_RULES = [name for name in RULES if name not in ("sgd", "adagrad")]
+_STATES = """sum square_avg momentum_buffer grad_avg exp_avg exp_avg_sq max_exp_avg_sq exp_inf acc_delta""".split()
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
+# Thousands of roundings, of moments and of the roots that values are divided by.
+TOLERANCE_OF_DENSE_RULES = {"float32": 1e-5, "float64": 1e-10}
 
 
 def initial(number: int, rows: np.ndarray, dim: int, dtype: str) -> np.ndarray:
@@ -36,10 +82,10 @@ class DenseTable:
         self.spec = spec
         everything = np.arange(spec.rows, dtype=np.int64)
         self.parameter = torch.nn.Parameter(torch.from_numpy(initial(number, everything, spec.dim, spec.dtype)))
-        kinds = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
-        kind = kinds.get(spec.rule.name)
+        kind = KINDS.get(type(spec.rule))
         self.optimizer = None if kind is None else kind([self.parameter], **spec.group)
-        self.exact = spec.rule.name != "adagrad"  # Adagrad's root is rounded otherwise in PyTorch
+        self.exact = isinstance(spec.rule, (pm.SGD, pm.Frozen))  # roots are rounded otherwise in PyTorch
+        self.tolerances = TOLERANCE_OF_DENSE_RULES if spec.rule.catches_up else TOLERANCE
 
     @property
     def values(self) -> np.ndarray:
@@ -47,8 +93,9 @@ class DenseTable:
 
     @property
     def states(self) -> np.ndarray:
-        held = self.optimizer.state[self.parameter].get("sum") if self.optimizer else None
-        return np.empty((self.spec.rows, 0)) if held is None else held.numpy()
+        held = self.optimizer.state[self.parameter] if self.optimizer else {}
+        parts = [held[name].numpy() for name in _STATES if name in held]
+        return np.concatenate(parts, 1) if parts else np.empty((self.spec.rows, 0))
 
     def step(self, pieces: list[tuple[np.ndarray, np.ndarray, float, int, np.ndarray | None]]) -> None:
         """Apply pieces (rows, values, scale, ordinal, counts), given in the order of ranks."""
@@ -79,7 +126,7 @@ class DenseTable:
         if self.exact:
             np.testing.assert_array_equal(values, expected, err_msg=str(what))
         else:
-            tolerance = TOLERANCE[self.spec.dtype]
+            tolerance = self.tolerances[self.spec.dtype]
             np.testing.assert_allclose(values, expected, rtol=tolerance, atol=tolerance, err_msg=str(what))
 
 

@@ -1,0 +1,89 @@
+"""SGD with momentum or weight decay on records, rows that a step did not touch included (see gaps.py).
+
+Columns of the history: lr, momentum, 1 - dampening (1 at the step that starts the buffer), weight_decay, whether
+Nesterov's; running sums of: the value's factor without momentum (1 - lr * weight_decay), the buffer's factor.
+"""
+
+import numpy as np
+
+from cuda_ops.cpu.gaps import (
+    DIES_OUT,
+    EXACT_STEPS,
+    LOGS,
+    factor_between,
+    linear_part_is_over,
+    next_look,
+    scale_by,
+)
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, touch
+
+LR, MOMENTUM, KEPT, WEIGHT_DECAY, NESTEROV = range(5)
+COLUMNS = 5 + LOGS
+_VALUE_LOG, _BUFFER_LOG = 5, 6
+
+
+@helper
+def _step(value, buffer, grad, scale, history, start, stop):
+    """Steps [start, stop) of torch.optim.SGD with one gradient; `buffer` is empty where there is none."""
+    dtype = value.dtype.type
+    for at in range(start, stop):
+        minus_lr, momentum, kept = dtype(-history[at, LR]), dtype(history[at, MOMENTUM]), dtype(history[at, KEPT])
+        decay = dtype(history[at, WEIGHT_DECAY])
+        if buffer.size == 0 or history[at, MOMENTUM] == 0:
+            for j in range(value.size):
+                g = scale * grad[j] + decay * value[j]
+                value[j] += minus_lr * g
+        elif history[at, NESTEROV] != 0:
+            for j in range(value.size):
+                g = scale * grad[j] + decay * value[j]
+                b = buffer[j] * momentum + kept * g
+                buffer[j] = b
+                value[j] += minus_lr * (g + momentum * b)
+        else:
+            for j in range(value.size):
+                g = scale * grad[j] + decay * value[j]
+                b = buffer[j] * momentum + kept * g
+                buffer[j] = b
+                value[j] += minus_lr * b
+
+
+@helper
+def _skip_rest(value, buffer, history, bounds, at, first, stop):
+    """Whether the steps from `at` to `stop` were made in one, because it makes no difference."""
+    if buffer.size:
+        if not linear_part_is_over(value, buffer, bounds):
+            return False
+        scale_by(buffer, factor_between(history, _BUFFER_LOG, at, stop))
+        return True
+    if at < first + EXACT_STEPS or bounds[DIES_OUT] == 0:
+        return False
+    scale_by(value, factor_between(history, _VALUE_LOG, at, stop))
+    return True
+
+
+@fused_kernel
+def advance(words, stride, dim, longs, state_parts, slots, grad, stepping, history, bounds, scale, version):
+    """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
+    dtype = words.dtype.type
+    record_longs = stride * words.itemsize // 8
+    zeros = np.zeros(dim, words.dtype)
+    stop = len(history) - 1 if stepping else len(history)
+    for i in range(slots.size):
+        if i + ROWS_AHEAD < slots.size:
+            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+        begin = slots[i] * stride
+        last = (slots[i] + 1) * record_longs - 1
+        value = words[begin : begin + dim]
+        buffer = words[begin + dim : begin + dim + dim * state_parts]
+        first = at = look = longs[last - 1]
+        while at < stop:
+            if at >= look:
+                if _skip_rest(value, buffer, history, bounds, at, first, stop):
+                    break
+                look = next_look(at, first)
+            _step(value, buffer, zeros, dtype(0), history, at, min(look, stop))
+            at = min(look, stop)
+        if stepping:
+            _step(value, buffer, grad[i], dtype(scale), history, stop, stop + 1)
+            longs[last] = version
+        longs[last - 1] = len(history)

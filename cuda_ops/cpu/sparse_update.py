@@ -1,0 +1,94 @@
+"""Steps of optimizers that leave alone the rows without gradient: SparseAdam, and the rowwise Adagrad."""
+
+import numpy as np
+
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, touch
+from cuda_ops.cpu.update import check_update
+
+
+def sparse_adam_update(words, stride, dim, steps, slots, grad, betas, step_size, eps, scale, version):
+    """Step of torch.optim.SparseAdam (Adam of the rows that have a gradient), with g = scale * grad.
+
+    m += (1 - beta1) * (g - m); v += (1 - beta2) * (g * g - v); value -= step_size * (m / (sqrt(v) + eps)); last step =
+    version. The two moments are the 2 * `dim` words after the value. Moves len(slots) * (7 * dim * itemsize + 8) bytes.
+
+    Args:
+        words, stride, dim, steps, slots, grad, scale, version: as in sgd_update.
+        betas: (beta1, beta2).
+        step_size: lr * sqrt(1 - beta2^t) / (1 - beta1^t) at step t.
+        eps: added to the root.
+
+    Raises:
+        IndexError: a slot is outside the store.
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    slots, grad = check_update(words, stride, dim, 2 * dim, steps, slots, grad)
+    weights = 1 - betas[0], 1 - betas[1]
+    _sparse_adam(words, stride, steps, slots, grad, *weights, float(step_size), float(eps), float(scale), int(version))
+
+
+def rowwise_adagrad_update(words, stride, dim, steps, slots, grad, lr, eps, scale, version):
+    """Step of Adagrad with one sum per row, of the mean of squares, with g = scale * grad.
+
+    state += mean(g * g); value -= lr * g / (sqrt(state) + eps); last step = version. The sum is the word after the
+    value. Means are summed in float64. Moves len(slots) * (3 * dim * itemsize + 16) bytes.
+
+    Args:
+        words, stride, dim, steps, slots, grad, scale, version: as in sgd_update.
+        lr: learning rate.
+        eps: added to the root.
+
+    Raises:
+        IndexError: a slot is outside the store.
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    slots, grad = check_update(words, stride, dim, 1, steps, slots, grad)
+    _rowwise_adagrad(words, stride, steps, slots, grad, float(lr), float(eps), float(scale), int(version))
+
+
+@fused_kernel
+def _sparse_adam(words, stride, steps, slots, grad, weight, weight2, step_size, eps, scale, version):
+    count, dim = grad.shape
+    dtype = words.dtype.type
+    weight, weight2, eps, scale, minus = dtype(weight), dtype(weight2), dtype(eps), dtype(scale), dtype(-step_size)
+    record_longs = stride * words.itemsize // 8
+    for i in range(count):
+        if i + ROWS_AHEAD < count:
+            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+        begin = slots[i] * stride
+        value = words[begin : begin + dim]
+        m = words[begin + dim : begin + 2 * dim]
+        v = words[begin + 2 * dim : begin + 3 * dim]
+        row = grad[i]
+        for j in range(dim):
+            g = scale * row[j]
+            first = m[j] + (g - m[j]) * weight
+            second = v[j] + (g * g - v[j]) * weight2
+            m[j] = first
+            v[j] = second
+            value[j] += minus * (first / (np.sqrt(second) + eps))
+        steps[(slots[i] + 1) * record_longs - 1] = version
+
+
+@fused_kernel
+def _rowwise_adagrad(words, stride, steps, slots, grad, lr, eps, scale, version):
+    count, dim = grad.shape
+    dtype = words.dtype.type
+    minus_lr, eps, scale = dtype(-lr), dtype(eps), dtype(scale)
+    record_longs = stride * words.itemsize // 8
+    for i in range(count):
+        if i + ROWS_AHEAD < count:
+            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+        begin = slots[i] * stride
+        value = words[begin : begin + dim]
+        row = grad[i]
+        squares = 0.0
+        for j in range(dim):
+            g = scale * row[j]
+            squares += np.float64(g) * np.float64(g)
+        total = words[begin + dim] + dtype(squares / dim)
+        words[begin + dim] = total
+        root = np.sqrt(total) + eps
+        for j in range(dim):
+            value[j] += minus_lr * (scale * row[j]) / root
+        steps[(slots[i] + 1) * record_longs - 1] = version
