@@ -325,12 +325,13 @@ class ManagedTable:
             self.has_gradient = True
 
     def clear_gradient(self, *, keep_zero: bool = False) -> None:
-        """Forget the gradient; with `keep_zero` it becomes a gradient of zeros instead of None."""
+        """Forget the gradient; with `keep_zero` it becomes one of zeros, where there is one (on some rank)."""
         if self.parts:
             self.owner.gradient_goes()
         self.parts = []
         self.gradient.changed()
-        self.settle_gradient(keep_zero and self.may_have_gradient)
+        if not keep_zero:
+            self.settle_gradient(False)
         self.clears += 1
         self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
 
