@@ -70,6 +70,8 @@ class Case:
         per_sample: whether the loss is a mean over samples, without random numbers, once the model is in evaluation
             mode: then ranks that share its batches must give what one process gives.
         dtype: in which it is compared.
+        tolerance: of results on several ranks; more for a model that rounds to float32 by itself, for which PyTorch
+            with the same batch in several parts differs as much.
         note: what the table of the documentation says of it.
     """
 
@@ -83,6 +85,7 @@ class Case:
     warm_up_steps: int = 2
     per_sample: bool = False
     dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-11
     note: str = ""
 
     @property
