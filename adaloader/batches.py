@@ -75,6 +75,12 @@ class Batch:
     def plans(self) -> Iterator[pm.RowPlan]:
         return (needed.plan for needed in self.tables.values())
 
+    def forget(self) -> None:
+        """The batch is finished: keep only what tells whether a lookup is of it."""
+        self.data = None
+        for needed in self.tables.values():
+            needed.slab = None
+
 
 class Batches:
     """The open batches of one model.
@@ -186,7 +192,7 @@ class Batches:
         for batch in batches:
             if batch.used_at is not None:
                 self.on_finished(batch)
-            batch.data = None
+            batch.forget()
             for plan in batch.plans():
                 self._manager.release(plan)
         self.active = [batch for batch in self.active if batch not in batches]
@@ -202,7 +208,7 @@ class Batches:
         for batch in done:
             if batch.used_at is not None:
                 self.on_finished(batch)
-            batch.data = None
+            batch.forget()
         return [plan for batch in done for plan in batch.plans()]
 
 

@@ -33,6 +33,7 @@ class Header:
     weight: float = 0.0
     total_is_known: float = 0.0
     joined: float = 0.0
+    carries: float = 0.0
     step: float = 0.0
     step_squared: float = 0.0
     index: float = 0.0

@@ -111,8 +111,8 @@ class CandidateParameter(nn.Parameter):
     @not_compiled
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in FORM and func not in _NEUTRAL:
-            for candidate in _candidates_among((*args, *kwargs.values())):
+        if func not in FORM and func not in _NEUTRAL and not _keeps_form(func, args):
+            for candidate in {id(each): each for each in _candidates_among((*args, *kwargs.values()))}.values():
                 candidate._decide(candidate is _looked_up(func, args, kwargs))
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -140,6 +140,14 @@ _NEUTRAL = {
     torch.empty_like,
     torch.full_like,
 }
+
+
+def _keeps_form(func, args: tuple) -> bool:
+    """Whether a call gives a candidate other values and nothing else, as `model.to(...)` does where it changes none."""
+    if func is not torch.Tensor.data.__set__:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return all(getattr(args[0], of) == getattr(args[1], of) for of in ("shape", "dtype", "device"))
 
 
 def _watch(

@@ -10,19 +10,22 @@ every rank gets the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from adaloader.agreement import broadcast, check_same_on_all_ranks, device_of
 from adaloader.backward import TaskEnd, current_task, enclosing_call, hook_gradient, queue_at_end
 from adaloader.buckets import COUNT_MODULUS, Bucket, Header, plan
+from adaloader.deferral import Deferral
 
 __all__ = ["DenseReducer", "broadcast"]
 
@@ -36,6 +39,10 @@ class _Reduction:
     weight: float
     total: float | None
     joined: bool
+    deferred: bool
+    """It belongs to a backward inside `no_sync()`: nothing is sent."""
+    carries: bool
+    """It sums what such backwards have left in `.grad`."""
     pending: list[int]
     """Per bucket: parameters that are expected to get a gradient in this backward and have not yet."""
     again: list[bool]
@@ -63,6 +70,9 @@ class DenseReducer:
     zeros from the others. Sparse gradients (`nn.Embedding(sparse=True)`) travel densely, as their tables are
     small, and come out sparse again, with the union of the ranks' rows.
 
+    `reductions` have been made; `backwards` counts those and the backwards inside `no_sync`.
+    `some_joined` says of the last reduction whether a rank joined it without a backward (None: nothing was sent).
+
     All ranks must construct it with the same parameters and make the same reductions. Ranks that are not in
     the same one get an error. Not covered: parameters that the module gains later, changes that a hook
     registered after construction makes to `.grad`, and second derivatives through an averaged `.grad`.
@@ -78,6 +88,8 @@ class DenseReducer:
         *,
         weights: Callable[[], tuple[float, float | None]],
         on_reduced: Callable[[float], None],
+        on_ended: Callable[[], None] = lambda: None,
+        on_begun: Callable[[bool], None] = lambda carries: None,
         bucket_bytes: int = 25 * MIB,
         first_bucket_bytes: int = MIB,
         timeout_seconds: float = 1800.0,
@@ -94,6 +106,8 @@ class DenseReducer:
             weights: asked once per reduction: (this rank's weight, sum of all ranks' weights or None if
                 unknown). Either all ranks know the sum or none does.
             on_reduced: called after each reduction with this rank's weight / sum of all weights.
+            on_ended: called after that, and on ranks that joined too; also after a backward inside `no_sync`.
+            on_begun: called when a reduction begins, with whether it sums what `no_sync` has left.
             bucket_bytes: gradients that travel in one message; `first_bucket_bytes`: in the first.
             timeout_seconds: limit of the wait for one bucket.
             describe_peers: its answer is added to the error when a wait fails: whom this rank waits for, say.
@@ -104,10 +118,15 @@ class DenseReducer:
             ValueError: the ranks' parameters differ in name, order, shape or dtype.
         """
         self.reductions = 0
+        self.backwards = 0
+        self.some_joined: bool | None = None
         self._parameters = list({parameter: name for name, parameter in named_parameters}.items())
         self._group = group
         self._weights = weights
         self._on_reduced = on_reduced
+        self._on_ended = on_ended
+        self._on_begun = on_begun
+        self._deferral = Deferral(self._factor_of_backward)
         self._sizes_bytes = (bucket_bytes, first_bucket_bytes)
         self._timeout = timedelta(seconds=timeout_seconds)
         self._describe_peers = describe_peers
@@ -122,8 +141,7 @@ class DenseReducer:
         self._buckets: list[Bucket] = []
         self._places: dict[Parameter, int] = {}
         self._signature: list[tuple] | None = None
-        self._hooks: list = []
-        self._hooked: set[Parameter] = set()
+        self._hooks: dict[Parameter, RemovableHandle] = {}
         if group is not None:
             self._replan()
             for parameter, _ in self._parameters:
@@ -133,6 +151,26 @@ class DenseReducer:
     def begun(self) -> int:
         """Reductions that this rank has begun: those that have ended, and one that is under way."""
         return self.reductions + (self._current is not None)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a backward is under way, at whose end gradients are summed."""
+        return self._current is not None and not self._current.broken
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether gradients of backwards inside `no_sync` wait to be summed."""
+        return self._deferral.pending > 0
+
+    @property
+    def deferred(self) -> int:
+        """How many backwards inside `no_sync` wait to be summed."""
+        return self._deferral.pending
+
+    @property
+    def has_unstepped(self) -> bool:
+        """Whether a backward has given gradients since the last step."""
+        return self._index > 0 or self.is_deferred
 
     # --- what the manager calls ---
 
@@ -157,23 +195,39 @@ class DenseReducer:
         with self._lock:
             if self._current is not None and not self._current.broken:
                 self._finish()
-            if self._index == 0:
+            if self._index == 0 or self.is_deferred:
                 self._begin(*self._ask_weights())
                 self._finish()
             self._step += 1
             self._index = 0
 
-    def join(self, zero: bool = True) -> int:
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside send nothing; the first reduction afterwards sums what they have added to `.grad` as well.
+
+        Enter it on all ranks. Where the sum of a batch's weights is not known without asking, gradients are reduced
+        all the same.
+        """
+        self._deferral.enter(parameter for parameter, _ in self._parameters)
+        try:
+            yield
+        finally:
+            self._deferral.leave()
+
+    def join(self, zero: bool = True, *, carries: bool = False) -> int:
         """Collective: take part in a reduction without a backward; return the number of ranks that had one.
 
         A rank that has run out of data calls it once for each backward of the others, and gets the averaged
         gradients; then it steps as they do (`finish_step`). With `zero` it contributes nothing, at weight 0
         whatever `weights()` says; without, the gradients that it has, at its own weight. 0 is returned when
         all ranks joined. Where nothing is sent (no dense parameters, a sum of weights known to all) it counts
-        this rank alone.
+        this rank alone. `carries` says that the reduction sums what `no_sync` has left: to such a one every rank
+        contributes the gradients that it has.
         """
         with self._lock:
             weight, total = self._ask_weights()
+            if carries and not self.is_deferred:
+                self._deferral.pending = 1
             self._begin(0.0 if zero else weight, total, joined=zero)
             return self._finish()
 
@@ -186,6 +240,8 @@ class DenseReducer:
         """Leave `parameter` out from the next reduction on: it has become a managed table (on every rank)."""
         with self._lock:
             self._parameters = [(p, name) for p, name in self._parameters if p is not parameter]
+            if parameter in self._hooks:
+                self._hooks.pop(parameter).remove()
             self._ever_fired.discard(parameter)
             self._signature = None
 
@@ -196,16 +252,15 @@ class DenseReducer:
             place = {id(p): at for at, p in enumerate(order)}
             self._parameters = sorted(names.items(), key=lambda item: place.get(id(item[0]), len(place)))
             self._signature = None
-            if self._group is not None and parameter not in self._hooked:
+            if self._group is not None and parameter not in self._hooks:
                 self._hook(parameter)
 
     def _hook(self, parameter: Parameter) -> None:
-        self._hooks.append(hook_gradient(parameter, self._on_gradient))
-        self._hooked.add(parameter)
+        self._hooks[parameter] = hook_gradient(parameter, self._on_gradient)
 
     def close(self) -> None:
         """Let go of the parameters: their gradients are this rank's own again."""
-        for handle in self._hooks:
+        for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
 
@@ -216,6 +271,9 @@ class DenseReducer:
         with self._lock:
             self._enter_task()
             current, place = self._current, self._places.get(parameter)
+            if current.deferred:
+                current.fired.add(parameter)
+                return
             if place is None:  # unfrozen since this backward began: in the next plan
                 return
             if place < current.launched:
@@ -238,7 +296,8 @@ class DenseReducer:
         if self._current is not None and not inner and task > max(self._current.tasks):
             self._current.broken = True  # inner backwards start after their outer one: this is a new one
         if self._current is None or self._current.broken:
-            self._begin(*self._ask_weights())
+            weight, total = self._ask_weights()
+            self._begin(weight, total, deferred=self._deferral.is_on and total is not None)
         self._current.tasks.add(task)
         queue_at_end(TaskEnd(self._on_inner_end if inner else self._on_outer_end, self._on_failure))
         if node is not None:
@@ -260,19 +319,37 @@ class DenseReducer:
 
     # --- one reduction ---
 
-    def _begin(self, weight: float, total: float | None, joined: bool = False) -> None:
+    def _begin(self, weight: float, total: float | None, *, joined: bool = False, deferred: bool = False) -> None:
         if self._current is not None:
             self._settle()
+        carries = self.is_deferred and not deferred
+        if carries and total is None:
+            raise RuntimeError(
+                f"rank {self._rank}: gradients of batches whose ranks' weights have a known sum were gathered inside "
+                "no_sync(), and this batch's sum is not known (batch_weight=, or a loader of the rank's own batches): "
+                "do not mix the two between steps"
+            )
+        if not deferred:
+            self._on_begun(carries)
         self._replan()
         pending = [0] * len(self._buckets)
         for parameter in self._ever_fired:
             pending[self._places[parameter]] += 1
-        self._current = _Reduction(weight, total, joined, pending, [False] * len(self._buckets))
+        again = [False] * len(self._buckets)
+        self._current = _Reduction(weight, total, joined, deferred, carries, pending, again)
 
     def _finish(self) -> int:
         """Collective: end the reduction under way; return the number of ranks that did not join."""
         current = self._current
         total, active = current.total, int(not current.joined)
+        if current.deferred:
+            self._ever_fired |= current.fired
+            self._deferral.pending += 1
+            self.backwards += 1
+            self._forget()
+            self._on_reduced(current.weight / total)
+            self._on_ended()
+            return active
         try:
             if self._group is None:
                 total = current.weight or 1.0
@@ -282,6 +359,7 @@ class DenseReducer:
             self._end()
         if active:
             self._on_reduced(current.weight / total)
+        self._on_ended()
         return active
 
     def _exchange(self, current: _Reduction) -> tuple[float, int]:
@@ -292,20 +370,33 @@ class DenseReducer:
             self._launch_one(number)
             self._wait(self._buckets[number])
         active = self._ranks - round(sums.joined)
+        self.some_joined = active < self._ranks
         total = current.total if current.total is not None else sums.weight
         if active and total <= 0:
             raise ValueError(f"the weights of all ranks' batches sum to {total}: give some batch a positive weight")
         if active:
-            divisor = self._ranks if sums.total_is_known else total
+            divisor = self._ranks if sums.total_is_known or current.carries else total
             for bucket in self._buckets:
                 bucket.write_back(divisor, self._group)
         self._ever_fired |= current.fired
         return total, active
 
+    def _factor_of_backward(self) -> float:
+        """Return what gradients of the running backward are multiplied by before they are added to `.grad`."""
+        with self._lock:
+            self._enter_task()
+            current = self._current
+            if not (current.deferred or current.carries):
+                return 1.0
+            return current.weight * self._ranks / current.total
+
     def _end(self) -> None:
+        if self._current.carries:
+            self._deferral.summed()
         self._forget()
         self._index += 1
         self.reductions += 1
+        self.backwards += 1
 
     def _forget(self) -> None:
         for handle in self._current.handles:
@@ -353,7 +444,9 @@ class DenseReducer:
     def _launch_one(self, number: int) -> None:
         current = self._current
         scale = current.weight
-        if current.total is not None:  # equal weights give exactly 1
+        if current.carries:  # weighed when they were added
+            scale = 1.0
+        elif current.total is not None:  # equal weights give exactly 1
             scale = current.weight * self._ranks / current.total
         is_last = number == len(self._buckets) - 1
         step, index = self._step % COUNT_MODULUS, self._index % COUNT_MODULUS
@@ -361,6 +454,7 @@ class DenseReducer:
             weight=current.weight,
             total_is_known=float(current.total is not None),
             joined=float(current.joined),
+            carries=float(current.carries),
             step=step,
             step_squared=step * step,
             index=index,
@@ -409,6 +503,11 @@ class DenseReducer:
             raise RuntimeError(
                 f"only {sums.total_is_known:.0f} of {self._ranks} ranks know the sum of weights: "
                 "weights() must return it on all ranks, or None on all"
+            )
+        if sums.carries not in (0.0, self._ranks):
+            raise RuntimeError(
+                f"only {sums.carries:.0f} of {self._ranks} ranks had a backward inside no_sync() before "
+                f"{self._where()}: every rank must enter it for the same batches"
             )
         all_joined = sums.joined == self._ranks
         if current.total and not all_joined and not math.isclose(sums.weight, current.total, rel_tol=1e-4):

@@ -9,6 +9,7 @@ import torch
 
 from adaloader.errors import ManagedTableError
 from adaloader.free_memory import free_bytes
+from adaloader.gradient_hooks import give_back_hooks
 from adaloader.held_state import state_names
 from adaloader.optimizers import group_of
 from adaloader.slabs import spread
@@ -53,6 +54,7 @@ def become_dense(table: ManagedTable, operation: str) -> None:
         del parameter._managed
         parameter.data = values
         parameter.grad = gradient
+        give_back_hooks(table)
     model.table_became_dense(table, f"{operation} at {where} uses it as a whole")
     log.info("table %r stays an ordinary dense parameter: %s at %s uses it as a whole", table.name, operation, where)
 

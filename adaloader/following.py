@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_ITERATIONS = 1 << 32
 _UNASKED = -1
+_NO_SUM = 0, 0, 0
 
 
 class Follower:
@@ -43,10 +44,10 @@ class Follower:
         self._over: set[int] = set()
         self._ended: dict[int, dict[int, Message]] = {}
         self._announced: dict[int, tuple[int, ...]] = {}
-        self._last_sum = 0, 0, np.empty(0, np.int64)
+        self._last_sum = 0, 0, False, np.empty(0, np.int64)
         self._answered: dict[int, set[int]] = {}
         self._clears: dict[int, int] = {}
-        self._cleared: dict[int, set[int]] = {}
+        self._cleared: dict[int, set[tuple[int, int]]] = {}
         self._total_weight: float | None = None
         self._postponed: Following | None = None
         self._catching_up: Following | None = None
@@ -65,10 +66,10 @@ class Follower:
         self._under_way.add(following)
         return following
 
-    def announce(self) -> None:
+    def announce(self, carries: bool) -> None:
         """This rank begins a sum of dense gradients: tell the ranks that have ended and would not notice."""
         model = self._model()
-        self._last_sum = model.reducer.reductions + 1, self._manager.steps, self._cleared_since_sum()
+        self._last_sum = model.reducer.reductions + 1, self._manager.steps, carries, self._cleared_since_sum()
         following = {peer for number in self._open for peer in list(self._ended.get(number, ()))}
         for peer in following:
             self._send_last_sum(peer, _UNASKED)
@@ -77,15 +78,23 @@ class Follower:
 
     def _send_last_sum(self, peer: int, iteration: int) -> None:
         """Tell `peer` of the last sum, in answer to its having ended `iteration` if that is not `_UNASKED`."""
-        number, steps, cleared = self._last_sum
-        self._manager.transport.send(peer, Message(Kind.REDUCTIONS, (number, steps, iteration), (cleared,)))
+        number, steps, carries, cleared = self._last_sum
+        numbers = number, steps, int(carries), iteration
+        self._manager.transport.send(peer, Message(Kind.REDUCTIONS, numbers, (cleared,)))
 
     def _cleared_since_sum(self) -> np.ndarray:
-        """Return the numbers of the tables whose gradient was cleared since this was last asked."""
+        """Return (number, backwards inside `no_sync` before) of the tables whose gradient was cleared since this was
+        last asked, int64 `[n, 2]`.
+        """
         tables = self._model().tables
-        numbers = [table.table.number for table in tables if table.clears != self._clears.get(table.table.number, 0)]
+        cleared = [table for table in tables if table.clears != self._clears.get(table.table.number, 0)]
         self._clears = {table.table.number: table.clears for table in tables}
-        return np.array(numbers, np.int64)
+        return np.array([(table.table.number, table.cleared_after) for table in cleared], np.int64).reshape(-1, 2)
+
+    @property
+    def ranks_may_differ(self) -> bool:
+        """Whether this rank is in an iteration in which ranks may have different numbers of batches."""
+        return bool(self._open)
 
     @property
     def weight(self) -> tuple[float, float | None]:
@@ -93,8 +102,8 @@ class Follower:
         return 0.0, self._total_weight
 
     def progress(self) -> tuple[int, int]:
-        """Steps that this rank has taken, and sums that it has taken part in."""
-        return self._manager.steps, self._model().reducer.reductions
+        """Steps that this rank has taken, and backwards that it has had or joined."""
+        return self._manager.steps, self._model().reducer.backwards
 
     def end(self, following: Following, counts: list[int], *, follow: bool) -> None:
         """This rank has no more batches in an iteration, or has left its loop; with `follow`, stay until all have
@@ -105,7 +114,8 @@ class Follower:
         model = self._model()
         has_gradient = any(p.grad is not None and bool(p.grad.any()) for p in model.dense_parameters())
         steps = self._manager.steps
-        numbers = (number, model.reducer.reductions, int(has_gradient), steps, int(follow))
+        reductions, scalers = model.reducer.reductions, len(model.scalers)
+        numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers, model.reducer.deferred)
         arrays = (np.array(counts, np.int64), self._cleared_since_sum())
         for peer in self._manager.peers:
             self._manager.transport.send(peer, Message(Kind.END, numbers, arrays))
@@ -115,8 +125,9 @@ class Follower:
             while self._follow_once(number):
                 pass
             ended = dict(self._ended.get(number, {}))
-            self._follow_to_the_end(following, list(ended.values()))
+            self._follow_to_the_end(following, (reductions, numbers[6]), list(ended.values()))
             self._take_over_dense_state(model, steps, ended)
+            following.scaler_states = self._states_of_scalers(model, (reductions, scalers), ended)
         for over in [n for n in self._over if set(list(self._ended.get(n, ()))) >= set(self._manager.peers)]:
             self._over.discard(over)
             self._answered.pop(over, None)
@@ -159,6 +170,10 @@ class Follower:
         self._catching_up = following  # later: the loop has not come to its scheduler yet
         self.end(following, counts, follow=True)
 
+    def take_over_scalers(self, states: list[torch.Tensor]) -> None:
+        """Set this rank's loss scalers to another's."""
+        self._model().scalers.take_over(states)
+
     # On the background thread
 
     def _receive(self, source: int, message: Message) -> None:
@@ -167,9 +182,9 @@ class Follower:
             self._send_last_sum(source, message.numbers[0])
         elif message.kind == Kind.REDUCTIONS:
             number = message.numbers[0]
-            self._cleared.setdefault(number, set()).update(message.arrays[0].tolist())
-            self._announced[source] = max(self._announced.get(source, (0, 0)), message.numbers[:2])
-            self._answered.setdefault(message.numbers[2], set()).add(source)
+            self._cleared.setdefault(number, set()).update(map(tuple, message.arrays[0].tolist()))
+            self._announced[source] = max(self._announced.get(source, _NO_SUM), message.numbers[:3])
+            self._answered.setdefault(message.numbers[3], set()).add(source)
         elif self._passed_on is not None:
             self._passed_on(source, message)
 
@@ -183,7 +198,7 @@ class Follower:
             return set(list(self._ended.get(iteration, ()))) | manager.closed_peers >= set(manager.peers)
 
         def sum_begun() -> bool:
-            number, steps = max(list(self._announced.values()), default=(0, 0))
+            number, steps, _ = max(list(self._announced.values()), default=_NO_SUM)
             return number > model.reducer.reductions and steps <= manager.steps  # what was stepped before comes first
 
         def all_answered() -> bool:
@@ -191,11 +206,21 @@ class Follower:
             return self._answered.get(iteration, set()) | manager.closed_peers >= set(manager.peers)
 
         manager.wait_until(
-            lambda: all_answered() and (sum_begun() or manager.step_of_others() is not None or all_ended()),
+            lambda: (
+                all_answered()
+                and (
+                    sum_begun()
+                    or model.combiner.begun_by_others()
+                    or manager.step_of_others() is not None
+                    or all_ended()
+                )
+            ),
             lambda: f"rank {self._still_busy(iteration)} to end its iteration of the loader",
         )
         if sum_begun():
             self._join_sum(model)
+        elif model.combiner.begun_by_others():
+            model.combiner.join()
         elif (step := manager.step_of_others()) is not None:
             self._step_along(model, *step)
         else:
@@ -207,29 +232,42 @@ class Follower:
         return ", ".join(str(peer) for peer in self._manager.peers if peer not in ended)
 
     def _join_sum(self, model: ManagedModel) -> None:
-        for parameter in model.dense_parameters():
-            parameter.grad = None  # it comes whole from the others
+        carries = bool(max(list(self._announced.values()))[2])
         due = model.reducer.reductions + 1
-        self._clear(model, self._cleared.get(due, set()))
+        cleared = self._clear(model, self._cleared.get(due, set()))
+        if cleared or not (carries and model.reducer.has_unstepped):
+            for parameter in model.dense_parameters():
+                parameter.grad = None  # it comes whole from the others
         self._cleared = {number: tables for number, tables in list(self._cleared.items()) if number > due}
         model.joining = True
         try:
-            model.reducer.join()
+            model.reducer.join(carries=carries)
         finally:
             model.joining = False
 
-    def _clear(self, model: ManagedModel, numbers: set[int]) -> None:
-        """Clear the gradients that the others have cleared: what this rank had left of its last batches counts no
-        more."""
+    def _clear(self, model: ManagedModel, cleared: set[tuple[int, int]]) -> bool:
+        """Clear the gradients that the others have cleared, and say whether there were any: what this rank had left of
+        its last batches counts no more, unless they were cleared before these.
+        """
+        deferred = model.reducer.deferred
+        numbers = {number for number, after in cleared if after >= deferred}
         for table in model.tables:
             if table.table.number in numbers:
                 table.clear_gradient()
+        return bool(numbers)
 
-    def _follow_to_the_end(self, following: Following, ends: list[Message]) -> None:
-        """Do what those that ended last did after their last sum; note how far their schedulers had come."""
+    def _follow_to_the_end(self, following: Following, own: tuple[int, int], ends: list[Message]) -> None:
+        """Do what those that ended last did after their last sum; note how far their schedulers had come.
+
+        `own`: the sums, and the backwards inside `no_sync` since, that this rank had had when it ended.
+        """
         model = self._model()
-        last = [end for end in ends if end.numbers[1] == model.reducer.reductions]
-        self._clear(model, {number for end in last for number in end.arrays[1].tolist()})
+        progress = [(end.numbers[1], end.numbers[6]) for end in ends]
+        furthest = max([own, *progress])
+        last = [end for end, at in zip(ends, progress, strict=True) if at == furthest]
+        if furthest[0] != model.reducer.reductions:
+            last = []
+        self._clear(model, {tuple(each) for end in last for each in end.arrays[1].tolist()})
         if last and not any(end.numbers[2] for end in last):
             for parameter in model.dense_parameters():
                 parameter.grad = None
@@ -256,6 +294,25 @@ class Follower:
                 tensors += [state[name] for name in sorted(state) if torch.is_tensor(state[name])]
         source = min(rank for rank, taken in steps.items() if taken == furthest)
         broadcast(tensors, model.process_group, source)
+
+    def _states_of_scalers(
+        self, model: ManagedModel, own: tuple[int, int], ended: dict[int, Message]
+    ) -> list[torch.Tensor]:
+        """Return the states of the loss scalers of the rank that was last in its loop (collective).
+
+        `own`: the sums that this rank had taken part in when it ended, and how many scalers it has. Nothing is
+        returned where they need not or cannot be taken over.
+        """
+        if set(ended) != set(self._manager.peers) or not all(end.numbers[4] for end in ended.values()):
+            return []
+        said = {self._manager.rank: own} | {peer: (end.numbers[1], end.numbers[5]) for peer, end in ended.items()}
+        reductions = {rank: each[0] for rank, each in said.items()}
+        if len({each[1] for each in said.values()}) > 1 or len(set(reductions.values())) == 1:
+            return []
+        states = model.scalers.states()
+        if states:
+            broadcast(states, model.process_group, max(reductions, key=lambda rank: (reductions[rank], -rank)))
+        return states
 
     def _step_along(self, model: ManagedModel, number: int, vector: np.ndarray) -> None:
         """Take the step that the others take, with their hyperparameters."""
@@ -293,6 +350,7 @@ class Following:
         self._counts_at_step: list[int] | None = None
         self._gains_after_step: list[int] | None = None
         self.furthest: list[int] = []
+        self.scaler_states: list[torch.Tensor] = []
 
     def ended(self, reason: str, *, handed_out: bool, later: bool) -> None:
         """The iteration has ended; `later` says that the loop has yet to work on a batch of it."""
@@ -321,12 +379,15 @@ class Following:
         return [now + gain for now, gain in zip(self.counts(), self._gains_after_step, strict=True)]
 
     def catch_up(self) -> None:
-        """Take the scheduler steps that the others took in the loop after this rank had left it."""
+        """Take the scheduler steps that the others took after this rank had left the loop, and their loss scale."""
         for scheduler, count in zip(self.schedulers, self.furthest, strict=False):
             while scheduler._step_count < count:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # about an order of calls that is the others'
                     scheduler.step()
+        if self.scaler_states:
+            self._follower.take_over_scalers(self.scaler_states)
+            self.scaler_states = []
 
     def counts(self) -> list[int]:
         """Return how far the schedulers are."""

@@ -109,7 +109,7 @@ class Iteration:
             self.feed.steps_measured(taken / (batch.number - self._last_used[0]))
         self._last_used = (batch.number, steps)
         if self.following is not None:
-            self._sums_when_used = self._model.reducer.reductions
+            self._sums_when_used = self._model.reducer.backwards
             self.following.batch_begun()
 
     def plan_again(self) -> None:
@@ -161,7 +161,7 @@ class Iteration:
         """Whether the last batch has had a backward and no step: the loop accumulates, and leaves some at the end."""
         if self._model.batches.unused(self) or self._last_used is None:
             return False
-        return self._steps_since_use() == 0 and self._model.reducer.reductions > self._sums_when_used
+        return self._steps_since_use() == 0 and self._model.reducer.backwards > self._sums_when_used
 
     def _expected_version(self, number: int) -> int:
         used, steps = self._last_used or (self._next_handed, self._model.manager.steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,6 +220,17 @@ class AdaLoader(StatefulDataLoader):
                 self._session.draws.load_state(draws)
         super().load_state_dict(state_dict)
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context in which `backward()` does not sum dense gradients over ranks, as DistributedDataParallel's.
+
+        For loops that accumulate: the first backward outside, or else `optimizer.step()`, sums all that was gathered,
+        each batch by its own weight; results are those without it. Enter it on all ranks. Until then `.grad` of dense
+        parameters is this rank's own, and the gradients of tables cannot be read or clipped. Where `batch_weight` is
+        given, or ranks have batches of their own, the weights' sum must be asked for, and gradients are summed all the
+        same.
+        """
+        return self._need_session().no_sync()
+
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""
         return self._need_session().stats()
@@ -351,6 +363,10 @@ class WrappedLoader:
         self._position = None
         self._resume = dict(state_dict)
         self._session.draws.load_state(self._resume.pop(_DRAWS, None))
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """As `AdaLoader.no_sync`; here, where ranks have batches of their own, it mostly has no effect."""
+        return self._session.no_sync()
 
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""

@@ -17,6 +17,7 @@ import pm
 from adaloader.batches import Batch, Batches
 from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
+from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.mismatch import describe_mismatch
 from adaloader.optimizers import (
@@ -27,10 +28,12 @@ from adaloader.optimizers import (
     snapshot,
 )
 from adaloader.probation import confirm
+from adaloader.scalers import Scalers
 from adaloader.slabs import Buffers, Part
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
+    from adaloader.combining import Combiner
     from adaloader.following import Follower
 
 log = logging.getLogger("adaloader")
@@ -60,6 +63,9 @@ class ManagedModel:
         self.reducer: DenseReducer | None = None
         self.joining = False
         self.follower: Follower | None = None
+        self.combiner: Combiner | None = None
+        self.gradient_hooks = GradientHooks(self)
+        self.scalers = Scalers()
         self.optimizer_steps = 0
         self.writes = 0
         self.sessions = 0
@@ -134,9 +140,12 @@ class ManagedModel:
         """Return (weight of this rank's present gradient, all ranks' together or None)."""
         if self.joining:
             return self.follower.weight
-        if self.follower is not None:
-            self.follower.announce()
         return self.batches.weight() or (1.0, None if self.ranks > 1 else 1.0)
+
+    def sum_begins(self, carries: bool) -> None:
+        """A sum of dense gradients begins; `carries` says that gradients gathered inside `no_sync` are in it."""
+        if self.follower is not None and not self.joining:
+            self.follower.announce(carries)
 
     def backward_reached(self, table: ManagedTable, part: Part) -> None:
         table.hidden = False
@@ -149,6 +158,7 @@ class ManagedModel:
             part.scale = 1.0
         else:
             self.reducer.touch()
+        self.gradient_hooks.reached(table, part)
 
     def reduced(self, factor: float) -> None:
         """The backward that just ended counts `factor` in the average over ranks."""
@@ -231,9 +241,10 @@ class ManagedModel:
             self.reducer.finish_step()
         number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
         gradients, groups = [], {}
+        is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
             groups[table.table.number] = snapshot(group)
-            gradients += table.step_gradients()
+            gradients += [] if is_skipped else table.step_gradients()
         finished = self.batches.finish_used()
         vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
         self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)
@@ -244,6 +255,17 @@ class ManagedModel:
                 confirm(table)
         if self.follower is not None and not self.joining:
             self.follower.step_taken()
+
+    def _unscale_fused(self, optimizer: Optimizer) -> bool:
+        """Do to rows what a fused optimizer does itself where a `GradScaler` steps it: unscale gradients. Return
+        whether a gradient was not finite, so that the step changes nothing.
+        """
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            for table, _ in self._held_by(optimizer):
+                table.gradient.scale(1.0 / float(scale))
+        found_inf = getattr(optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
 
     def describe_hyperparameter(self, optimizer: int, at: int) -> str:
         return hyperparameter_name(self.optimizers[optimizer], at)

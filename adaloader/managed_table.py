@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field, replace
+from collections import OrderedDict
+from copy import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +16,8 @@ import pm
 from adaloader.errors import ManagedTableError
 from adaloader.function_transforms import refuse_inside
 from adaloader.probation import Probation, confirm
+from adaloader.row_operations import replace
+from adaloader.row_sum import RowSum
 from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 from adaloader.table_values import read_whole
 
@@ -78,15 +82,17 @@ class ManagedTable:
     """One table of a model, between the model's lookups and the manager's rows.
 
     Invariant: `parts` are all gradients that arrived since the gradient was last cleared; `has_gradient` says whether
-    `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it. With `is_dense` the parameter is
-    an ordinary one again, and nothing of it is here any more.
+    `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it. On several ranks that is known
+    of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
+    `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
+    With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     """
 
     name: str
     parameter: torch.nn.Parameter
     table: pm.Table
     model: weakref.ref[ManagedModel]
-    parts: list[Part] = field(default_factory=list)
+    gradient: RowSum = field(init=False)
     has_gradient: bool = False
     hidden: bool = False
     counts: LookupCounts = field(default_factory=LookupCounts)
@@ -99,6 +105,14 @@ class ManagedTable:
     is_deferred: bool = False
     steps_before: int = 0
     whole: tuple[tuple[int, int], torch.Tensor] | None = None
+    cleared_after: int = 0
+    settled_at: int = 0
+    captured: list[Part] | None = None
+    hooks: OrderedDict = field(default_factory=OrderedDict)
+    post_hooks: OrderedDict = field(default_factory=OrderedDict)
+
+    def __post_init__(self):
+        self.gradient = RowSum(self, [], belongs_to_table=True)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -109,6 +123,14 @@ class ManagedTable:
         if model is None:
             raise ManagedTableError(f"table {self.name!r} outlived the model that it belongs to")
         return model
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.gradient.parts
+
+    @parts.setter
+    def parts(self, parts: list[Part]) -> None:
+        self.gradient.parts = parts
 
     # Lookups
 
@@ -137,7 +159,7 @@ class ManagedTable:
                 if by_frequency:
                     return self._frequency_slab(expected.rows, expected.plan, positions), positions
                 return self._slab_of(expected), positions
-        counts = replace(self.counts)
+        counts = copy(self.counts)
         found = self._unexpected(flat, by_frequency)
         if is_repeated:
             self.counts = counts
@@ -284,17 +306,50 @@ class ManagedTable:
         if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
             part.values = part.values / torch.from_numpy(part.counts).clamp(min=1).to(part.values.dtype)[:, None]
             part.counts = None
+        if self.captured is not None:
+            part.scale = 1.0
+            self.captured.append(part)
+            return
         self.parts.append(part)
+        self.gradient.changed()
         self.has_gradient = True
         self.owner.backward_reached(self, part)
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether somebody wants to be called with its gradients."""
+        return bool(self.hooks or self.post_hooks)
+
+    @property
+    def may_have_gradient(self) -> bool:
+        """Whether this rank, or perhaps another, has a gradient."""
+        if self.has_gradient or not self.parameter.requires_grad:
+            return self.has_gradient
+        reducer = self.owner.reducer
+        return reducer is not None and reducer.reductions > self.settled_at
+
+    def settle_gradient(self, has_gradient: bool) -> None:
+        """The ranks know of each other whether there is a gradient."""
+        self.has_gradient = has_gradient
+        reducer = self.owner.reducer
+        self.settled_at = 0 if reducer is None else reducer.reductions
+
+    def replace_gradient(self, other: RowSum) -> None:
+        """Make `other`, which was computed from a gradient of this table on all ranks, what the next step applies."""
+        if other is not self.gradient:
+            replace(self.gradient, other)
+            self.has_gradient = True
+
     def clear_gradient(self, *, keep_zero: bool = False) -> None:
-        """Forget the gradient; with `keep_zero` it becomes a gradient of zeros instead of None."""
+        """Forget the gradient; with `keep_zero` it becomes one of zeros, where there is one (on some rank)."""
         if self.parts:
             self.owner.gradient_goes()
         self.parts = []
-        self.has_gradient = keep_zero and self.has_gradient
+        self.gradient.changed()
+        if not keep_zero:
+            self.settle_gradient(False)
         self.clears += 1
+        self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
 
     def step_gradients(self) -> list[pm.TableGradient]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""

@@ -1,63 +1,48 @@
 """The gradient of a managed table: some rows and their values, in the shape of the table, without its memory.
 
-`table.grad` of a managed table is a `RowGradient`. User code may read it (`rows`, `values`), take its norm, scale it,
-clip it and clear it; whatever else is asked of it is an error that names the operation.
+`table.grad` of a managed table is a `RowGradient`. User code may read it (`rows`, `values`, `to_dense()`), take its
+norm, scale it, clip it, clear it, and compute another from it; whatever else is asked of it is an error that names the
+operation. On several ranks it is one gradient of all of them: what reads it is collective.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 
+from adaloader import row_operations
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
-from adaloader.errors import ManagedTableError
-from adaloader.slabs import Part, coalesce, no_rows
-
-if TYPE_CHECKING:
-    from adaloader.managed_table import ManagedTable
+from adaloader.row_sum import RowSum, refusal
 
 
 class RowGradient(torch.Tensor):
-    """A row gradient `[num_rows, dim]`; it is a view of what the table holds, so changes in place reach the next step.
+    """A row gradient `[num_rows, dim]`. That of a table is a view of what the table holds, so changes in place reach
+    the next step; one that an operation or a hook gave stands for itself, and may be assigned to `table.grad`.
 
     Attributes:
-        rows: the distinct rows that it has, int64 `[U]`.
-        values: their gradient `[U, dim]`; on several ranks this rank's part of the sum over ranks.
+        rows: the distinct rows that it has, int64 `[U]`; on several ranks (collective) those that are on this one.
+        values: their gradient `[U, dim]`; on several ranks (collective) whole, summed over all of them.
     """
 
-    _table: ManagedTable
+    _sum: RowSum
 
     @property
     def rows(self) -> torch.Tensor:
-        return torch.from_numpy(self._whole().rows.copy())
+        return torch.from_numpy(self._sum.whole().rows.copy())
 
     @property
     def values(self) -> torch.Tensor:
-        return self._whole().values
-
-    def _whole(self) -> Part:
-        """All parts in one, which stays the table's gradient, so that changes to its values count."""
-        table = self._table
-        if any(part.counts is not None for part in table.parts):
-            raise ManagedTableError(
-                f"the gradient of table {table.name!r} is divided by frequencies over all ranks "
-                "(scale_grad_by_freq=True) only when the optimizer steps; it cannot be read before"
-            )
-        if len(table.parts) != 1:
-            table.parts = [coalesce(table.parts) if table.parts else no_rows(table)]
-        (only,) = table.parts
-        if only.scale not in (None, 1.0):
-            only.values.mul_(only.scale)
-        only.scale = 1.0
-        return only
+        values = self._sum.whole().values
+        self._sum.changed()  # or may be, by whoever gets them
+        return values
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        rows = sum(len(part.rows) for part in self._table.parts)
-        return f"RowGradient(table={self._table.name!r}, shape={tuple(self.shape)}, gathered_rows={rows})"
+        gathered = sum(len(part.rows) for part in self._sum.parts)
+        return f"RowGradient(table={self._sum.table.name!r}, shape={tuple(self.shape)}, gathered_rows={gathered})"
 
     @classmethod
     @not_compiled
@@ -71,21 +56,24 @@ class RowGradient(torch.Tensor):
             raise _refusal(_first((*args, *kwargs.values())), operation_name(func))
         return handler(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol):
+        raise _refusal(self, "pickling")
 
-def row_gradient(table: ManagedTable) -> RowGradient:
-    """Return the gradient of `table` as user code sees it."""
-    spec = table.table.spec
-    stand_in = constant_tensor((spec.rows, spec.dim), math.nan, dtype=table.parameter.dtype, device="cpu")
+    def __deepcopy__(self, memo) -> RowGradient:
+        return _clone(self)
+
+
+def row_gradient(rows: RowSum) -> RowGradient:
+    """Return a gradient of a table as user code sees it."""
+    spec = rows.table.table.spec
+    stand_in = constant_tensor((spec.rows, spec.dim), math.nan, dtype=rows.table.parameter.dtype, device="cpu")
     gradient = torch.Tensor._make_subclass(RowGradient, stand_in)
-    gradient._table = table
+    gradient._sum = rows
     return gradient
 
 
-def _refusal(gradient: RowGradient, operation: str) -> ManagedTableError:
-    return ManagedTableError(
-        f"{operation} cannot be applied to the row gradient of table {gradient._table.name!r}; use its .rows and "
-        ".values, or norm, mul_, div_, clamp_, zero_"
-    )
+def _refusal(gradient: RowGradient, operation: str):
+    return refusal(gradient._sum.table, operation)
 
 
 def _first(arguments) -> RowGradient | None:
@@ -102,17 +90,10 @@ def _first(arguments) -> RowGradient | None:
 def _norm(gradient, p=2, dim=None, keepdim=False, *, dtype=None, ord=None, **kwargs):
     """The norm of all values, absent rows being zero."""
     order = p if ord is None else ord
-    order = 2.0 if order in (None, "fro") else order
+    order = 2.0 if order in (None, "fro") else float("inf") if order == "inf" else order
     if dim is not None or keepdim or any(v is not None for v in kwargs.values()) or isinstance(order, str) or order < 0:
         raise _refusal(gradient, f"a norm with p={order!r}, dim={dim!r}")
-    _refuse_on_several_ranks(
-        gradient,
-        "its norm",
-        "Clip the dense parameters alone (clip_grad_norm_ over those that have no .rows in their .grad), or scale the "
-        "gradient by a factor that does not depend on it",
-    )
-    values = gradient.values.detach()
-    return torch.linalg.vector_norm(values if len(values) else values.new_zeros(1), order, dtype=dtype)
+    return row_operations.norm(gradient._sum, float(order), dtype)
 
 
 def _matrix_norm(gradient, ord=None, *args, **kwargs):
@@ -122,48 +103,114 @@ def _matrix_norm(gradient, ord=None, *args, **kwargs):
     return _norm(gradient, 2.0, *args, **kwargs)
 
 
-def _refuse_on_several_ranks(gradient, what: str, remedy: str) -> None:
-    table = gradient._table
-    if table.owner.ranks > 1:
-        raise ManagedTableError(
-            f"the gradient of table {table.name!r} over {table.owner.ranks} ranks: {what} is not supported, for each "
-            f"rank holds its own part of the sum. {remedy}"
-        )
+def _number(gradient, value, what: str) -> float:
+    is_number = isinstance(value, (int, float))
+    if isinstance(value, torch.Tensor):
+        is_number = not isinstance(value, RowGradient) and value.numel() == 1
+    if not is_number:
+        raise _refusal(gradient, f"{what} anything but one number")
+    return float(value)
 
 
 def _scale_by(gradient, factor) -> RowGradient:
-    if not _is_number(factor):
-        raise _refusal(gradient, "multiplication by anything but one number")
-    for part in gradient._table.parts:
-        part.scale = (1.0 if part.scale is None else part.scale) * float(factor)
+    gradient._sum.scale(_number(gradient, factor, "multiplication by"))
     return gradient
 
 
 def _divide_by(gradient, divisor) -> RowGradient:
-    if not _is_number(divisor):
-        raise _refusal(gradient, "division by anything but one number")
-    value = float(divisor)
-    return _scale_by(gradient, 1.0 / value if value else math.copysign(math.inf, value))
-
-
-def _is_number(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return not isinstance(value, RowGradient) and value.numel() == 1
-    return isinstance(value, (int, float))
+    return _scale_by(gradient, row_operations.inverse(_number(gradient, divisor, "division by")))
 
 
 def _clamp_(gradient, min=None, max=None) -> RowGradient:
-    _refuse_on_several_ranks(gradient, "clamping it", "Clamp the dense parameters' gradients alone")
-    if (min is not None and min > 0) or (max is not None and max < 0):
-        raise _refusal(gradient, f"clamp_(min={min!r}, max={max!r}), which changes the zeros of absent rows,")
-    with torch.no_grad():
-        gradient.values.clamp_(min, max)
+    row_operations.clamp_(gradient._sum, min, max)
     return gradient
 
 
 def _zero_(gradient) -> RowGradient:
-    gradient._table.clear_gradient(keep_zero=True)
+    rows = gradient._sum
+    if rows.belongs_to_table:
+        rows.table.clear_gradient(keep_zero=True)
+    else:
+        rows.parts = []
+        rows.changed()
     return gradient
+
+
+def _other(gradient, other, what: str) -> RowSum:
+    if not (isinstance(other, RowGradient) and other._sum.table is gradient._sum.table):
+        raise _refusal(gradient, f"{what} anything but another gradient of the same table")
+    return other._sum
+
+
+def _add_(gradient, other, alpha=1) -> RowGradient:
+    row_operations.add_(gradient._sum, _other(gradient, other, "addition of"), float(alpha))
+    return gradient
+
+
+def _copy_(gradient, source, non_blocking=False) -> RowGradient:
+    row_operations.replace(gradient._sum, _other(gradient, source, "copying from"))
+    return gradient
+
+
+def _clone(gradient, *args, **kwargs) -> RowGradient:
+    return _new(gradient, lambda values: values.clone())
+
+
+def _new(gradient, function) -> RowGradient:
+    return row_gradient(gradient._sum.mapped(function))
+
+
+def _multiplied(one, other) -> RowGradient:
+    gradient, factor = (one, other) if isinstance(one, RowGradient) else (other, one)
+    if factor is gradient:  # squares, as in a gradient penalty
+        return row_gradient(row_operations.power(gradient._sum, 2))
+    return row_gradient(row_operations.scaled(gradient._sum, _number(gradient, factor, "multiplication by")))
+
+
+def _divided(gradient, divisor, **kwargs) -> RowGradient:
+    if not isinstance(gradient, RowGradient) or kwargs:
+        raise _refusal(_first((gradient, divisor)), "division by a gradient, or with rounding,")
+    factor = row_operations.inverse(_number(gradient, divisor, "division by"))
+    return row_gradient(row_operations.scaled(gradient._sum, factor))
+
+
+def _added(one, other, alpha=1) -> RowGradient:
+    if not isinstance(one, RowGradient):
+        raise _refusal(other, "addition to a tensor")
+    return row_gradient(row_operations.added(one._sum, _other(one, other, "addition of"), float(alpha)))
+
+
+def _subtracted(one, other, alpha=1) -> RowGradient:
+    return _added(one, other, -alpha)
+
+
+def _clamped(gradient, min=None, max=None) -> RowGradient:
+    return row_gradient(row_operations.clamped(gradient._sum, min, max))
+
+
+def _power(gradient, exponent) -> RowGradient:
+    if not isinstance(gradient, RowGradient):
+        raise _refusal(exponent, "use as an exponent")
+    return row_gradient(row_operations.power(gradient._sum, exponent))
+
+
+def _reduced(operation):
+    def handler(input, *args, dtype=None, **kwargs):
+        gradient = input
+        if args or any(v not in (None, False) for v in kwargs.values()):
+            raise _refusal(gradient, f"{operation.__name__} along a dimension")
+        return operation(gradient._sum) if dtype is None else operation(gradient._sum, dtype)
+
+    return handler
+
+
+def _extreme(choose):
+    def handler(gradient, *args, **kwargs):
+        if args or kwargs:
+            raise _refusal(gradient, f"{choose.__name__} along a dimension, or of two,")
+        return row_operations.extreme(gradient._sum, choose)
+
+    return handler
 
 
 def _same(gradient, *args, **kwargs) -> RowGradient:
@@ -171,7 +218,7 @@ def _same(gradient, *args, **kwargs) -> RowGradient:
 
 
 def _to(gradient, *args, **kwargs) -> RowGradient:
-    check_stays(gradient._table.name, gradient.dtype, args, kwargs)
+    check_stays(gradient._sum.table.name, gradient.dtype, args, kwargs)
     return gradient
 
 
@@ -180,18 +227,15 @@ def _converted(wanted: dict[str, object]):
 
 
 def _set_data(gradient, value) -> None:
-    if not (isinstance(value, RowGradient) and value._table is gradient._table):
+    if not (isinstance(value, RowGradient) and value._sum.table is gradient._sum.table):
         raise _refusal(gradient, "assigning .data")
+    if value._sum is not gradient._sum:
+        row_operations.replace(gradient._sum, value._sum)
 
 
 def _element_wise(test):
     """A test of the values that are there (`[U, dim]`); the zeros of absent rows pass or fail it like any zero."""
-
-    def handler(gradient):
-        _refuse_on_several_ranks(gradient, test.__name__, "Test the loss instead")
-        return test(gradient.values)
-
-    return handler
+    return lambda gradient: row_operations.tested(gradient._sum, test)
 
 
 def _for_each(single, plain):
@@ -205,6 +249,14 @@ def _for_each(single, plain):
         return [single(g, *args, **kwargs) if isinstance(g, RowGradient) else next(results) for g in gradients]
 
     return handler
+
+
+def _unscale(gradients, found_inf, inverse_scale) -> None:
+    """What `GradScaler` does: multiply by `inverse_scale`, and note in `found_inf` where a value is not finite."""
+    dense = [g for g in gradients if not isinstance(g, RowGradient)]
+    if dense:
+        torch._amp_foreach_non_finite_check_and_unscale_(dense, found_inf, inverse_scale)
+    row_operations.unscale([g._sum for g in gradients if isinstance(g, RowGradient)], found_inf, inverse_scale)
 
 
 _PROPERTIES = """shape dtype device ndim requires_grad is_leaf is_sparse is_cuda is_cpu layout grad_fn is_sparse_csr
@@ -237,6 +289,13 @@ _HANDLERS = {
     torch.Tensor.clamp_min_: lambda gradient, min: _clamp_(gradient, min=min),
     torch.Tensor.clamp_max_: lambda gradient, max: _clamp_(gradient, max=max),
     torch.Tensor.zero_: _zero_,
+    torch.Tensor.add_: _add_,
+    torch.Tensor.__iadd__: _add_,
+    torch.Tensor.sub_: lambda gradient, other, alpha=1: _add_(gradient, other, -alpha),
+    torch.Tensor.__isub__: lambda gradient, other: _add_(gradient, other, -1),
+    torch.Tensor.copy_: _copy_,
+    torch.Tensor.neg_: lambda gradient: _scale_by(gradient, -1.0),
+    torch.Tensor.abs_: lambda gradient: _copy_(gradient, _new(gradient, torch.abs)),
     torch.Tensor.detach: _same,
     torch.Tensor.detach_: _same,
     torch.Tensor.data.__get__: _same,
@@ -244,6 +303,10 @@ _HANDLERS = {
     torch.Tensor.coalesce: _same,
     torch.Tensor.to: _to,
     torch.Tensor.__format__: lambda gradient, spec: format(repr(gradient), spec),
+    torch._amp_foreach_non_finite_check_and_unscale_: _unscale,
+    torch.Tensor.to_dense: lambda gradient, *args, **kwargs: row_operations.to_dense(gradient._sum),
+    torch.Tensor.clone: _clone,
+    torch.clone: _clone,
     torch.Tensor.isfinite: _element_wise(torch.isfinite),
     torch.isfinite: _element_wise(torch.isfinite),
     torch.Tensor.isnan: _element_wise(torch.isnan),
@@ -257,3 +320,37 @@ _HANDLERS = {
     torch._foreach_clamp_min_: _for_each(lambda g, low: _clamp_(g, min=low), torch._foreach_clamp_min_),
     torch._foreach_clamp_max_: _for_each(lambda g, high: _clamp_(g, max=high), torch._foreach_clamp_max_),
 } | {method: _converted(wanted) for method, wanted in METHODS.items()}
+
+_OUT_OF_PLACE = {
+    "mul": _multiplied,
+    "multiply": _multiplied,
+    "div": _divided,
+    "divide": _divided,
+    "true_divide": _divided,
+    "add": _added,
+    "sub": _subtracted,
+    "subtract": _subtracted,
+    "clamp": _clamped,
+    "clip": _clamped,
+    "pow": _power,
+    "sum": _reduced(row_operations.total),
+    "mean": _reduced(row_operations.mean),
+    "max": _extreme(torch.max),
+    "amax": _extreme(torch.max),
+    "min": _extreme(torch.min),
+    "amin": _extreme(torch.min),
+} | {
+    name: partial(_new, function=getattr(torch, name))
+    for name in ("neg", "negative", "abs", "absolute", "square", "sign")
+}
+_HANDLERS |= {getattr(holder, name): h for name, h in _OUT_OF_PLACE.items() for holder in (torch, torch.Tensor)}
+_HANDLERS |= {
+    torch.Tensor.__mul__: _multiplied,
+    torch.Tensor.__rmul__: _multiplied,
+    torch.Tensor.__truediv__: _divided,
+    torch.Tensor.__neg__: _HANDLERS[torch.neg],
+    torch.Tensor.__abs__: _HANDLERS[torch.abs],
+    torch.Tensor.__add__: _added,
+    torch.Tensor.__sub__: _subtracted,
+    torch.Tensor.__pow__: _power,
+}

@@ -4,6 +4,7 @@ loaders."""
 from __future__ import annotations
 
 import atexit
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pm
 from adaloader import adoption
 from adaloader.agreement import broadcast
 from adaloader.candidate import decide_now, find_candidates, watch_candidates
+from adaloader.combining import Combiner
 from adaloader.deferred_tensor import program_of
 from adaloader.dense import DenseReducer
 from adaloader.explain import Explanation, explain
@@ -194,6 +196,11 @@ class Session:
             manager.transport.collective(lambda comm: comm.Ibcast(state, 0), manager.timeout_seconds)
             set_random_state(generator, state)
 
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Return what the loaders' `no_sync` returns."""
+        reducer = self.managed.reducer
+        return contextlib.nullcontext() if reducer is None else reducer.no_sync()
+
     def stats(self) -> dict[str, Any]:
         """Return counts since the model's first loader was built, on this rank.
 
@@ -296,6 +303,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     managed = ManagedModel(model, manager, settings.shared(), strategy)
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
+        managed.combiner = Combiner(managed)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
     try:
@@ -334,6 +342,8 @@ def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, time
         group,
         weights=managed.weight_of_backward,
         on_reduced=managed.reduced,
+        on_begun=managed.sum_begins,
+        on_ended=managed.gradient_hooks.backward_ended,
         timeout_seconds=timeout_seconds,
         describe_peers=whereabouts.describe,
         in_vain=whereabouts.why_in_vain,

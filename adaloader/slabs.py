@@ -80,7 +80,7 @@ class Slab:
     Args:
         rows: distinct row ids, int64 `[U]`.
         array: their values `[U, dim]`.
-        tensor: the same memory in the autograd graph; its gradient goes to the table.
+        tensor: the same memory as a function of the table's parameter; its gradient goes to the table.
         plan: the intent that brought the rows, if any.
         seconds: where the time of its backward is added.
         reached: for tables whose optimizer moves the rows that were looked up and no others (SparseAdam): which rows a
@@ -109,23 +109,23 @@ def make_slab(
     ordinal: int = 0,
 ) -> Slab:
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
+    parameter = table.parameter
     reached = None
-    if table.parameter.requires_grad and table.table.spec.rule.moves_looked_up_rows:
+    if parameter.requires_grad and table.table.spec.rule.moves_looked_up_rows:
         reached = np.zeros(len(rows), bool)
 
-    def deliver(grad: torch.Tensor) -> torch.Tensor | None:
-        if table.is_dense:
-            return spread(rows, grad, table.parameter.shape)
-        if table.model() is not None:  # a graph may outlive the model
-            part = Part(rows, grad, plan, None, counts, ordinal)
+    def deliver(grad: torch.Tensor) -> None:
+        if table.model() is not None and not table.is_dense:  # a graph may outlive the model, and the table's being one
+            part = Part(rows, grad.contiguous(), plan, None, counts, ordinal)
             table.receive(part if reached is None else _only(part, reached))
-        return None
 
-    with torch.inference_mode(False), torch.enable_grad():
-        if table.parameter.requires_grad:
-            tensor = _FromTable.apply(table.parameter, array, deliver)
-        else:
+    with table.owner.paused(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        if not parameter.requires_grad:
             tensor = torch.from_numpy(array)
+        else:
+            with torch.enable_grad():
+                tensor = _RowsOf.apply(parameter, array, rows, table)
+            tensor.register_hook(deliver)  # not in the backward below, which would seem to be checkpointing's
     return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds, reached)
 
 
@@ -139,20 +139,24 @@ def _only(part: Part, reached: np.ndarray) -> Part:
     return replace(part, rows=part.rows[keep], values=part.values[torch.from_numpy(keep)], plan=None, counts=counts)
 
 
-class _FromTable(torch.autograd.Function):
-    """Rows of a table as an operation on its parameter, whose gradient goes to the table, as a part of its row
-    gradient; the parameter itself gets it only if it has become dense since.
+class _RowsOf(torch.autograd.Function):
+    """Rows, as a function of the parameter that stands for their table.
+
+    The parameter itself gets no gradient (the rows' is delivered by a hook) unless it has become dense since, but the
+    engine sees that they belong to it: it leaves them out of a backward for other inputs, and reaches them in one for
+    this.
     """
 
     @staticmethod
-    def forward(ctx, parameter, array, deliver):
-        ctx.deliver = deliver
+    def forward(ctx, parameter, array, rows, table):
+        ctx.rows, ctx.table = rows, table
         ctx.set_materialize_grads(False)
         return torch.from_numpy(array)
 
     @staticmethod
     def backward(ctx, grad):
-        return None if grad is None else ctx.deliver(grad), None, None
+        is_dense = grad is not None and ctx.table.is_dense
+        return spread(ctx.rows, grad, ctx.table.parameter.shape) if is_dense else None, None, None, None
 
 
 def spread(rows: np.ndarray, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from adaloader import lookups, table_views
+from adaloader import functional_grad, lookups, table_views
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
 from adaloader.function_transforms import guard_transforms
+from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
 from adaloader.whole_use import use_whole
 from adaloader.writes import overwrite
@@ -52,6 +54,11 @@ class _ManagedTensor:
             if watch.recorder is not None:
                 watch.recorder.came_from_table(made)
             return made
+        if func is torch.autograd.grad:
+            return functional_grad.grad(*args, **kwargs)
+        if func is torch.autograd.backward:  # with a table among its inputs=, which the graph knows
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func in FORM or func in _FORM_OF_ARGUMENT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -87,16 +94,18 @@ class TableParameter(_ManagedTensor, nn.Parameter):
     @property
     def grad(self) -> RowGradient | None:
         table = self._managed
-        return row_gradient(table) if table.has_gradient and not table.hidden else None
+        return row_gradient(table.gradient) if not table.hidden and table.may_have_gradient else None
 
     @grad.setter
     def grad(self, value) -> None:
         if value is None:
             self._managed.clear_gradient()
-        elif not (isinstance(value, RowGradient) and value._table is self._managed):
+        elif isinstance(value, RowGradient) and value._sum.table is self._managed:
+            self._managed.replace_gradient(value._sum)
+        else:
             raise ManagedTableError(
-                f"the gradient of table {self._managed.name!r} can be set to None or changed in place (mul_, clamp_, "
-                f"zero_), not replaced by {type(value).__name__}"
+                f"the gradient of table {self._managed.name!r} can be set to None or to a gradient that was computed "
+                f"from it (parameter.grad * 0.5, say), not to {type(value).__name__}"
             )
 
     @grad.deleter
@@ -116,6 +125,7 @@ def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.grad.__set__(parameter, None)
         torch.Tensor.data.__set__(parameter, stand_in)
+        _take_over_hooks(parameter, table)
     parameter.__class__ = TableParameter
     parameter._managed = table
     with torch._C.DisableTorchFunctionSubclass():
@@ -207,11 +217,29 @@ def _like(value):
     return handler
 
 
-def _no_hook(tensor, hook):
-    raise ManagedTableError(
-        f"a hook on table {tensor._managed.name!r} would never be called: its gradient arrives as rows. Read "
-        "parameter.grad (its .rows and .values) after backward instead"
-    )
+def _registers(name: str):
+    """`register_hook` and its relative; see `gradient_hooks.py`."""
+
+    def handler(tensor, hook):
+        if not tensor.requires_grad:
+            raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
+        hooks = getattr(tensor._managed, name)
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = OfTable(hook)
+        return handle
+
+    return handler
+
+
+def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
+    """Keep hooks with the table: autograd would call them for the parameter itself, which gets no gradient."""
+    for attribute, kept in (("_backward_hooks", "hooks"), ("_post_accumulate_grad_hooks", "post_hooks")):
+        hooks = getattr(parameter, attribute)
+        if hooks is not None:
+            for key, hook in list(hooks.items()):
+                hooks[key] = OfTable(hook)
+            setattr(table, kept, hooks)  # the very dict: handles remove from it
+            setattr(parameter, attribute, None)
 
 
 # Attributes that are made of values, or are handled by themselves; all others are questions about a tensor's form.
@@ -259,8 +287,8 @@ _HANDLERS = (
         torch.Tensor.retain_grad: lambda tensor: None,
         torch.Tensor.requires_grad_: _requires_grad_,
         torch.Tensor.requires_grad.__set__: _set_requires_grad,
-        torch.Tensor.register_hook: _no_hook,
-        torch.Tensor.register_post_accumulate_grad_hook: _no_hook,
+        torch.Tensor.register_hook: _registers("hooks"),
+        torch.Tensor.register_post_accumulate_grad_hook: _registers("post_hooks"),
         torch.zeros_like: _like(0.0),
         torch.ones_like: _like(1.0),
         torch.empty_like: _like(0.0),

@@ -149,6 +149,8 @@ class Watch:
         return contextlib.nullcontext() if self.recorder is None else self.recorder.paused()
 
     def step_begins(self) -> None:
+        if torch._C._current_graph_task_id() >= 0:  # in a hook: autograd would put the recorder's mode back afterwards
+            return
         self.end_if_used()
         if self.recorder is not None:
             self._idle_steps += 1

@@ -35,6 +35,10 @@ class Kind(IntEnum):
     LAST = 16
     WHERE = 17
     HERE = 18
+    PRESENT = 40
+    SHARE = 41
+    SHARED = 42
+    GIVEN = 43
 
 
 @dataclass(frozen=True)

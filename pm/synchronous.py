@@ -254,6 +254,15 @@ class SynchronousManager(Manager):
         others = self.others
         self._waiting.until(reached, lambda: others.missing(asked, "send rows"), lambda: others.why_gone(asked, "rows"))
 
+    def wait_for_others(self, missing: Callable[[], Sequence[int]], action: str) -> None:
+        """Block until no rank is `missing()`; `action` says what those that are have not done."""
+
+        def why_in_vain() -> str | None:
+            closed = self.others.ended.intersection(missing())
+            return self.others.closed(closed, "a collective operation") if closed else None
+
+        self._waiting.until(lambda: not missing(), lambda: self.others.missing(missing(), action), why_in_vain)
+
     def _check_collective(self, missing: Sequence[int]) -> None:
         """Called again and again while a collective operation waits for ranks: raise if one cannot come."""
         self._waiting.raise_failure()

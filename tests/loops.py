@@ -20,7 +20,7 @@ from adaloader import AdaLoader, full_state_dict
 
 ROWS = 90
 MIN_ROWS = 50
-MOST_SEGMENTS, MOST_IN_SEGMENT = 40, 80
+MOST_SEGMENTS, MOST_IN_SEGMENT = 40, 400
 
 
 class Clicks(Dataset):

@@ -201,13 +201,6 @@ def test_the_operation_and_the_remedy_are_named(model):
         model.emb.weight.sum()
 
 
-def test_hooks_on_the_gradient_are_refused(model):
-    weight = model.emb.weight
-    for register in (weight.register_hook, weight.register_post_accumulate_grad_hook):
-        with pytest.raises(ManagedTableError, match=r"emb\.weight.*\.grad"):
-            register(lambda grad: None)
-
-
 def test_a_table_used_as_a_matrix_can_be_kept_dense():
     model = Model()
     loader = manage(model, min_rows=ROWS + 1)
