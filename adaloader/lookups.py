@@ -122,7 +122,7 @@ def get_item(weight, index):
         rows = _as_seen_from(weight, expand(slab, positions, ids.shape))
         if rest:
             rows = rows[(slice(None),) * ids.ndim + rest]
-        return guarded(rows, table.name) if basic and not advanced else rows
+        return guarded(rows, table.name, (weight, tuple(parts))) if basic and not advanced else rows
 
 
 def _is_large_view(table, first) -> bool:

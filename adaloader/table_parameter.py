@@ -7,8 +7,6 @@ Code that reaches below that (C++ extensions, TorchScript) finds NaN: the storag
 
 from __future__ import annotations
 
-import inspect
-import types
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,9 +19,11 @@ from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
+from adaloader.form import QUESTIONS
 from adaloader.function_transforms import guard_transforms
 from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
+from adaloader.whole_gradient import catch_whole_gradients
 from adaloader.whole_use import use_whole
 from adaloader.writes import overwrite
 
@@ -126,6 +126,7 @@ def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
         torch.Tensor.grad.__set__(parameter, None)
         torch.Tensor.data.__set__(parameter, stand_in)
         _take_over_hooks(parameter, table)
+        catch_whole_gradients(parameter, table)
     parameter.__class__ = TableParameter
     parameter._managed = table
     with torch._C.DisableTorchFunctionSubclass():
@@ -242,14 +243,6 @@ def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
             setattr(parameter, attribute, None)
 
 
-# Attributes that are made of values, or are handled by themselves; all others are questions about a tensor's form.
-_OF_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad", "_grad"}
-_ATTRIBUTES = [
-    attribute
-    for name in dir(torch.Tensor)
-    if name not in _OF_VALUES
-    and isinstance(attribute := inspect.getattr_static(torch.Tensor, name), (types.GetSetDescriptorType, property))
-]
 _METHODS = """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous
 element_size get_device is_signed is_conj is_neg is_inference is_same_size __len__ new_zeros new_ones new_full new_empty
 new_tensor is_shared data_ptr untyped_storage _is_view""".split()
@@ -258,7 +251,7 @@ _has_compatible_shallow_copy_type rand_like randn_like randint_like""".split()
 
 # Questions about a table's form, which need no value of it.
 FORM = (
-    {attribute.__get__ for attribute in _ATTRIBUTES}
+    QUESTIONS
     | {getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)}
     | {getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)}
 )

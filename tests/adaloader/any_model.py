@@ -326,7 +326,7 @@ def packed_from_a_list(net, batch):
     return net.score(net.item(nn.utils.rnn.pack_sequence(batch, enforce_sorted=False).data))
 
 
-@case(lambda draw, size: [ids.tolist() for ids in sequences(draw, size)], sizes=(8,), warm_up=4)
+@case(lambda draw, size: [ids.tolist() for ids in sequences(draw, size)], sizes=(8,), warm_up=12)
 def lists_of_lists(net, batch):
     longest = max(map(len, batch))
     return net.score(net.item(torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])))
@@ -335,14 +335,14 @@ def lists_of_lists(net, batch):
 @case(jagged)
 def split_by_a_list(net, batch):
     parts = batch["values"].split(batch["lengths"].sum(1).tolist())
-    return sum(net.score(net.item((part * 3 + 1) % ROWS)) for part in parts)
+    return sum(net.item((part * 3 + 1) % ROWS).square().sum() for part in parts)
 
 
 @case(jagged, warm_up=4)
 def bounds_from_a_list(net, batch):
     ends = [0, *batch["lengths"].sum(1).cumsum(0).tolist()]
     parts = [batch["values"][ends[at] : ends[at + 1]] for at in range(3)]
-    return sum(net.score(net.word((part + at) % ROWS)) for at, part in enumerate(parts))
+    return sum(net.word((part + at) % ROWS).square().sum() for at, part in enumerate(parts))
 
 
 @case(lambda draw, size: {"ids": draw.ids(size, 12), "k": draw.ids(size, draw.number(3, 9))}, warm_up=2)
@@ -362,12 +362,12 @@ def a_ragged_tensor(net, batch):
     return net.score(net.item(batch).values() * net.word(batch.values() // 2))
 
 
-@case(ragged_tensor, sizes=(8,))
+@case(ragged_tensor, sizes=(8,), warm_up=12)
 def a_ragged_tensor_padded(net, batch):
     return net.score(net.item(torch.nested.to_padded_tensor(batch, 0)))
 
 
-@case(lambda draw, size: {"ids": draw.ids(size, 5)})
+@case(lambda draw, size: {"ids": draw.ids(size, 5)}, warm_up=12)
 def masked_at_random(net, batch):
     return net.score(net.item(batch["ids"].masked_fill(torch.rand(batch["ids"].shape) < 0.15, 1)))
 
@@ -395,7 +395,7 @@ def an_optional_field(net, batch):
     return loss if batch["extra"] is None else loss + net.score(net.word(batch["extra"] + 0))
 
 
-@case(lambda draw, size: {"ids": draw.ids(size, draw.number(2, 12))}, warm_up=24)
+@case(lambda draw, size: {"ids": draw.ids(size, draw.number(2, 12))}, warm_up=40)
 def long_and_short(net, batch):
     ids = batch["ids"]
     if ids.shape[1] > 6:
@@ -422,6 +422,42 @@ def all_but_the_last_row(net, batch):
 def as_complex_numbers(net, batch):
     rows = torch.view_as_complex(net.item.weight.view(ROWS, DIM // 2, 2))[batch]
     return net.score(torch.view_as_real(rows * rows).flatten(1))
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (ids,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_add_(0, ids, gradient), None
+
+
+@case(flat)
+def by_a_function_of_autograd(net, batch):
+    return net.score(_Rows.apply(net.item.weight, batch)) + net.score(net.item(batch // 2))
+
+
+@case(flat)
+def by_a_mask(net, batch):
+    return net.score(net.item.weight[torch.zeros(ROWS, dtype=torch.bool).index_fill(0, batch, True)])
+
+
+@case(flat)
+def a_long_slice(net, batch):
+    return net.score(net.item.weight[:100]) + net.score(net.word(batch))
+
+
+@case(flat)
+def a_row_that_is_set(net, batch):
+    net.item.weight.data[0].zero_()
+    with torch.no_grad():
+        net.item.weight[1:3].mul_(0.5)
+    return net.score(net.item(batch // 40))
 
 
 @case(flat)
