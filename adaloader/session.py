@@ -428,5 +428,7 @@ if launched_ranks() > 1:
 def _serve_until_all_are_done() -> None:
     """A rank that ends keeps serving its rows until the others have ended too."""
     end_job_if_failed()
-    for manager in list(_open_managers):
-        manager.close(linger=True)
+    managers = list(_open_managers)
+    for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
+        for manager in managers:
+            manager.close(linger=linger)
