@@ -105,7 +105,6 @@ class ManagedTable:
     is_deferred: bool = False
     steps_before: int = 0
     whole: tuple[tuple[int, int], torch.Tensor] | None = None
-    accumulator: object = None
     cleared_after: int = 0
     settled_at: int = 0
     captured: list[Part] | None = None

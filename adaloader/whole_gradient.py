@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,20 +20,18 @@ def catch_whole_gradients(parameter: torch.Tensor, table: ManagedTable) -> None:
     """Have gradients that autograd brings to the parameter itself become row gradients of its table."""
     to_table = weakref.ref(table)
 
-    def caught(gradients: tuple[torch.Tensor | None, ...]) -> tuple[None] | None:
-        table, (gradient,) = to_table(), gradients
-        if table is None or table.is_dense or gradient is None:
-            return None
-        table.receive(_part_of(table, gradient.detach()))
-        return (None,)
+    def caught(parameter: torch.Tensor) -> None:
+        table = to_table()
+        if table is None or table.is_dense:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            gradient = torch.Tensor.grad.__get__(parameter)
+            torch.Tensor.grad.__set__(parameter, None)
+        if gradient is not None:
+            table.receive(_part_of(table, gradient.detach()))
 
-    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        trains = parameter.requires_grad
-        torch.Tensor.requires_grad_(parameter, True)
-        accumulator = torch.Tensor.view_as(parameter, parameter).grad_fn.next_functions[0][0]
-        torch.Tensor.requires_grad_(parameter, trains)
-    accumulator.register_prehook(caught)
-    table.accumulator = accumulator  # which autograd itself does not keep
+    # Hooks of the user's on a table are kept with the table.
+    parameter._post_accumulate_grad_hooks = OrderedDict({0: caught})
 
 
 def _part_of(table: ManagedTable, gradient: torch.Tensor) -> Part:

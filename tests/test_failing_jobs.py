@@ -326,7 +326,9 @@ def test_other_ranks_add_no_traceback_of_the_ending(jobs, name):
     assert result.stderr.count("ending the job") == 1, result.stderr[-6000:]
 
 
-@pytest.mark.parametrize("name", ["all well on 1", "all well on 4", "many loaders left open", "one is still evaluating"])
+@pytest.mark.parametrize(
+    "name", ["all well on 1", "all well on 4", "many loaders left open", "one is still evaluating"]
+)
 def test_job_that_ends_without_closing_its_loader(jobs, name):
     job = jobs[name]
     result = job.result
