@@ -162,7 +162,7 @@ def _explain_site(site) -> LookupExplanation:
         return LookupExplanation(site.where, site.operation, "constant" if site.constant else "derived")
     if site.among is not None:
         return LookupExplanation(
-            site.where, site.operation, "among", f"{site.reason}; all of batch{site.among} is intended"
+            site.where, site.operation, "among", f"{site.reason}; all of {site.held_by} is intended"
         )
     return LookupExplanation(site.where, site.operation, "on demand", site.reason)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from adaloader.dense_use import become_dense, refuse, why_not_dense
 from adaloader.errors import WholeTableError
@@ -45,7 +46,22 @@ def _as_dense(tensor, table):
 
 
 def guard_transforms() -> None:
-    """Have transforms know tables: once wrapped, one is a plain tensor of NaN, and nothing else would notice."""
+    """Have transforms and ragged tensors know tables, of which they would see nothing but the memory, full of NaN."""
     wrap = getattr(eager_transforms, "_wrap_for_grad", None)
     if wrap is not None and not hasattr(wrap, "knows_tables"):
         eager_transforms._wrap_for_grad = _knowing_tables(wrap)
+    if not hasattr(NestedTensor, "knows_tables"):
+        NestedTensor.__torch_function__ = _after_tables(NestedTensor.__torch_function__)
+        NestedTensor.knows_tables = True
+
+
+def _after_tables(handle):
+    """Have ragged tensors leave what concerns tables to these: they would take the values of the memory."""
+
+    @classmethod
+    def handler(cls, func, types, args=(), kwargs=None):
+        if any(getattr(kind, "decides_before_rows", False) for kind in types):
+            return NotImplemented
+        return handle.__func__(cls, func, types, args, kwargs)
+
+    return handler

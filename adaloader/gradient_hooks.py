@@ -42,7 +42,7 @@ def give_back_hooks(table: ManagedTable) -> None:
         if hooks:
             for key, hook in list(hooks.items()):
                 hooks[key] = hook.call
-            setattr(table.parameter, attribute, hooks)
+        setattr(table.parameter, attribute, hooks or None)
     table.hooks, table.post_hooks = OrderedDict(), OrderedDict()
 
 

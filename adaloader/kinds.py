@@ -61,6 +61,11 @@ def flags_of(features: Features) -> Features:
     return {name: value for name, value in features.items() if not name.startswith(("batch", "len("))}
 
 
+def choices_of(features: Features) -> Features:
+    """The flags that are no numbers: names and truth values, by which a model may choose its way."""
+    return {name: value for name, value in flags_of(features).items() if type(value) is not int}
+
+
 @dataclass(frozen=True)
 class _Split:
     """Batches whose feature is (`exact`) or is at most `value` go left."""
@@ -86,6 +91,7 @@ class Kinds:
         self._lock = threading.Lock()
         self.programs: list[Program] = []
         self._first: list[Features] = []
+        self._watched: list[Features] = []
         self._examples: deque[tuple[Features, int]] = deque(maxlen=_MOST_EXAMPLES)
         self._tree: _Split | tuple[int, ...] = ()
 
@@ -97,6 +103,8 @@ class Kinds:
     def keep(self, program: Program, features: Features) -> Program:
         """Add a program, or refine one with it that is of the same operations; return what is kept."""
         with self._lock:
+            if choices_of(features) not in self._watched:
+                self._watched.append(choices_of(features))
             return self._keep(program, features)
 
     def _keep(self, program: Program, features: Features) -> Program:
@@ -104,7 +112,8 @@ class Kinds:
             refined = known.refine(program)
             if refined is None:
                 continue
-            differs = flags_of(features) != flags_of(self._first[at])
+            differs = choices_of(features) != choices_of(self._first[at])
+            differs |= flags_of(features) != flags_of(self._first[at]) and len(refined.derived) < len(program.derived)
             if differs and len(self.programs) < _MOST_PROGRAMS and not known.foretells(program):
                 continue  # one kind of batch each, rather than one program that is made to fit both
             self.programs[at] = refined
@@ -129,6 +138,12 @@ class Kinds:
         known = [(old, of) for old, of in self._examples if of != UNKNOWN]
         self._examples = deque(known, maxlen=_MOST_EXAMPLES)
         self._teach(features, label)
+
+    def is_new(self, features: Features) -> bool:
+        """Whether a batch with such flags was never watched: it may take another way."""
+        choices = choices_of(features)
+        with self._lock:
+            return bool(choices) and len(self._watched) < _MOST_PROGRAMS and choices not in self._watched
 
     def teach(self, features: Features, label: int) -> None:
         """A batch with these features followed program number `label`, or none (UNKNOWN)."""

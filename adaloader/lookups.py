@@ -20,6 +20,9 @@ _MORE_THAN_NUMBERS = (torch.Tensor, np.ndarray, slice, list, tuple, range, str)
 
 def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     """`torch.nn.functional.embedding` of a managed table; `sparse` matters only to what its optimizer may be."""
+    if isinstance(input, torch.Tensor) and input.layout is torch.jagged:
+        rows = embedding(input.values(), weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return torch.nested.nested_tensor_from_jagged(rows, input.offsets(), input.lengths())
     table, ids = _table_and_ids(weight, input, "embedding")
     _check_layout(weight, sparse, "embedding")
     slab, positions = table.look_up(ids, "embedding", by_frequency=scale_grad_by_freq and _trains(weight))
@@ -119,7 +122,7 @@ def get_item(weight, index):
         rows = _as_seen_from(weight, expand(slab, positions, ids.shape))
         if rest:
             rows = rows[(slice(None),) * ids.ndim + rest]
-        return guarded(rows, table.name) if basic and not advanced else rows
+        return guarded(rows, table.name, (weight, tuple(parts))) if basic and not advanced else rows
 
 
 def _is_large_view(table, first) -> bool:
@@ -189,7 +192,9 @@ def _ids_of_index(table, index) -> torch.Tensor:
                     f"a mask of shape {list(index.shape)} does not fit table {table.name!r} "
                     f"{list(table.parameter.shape)}"
                 )
-            raise _whole_table(table, index)
+            if index.ndim != 1:
+                raise _whole_table(table, index)
+            return index.nonzero().squeeze(1)
         return index
     if isinstance(index, slice) and index != slice(None):
         num_rows = table.table.spec.rows

@@ -259,6 +259,7 @@ class ManagedTable:
         absent = np.flatnonzero(found < 0)
         self.counts.intended += len(here)
         self.counts.on_demand += len(absent)
+        model.watch.missed(self.name, rows[absent])
         slab = self._slab_of(batch.tables[self.table.number])
         out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
         out[here] = slab.array[found[here]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from adaloader.batches import Batch
 from adaloader.kinds import features_of
 from adaloader.managed_table import BatchRows, ManagedTable
 from adaloader.random_ids import planning
-from intents import ReplayError, as_tensor, contents, structure_of
+from intents import ReplayError, contents, structure_of
 
 if TYPE_CHECKING:
     from adaloader.managed_model import ManagedModel
@@ -96,7 +97,8 @@ class Planner:
                 with planning(batch.iteration.stream, batch.number):
                     replayed = program.replay_leaves(leaves)
             except ReplayError as error:
-                self._say_once(f"a batch's keys could not be derived ({error}); its rows come on demand")
+                self._say_once(f"a batch's keys could not be derived ({error}); what it may look up is guessed")
+                self._add_guesses(program.guess_leaves(leaves, all_sites=True), by_name, by_table)
                 continue
             batch.foreseen = True
             batch.underived |= {site.table for site in program.sites if site.reason is not None}
@@ -105,10 +107,18 @@ class Planner:
                 if site.table in by_name:
                     table = by_name[site.table]
                     sites.append((table.table.number, _add(by_table.setdefault(table, []), ids)))
-            for site, place in program.among:
-                if site.table in by_name:
-                    table = by_name[site.table]
-                    _add(by_table.setdefault(table, []), _valid(table, as_tensor(leaves[place])))
+            self._add_guesses(program.guess_leaves(leaves), by_name, by_table)
+
+    def _add_guesses(self, guesses, by_name: dict[str, ManagedTable], by_table) -> None:
+        """Add ids that sites may look up, as far as they may be any."""
+        for site, ids in guesses:
+            if site.table in by_name:
+                table = by_name[site.table]
+                sites = by_table.setdefault(table, [])
+                _add(sites, ids[(ids >= 0) & (ids < table.table.spec.rows)])
+                standing = self._model.watch.standing.get(site.table)
+                if standing is not None:
+                    _add(sites, standing)
 
     def _intend(self, table: ManagedTable, ids_of_sites: list[np.ndarray], expected: int) -> BatchRows | None:
         ids_of_sites = [np.array(ids) for ids in ids_of_sites]  # the loop may change the batch under a view
@@ -125,8 +135,9 @@ class Planner:
         return BatchRows(rows, sites, plan)
 
     def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        kind = re.sub(r"\d+", "#", message)
+        if kind not in self._said:
+            self._said.add(kind)
             log.warning(message)
 
 
@@ -137,12 +148,6 @@ def _add(sites: list[np.ndarray], ids: np.ndarray) -> int:
             return place
     sites.append(ids)
     return len(sites) - 1
-
-
-def _valid(table: ManagedTable, leaf: torch.Tensor) -> np.ndarray:
-    """Return the integers of a leaf that may be ids of a table, int64 `[n]`."""
-    ids = leaf.detach().reshape(-1).numpy().astype(np.int64)
-    return ids[(ids >= 0) & (ids < table.table.spec.rows)]
 
 
 def _as_ids(table: ManagedTable, ids: Any) -> np.ndarray:

@@ -16,8 +16,8 @@ from adaloader import row_operations
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
+from adaloader.form import FORM
 from adaloader.row_sum import RowSum, refusal
-from adaloader.tensor_form import FORM
 
 
 class RowGradient(torch.Tensor):
@@ -292,6 +292,7 @@ _HANDLERS = {
     torch.Tensor.detach_: _same,
     torch.Tensor.data.__get__: _same,
     torch.Tensor.data.__set__: _set_data,
+    torch.Tensor.grad.__get__: lambda gradient: None,
     torch.Tensor.coalesce: _same,
     torch.Tensor.to: _to,
     torch.Tensor.__format__: lambda gradient, spec: format(repr(gradient), spec),

@@ -1,6 +1,7 @@
-"""Rows that plain PyTorch hands out as a view of the table (`table[3]`, `table[2:5]`): they can be read, not written.
+"""Rows that plain PyTorch hands out as a view of the table (`table[3]`, `table[2:5]`).
 
-A write to such a view changes the table in plain PyTorch. Here the rows are a copy, and a write would be lost silently.
+A write to such a view changes the table in plain PyTorch. Here the rows are a copy: what is written to it is written to
+the table as well, where it is known which rows they are (not for views of the copy), and refused elsewhere.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class RowsView(torch.Tensor):
     """A copy of some rows of the table named `table_name`; views of it are guarded too, other results are not."""
 
     table_name: str
+    origin: tuple[torch.Tensor, tuple] | None = None
 
     @classmethod
     @not_compiled
@@ -38,6 +40,9 @@ class RowsView(torch.Tensor):
             return NotImplemented  # a table among the arguments has no values to be read here
         source = _source(args, kwargs)
         for target in written_arguments(func, args, kwargs):
+            is_alone = any(target is value for value in (*args, *kwargs.values()))  # and not in a list of several
+            if isinstance(target, RowsView) and is_alone and _may_be_written(target):
+                return _write_through(target, func, args, kwargs)
             if isinstance(target, RowsView):
                 raise ManagedTableError(
                     f"{operation_name(func)} would write to rows of table {target.table_name!r}, but what reading a "
@@ -49,11 +54,33 @@ class RowsView(torch.Tensor):
         return guarded(result, source.table_name) if _is_view_of(result, source) else result
 
 
-def guarded(rows: torch.Tensor, table_name: str) -> RowsView:
-    """Return `rows` as a `RowsView`, with the same memory and place in the autograd graph."""
+def guarded(rows: torch.Tensor, table_name: str, origin: tuple[torch.Tensor, tuple] | None = None) -> RowsView:
+    """Return `rows` as a `RowsView`, with the same memory and place in the autograd graph; `origin` is the table, and
+    the index by which they are all of its rows there."""
     view = rows.as_subclass(RowsView)
-    view.table_name = table_name
+    view.table_name, view.origin = table_name, origin
     return view
+
+
+def _may_be_written(rows: RowsView) -> bool:
+    table = None if rows.origin is None else rows.origin[0]
+    return table is not None and not (table.requires_grad and torch.is_grad_enabled())
+
+
+def _write_through(rows: RowsView, func, args: tuple, kwargs: dict) -> RowsView:
+    """Write to the rows in the table (collective, as all writes to a table are) and here."""
+    table, index = rows.origin
+    with torch.no_grad():
+        changed = rows.as_subclass(torch.Tensor).detach().clone()
+
+        def replaced(value):
+            return changed if value is rows else value
+
+        func(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
+        table.detach()[index] = changed
+        with torch._C.DisableTorchFunctionSubclass():
+            rows.detach().copy_(changed)
+    return rows
 
 
 def written_arguments(func, args: tuple, kwargs: dict) -> list:

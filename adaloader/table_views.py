@@ -229,7 +229,7 @@ def _times(ids: torch.Tensor, factor: int) -> torch.Tensor:
 
 def _sum(terms: list[torch.Tensor], start: int) -> torch.Tensor:
     if not terms:
-        return torch.tensor(start)
+        return torch.full((), start)  # and not torch.tensor(...), which might hold anything
     total = terms[0]
     for term in terms[1:]:
         total = total + term

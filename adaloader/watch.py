@@ -32,6 +32,10 @@ _MOST_RECORDINGS_IN_ALL = 32
 _MOST_FRUITLESS = 3
 # Steps without a lookup in one recording: a loop may take its next batch just before it steps.
 _MOST_IDLE_STEPS = 1
+# Rows of one lookup that were missed and are counted; rows that are intended because they were missed twice.
+_MOST_MISSED = 8
+_MOST_STANDING = 16
+_MOST_COUNTED = 1024
 # Batches handed out while a recording waits for its first lookup.
 _MOST_WATCHED_BATCHES = 16
 
@@ -54,6 +58,8 @@ class Watch:
         self._wanted: set[Hashable] = set()
         self._fruitless = 0
         self.underived: dict[tuple[str, str], Site] = {}
+        self._missed: dict[str, Counter[int]] = {}
+        self.standing: dict[str, np.ndarray] = {}
 
     @property
     def recordings(self) -> int:
@@ -103,6 +109,19 @@ class Watch:
         label = self._followed(kinds, batch, table, ids)
         if label != UNKNOWN or self._may_record(batch.structure):
             kinds.teach(batch.features, label)
+
+    def missed(self, table: str, rows: np.ndarray) -> None:
+        """Distinct `rows` (int64 `[n]`) came on demand, beside others that were intended: a padding row, say, or a
+        mask's. What comes again is intended from then on, with whatever is guessed for that table."""
+        if len(rows) > _MOST_MISSED:
+            return
+        counts = self._missed.setdefault(table, Counter())
+        counts.update(rows.tolist())
+        again = [row for row, count in counts.most_common(_MOST_STANDING) if count > 1]
+        if len(again) > len(self.standing.get(table, ())):
+            self.standing[table] = np.array(sorted(again), np.int64)
+        if len(counts) > _MOST_COUNTED:
+            self._missed[table] = Counter(dict.fromkeys(again, 2))
 
     def _followed(self, kinds: Kinds, batch: Batch, table: str, ids: np.ndarray) -> int:
         """Return the program that says that `batch` looks up `ids`, or UNKNOWN."""
@@ -177,7 +196,7 @@ class Watch:
         if not batch.foreseen:
             return self._fruitless < _MOST_FRUITLESS or batch.structure in self._wanted
         kinds = self.kinds.get(batch.structure)
-        return kinds is not None and kinds.is_unknown(batch.features)
+        return kinds is not None and (kinds.is_unknown(batch.features) or kinds.is_new(batch.features))
 
     def _may_record(self, structure: Hashable) -> bool:
         all_of_them = self._recordings.total()
@@ -225,13 +244,12 @@ class Watch:
         self.underived[said] = site
         if site.among is not None:
             log.info(
-                "the keys of table %r at %s (%s) are not derived: %s. As they were some of batch%s, all of that is "
-                "intended",
+                "the keys of table %r at %s (%s) are not derived: %s. As they were some of %s, all of that is intended",
                 site.table,
                 site.where,
                 site.operation,
                 site.reason,
-                site.among,
+                site.held_by,
             )
             return
         log.warning(

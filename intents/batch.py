@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -18,6 +19,8 @@ Children = Callable[[Any], Iterable[tuple[str, Any]]]
 
 _registered: dict[type, Children] = {}
 _resolved: dict[type, Children | None] = {}
+
+_LAST_POSITION = re.compile(r"(.*)\[\d+\](.*?)$", re.DOTALL)
 
 # Single values in longer sequences are data of samples (names, say), not flags of the batch.
 _MOST_FLAGS = 8
@@ -116,7 +119,24 @@ def as_tensor(leaf: Any) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.int64)
 
 
+def sibling_groups(paths: list[str]) -> list[list[int]]:
+    """Places of paths that differ in nothing but their last position in a list, where there are several."""
+    groups: dict[str, list[int]] = {}
+    for place, path in enumerate(paths):
+        if found := _LAST_POSITION.match(path):
+            groups.setdefault(f"{found[1]}[*]{found[2]}", []).append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def lengths_of(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The lengths of ``tensors`` in one tensor."""
+    return torch.tensor([len(tensor) for tensor in tensors], dtype=dtype)
+
+
 def _collect(path: str, node: Any, found: Contents, entered: set[int]) -> None:
+    if isinstance(node, Tensor) and node.layout is torch.jagged:
+        found.traced += [(f"{path}.values()", node._values), (f"{path}.offsets()", node._offsets)]
+        return
     if isinstance(node, Tensor) or (isinstance(node, np.ndarray) and _is_shared_by_torch(node)):
         found.traced.append((path, node))
         return

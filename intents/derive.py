@@ -17,6 +17,8 @@ from .recipe import Evidence, Recipe, RecipeLookup, RecipeStep
 from .tape import DrawnAfter, Lookup, Ref, Span, Step, Tape
 
 _FOUND_LIMIT = 96  # Python numbers and data-dependent sizes that a program may refer to
+_LISTED_LIMIT = 16  # lists of whole numbers, the same
+_COMMON = 2  # numbers up to this turn up everywhere
 _OVERWRITES = {"copy_", "zero_", "fill_"}
 
 FROM_ELSEWHERE = "have no tensor of the batch leading to them (made by numpy, Python or compiled code?)"
@@ -50,7 +52,7 @@ def derive(tape: Tape) -> dict[int, Program]:
     by_python = [lookup for lookup, closure in closures.items() if not lookup.site.reason and _is_python(tape, closure)]
     for lookup in repeated_by_python(tape, [lookup for lookup in by_python if _is_constant(tape, closures[lookup])]):
         lookup.site.reason = f"the ids {FROM_ELSEWHERE}"
-    find_leaves(tape, dict.fromkeys([*by_python, *(lookup for lookup in tape.lookups if lookup.site.reason)]))
+    find_leaves(tape, tape.lookups)
     return {number: _derive_batch(tape, number, closures) for number in tape.batches}
 
 
@@ -205,7 +207,8 @@ def _derive_batch(tape: Tape, number: int, closures: dict[Lookup, Closure]) -> P
                 lookup.site.reason = f"the ids {reason}"
             derivable = [lookup for lookup in derivable if lookup not in writers]
     found = _found(tape, number, derivable)
-    builder = _RecipeBuilder(tape, number, union, scratch, found)
+    listed = _listed(tape, number, union)
+    builder = _RecipeBuilder(tape, number, union, scratch, found, listed)
     recipe, evidence = builder.build(derivable, closures)
     return Program(recipe, [evidence], [lookup.site for lookup in mine])
 
@@ -233,15 +236,51 @@ def _found(tape: Tape, number: int, lookups: list[Lookup]) -> dict[int, Closure]
     return found
 
 
+def _listed(tape: Tape, number: int, union: Closure) -> dict[int, Closure]:
+    """Lists of whole numbers that derive from this batch, and whose elements are integers of steps in ``union``.
+
+    All of the elements, as in ``x.split(sizes.tolist())``, or several of them, as bounds of slices.
+    """
+    listed: dict[int, Closure] = {}
+    looked_up = {tape.values[lookup.value].span for lookup in tape.lookups if lookup.value is not None}
+    storages = {span.storage for span in looked_up if span is not None}
+    last_list = {tape.steps[step].numbers: step for step in sorted(union.steps)}
+    last_number = {part: step for numbers, step in last_list.items() for part in numbers if part > _COMMON}
+    for value in tape.values:
+        if value.kind != "result" or not value.elements or value.span is None or value.span.storage in storages:
+            continue
+        is_one = last_list.get(value.elements, -1) > value.step
+        known = sum(last_number.get(element, -1) > value.step for element in set(value.elements))
+        if len(listed) == _LISTED_LIMIT or not is_one and (known < 2 or value.step in union.steps):
+            continue  # equal by chance
+        try:
+            closure = _closure(tape, value.index, value.step + 1)
+            if _batch_of(tape, closure) == number and not _writes_constants(tape, closure):
+                listed[value.index] = closure
+        except Underivable:
+            continue
+    return listed
+
+
 class _RecipeBuilder:
     """Renumbers what one batch needs of a tape, so that recordings of the same code give equal recipes."""
 
-    def __init__(self, tape: Tape, number: int, union: Closure, scratch: set[int], found: dict[int, Closure]) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        number: int,
+        union: Closure,
+        scratch: set[int],
+        found: dict[int, Closure],
+        listed: dict[int, Closure],
+    ) -> None:
         self.tape = tape
         self.number = number
         self.found = found
+        self.listed = listed
         self.leaves = tape.batches[number]
-        self.steps = sorted(union.steps.union(*(closure.steps for closure in found.values())))
+        beside = [closure.steps for closure in (*found.values(), *listed.values())]
+        self.steps = sorted(union.steps.union(*beside))
         self.writes = [(step, written) for step in self.steps for written in tape.steps[step].writes]
         self.scratch = scratch
         self.order: list[int] = list(self.leaves)
@@ -266,6 +305,7 @@ class _RecipeBuilder:
             private=self._private(),
             scratch={self.numbers[value] for value in self.scratch},
             found={self.numbers[value]: self._at(closure.steps) for value, closure in self.found.items()},
+            listed={self.numbers[value]: self._at(closure.steps) for value, closure in self.listed.items()},
             implied={self.numbers[value] for value in self.found if self.tape.values[value].implied},
         )
         return recipe, self._evidence(lookups)
@@ -323,7 +363,8 @@ class _RecipeBuilder:
         values = [self.tape.values[index] for index in self.order]
         numbers = {position: value.number for position, value in enumerate(values) if value.kind == "number"}
         slots = [self.tape.steps[index].numbers for index in self.steps]
-        observation = Observation([value.shape for value in values], numbers, slots)
+        elements = {position: value.elements for position, value in enumerate(values) if value.elements}
+        observation = Observation([value.shape for value in values], numbers, slots, elements)
         constants: dict[int, Tensor] = {
             position: value.tensor for position, value in enumerate(values) if value.kind == "constant"
         }

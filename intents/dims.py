@@ -10,7 +10,7 @@ second recording then decides (``Program.refine``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -22,34 +22,39 @@ _LONGEST_PRODUCT = 3
 _SMALL = 2  # 0, 1 and 2 turn up everywhere: too common to be evidence
 _PLAIN_MULTIPLE = 16  # from this size on, k * size is believed to be no coincidence
 _DIVISORS = range(2, 9)
+_NO_SUCH = -(2**60)  # an element that a shorter list does not have
 
 
 class Symbol(NamedTuple):
-    """The size of a value's dimension, or (``dim`` None) the Python number that a value is."""
+    """The size of a value's dimension, (``dim`` None) the Python number that a value is, or the element ``element`` of
+    a value that is a list of whole numbers."""
 
     value: int
     dim: int | None
+    element: int | None = None
 
 
 @dataclass(frozen=True)
 class Formula:
-    """``(sum of factor * product of symbols + addend) // divisor``."""
+    """``(sum of factor * product of symbols + largest symbol + addend) // divisor``."""
 
     terms: tuple[tuple[int, tuple[Symbol, ...]], ...] = ()
     addend: int = 0
     divisor: int = 1
+    largest: tuple[Symbol, ...] = ()
 
     @property
     def symbols(self) -> set[Symbol]:
-        return {symbol for _, symbols in self.terms for symbol in symbols}
+        return {symbol for _, symbols in self.terms for symbol in symbols}.union(self.largest)
 
     def evaluate(self, size: Callable[[Symbol], int]) -> int:
         total = sum(factor * prod(map(size, symbols)) for factor, symbols in self.terms)
+        total += max(map(size, self.largest), default=0)
         return (total + self.addend) // self.divisor
 
     def source(self, name: Callable[[Symbol], str]) -> str:
         """The formula as a Python expression."""
-        parts = []
+        parts = [f"max({', '.join(map(name, self.largest))})"] if self.largest else []
         for factor, symbols in self.terms:
             product = " * ".join(map(name, symbols))
             parts.append(product if factor == 1 else f"{factor} * {product}")
@@ -61,13 +66,18 @@ class Formula:
 
 @dataclass
 class Observation:
-    """What one recording showed: the shape of every value, the Python numbers, and the integers of every step."""
+    """What one recording showed: the shape of every value, the Python numbers, the elements of short lists, and the
+    integers of every step."""
 
     shapes: list[tuple[int, ...]]
     numbers: dict[int, int]
     slots: list[tuple[int, ...]]
+    elements: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, symbol: Symbol) -> int:
+        if symbol.element is not None:
+            elements = self.elements.get(symbol.value, ())
+            return elements[symbol.element] if symbol.element < len(elements) else _NO_SUCH
         if symbol.dim is None:
             return self.numbers[symbol.value]
         return self.shapes[symbol.value][symbol.dim]
@@ -78,7 +88,9 @@ class Scope:
     """What a step may refer to: its own inputs, the leaves of the batch, and what was found out before it.
 
     ``from_batch`` tells whether the step's first input depends on the batch. ``found`` are Python numbers
-    read from tensors and sizes that only the data decides; ``read`` are the numbers that were seen to be read.
+    read from tensors and sizes that only the data decides; ``read`` are the numbers that were seen to be read;
+    ``lists`` the values whose elements Python may have read. ``siblings`` are leaves of one list in the batch;
+    ``selected`` is the place in a list that the step works on, if it works on one.
     """
 
     own: list[int]
@@ -86,6 +98,9 @@ class Scope:
     found: list[Symbol]
     read: list[Symbol]
     from_batch: bool
+    lists: list[int] = field(default_factory=list)
+    siblings: list[list[int]] = field(default_factory=list)
+    selected: int | None = None
 
 
 def literal(number: int) -> Formula:
@@ -97,7 +112,21 @@ def explain(slots: list[Slot], step: int, scope: Scope, observations: list[Obser
     seen = [[observation.slots[step][slot.index] for observation in observations] for slot in slots]
     if slots and slots[0].role == VIEW:
         return _explain_view(slots, seen, scope, observations)
+    listed = _one_list(seen, scope, observations) if len(slots) > 1 else None
+    if listed is not None:
+        return [Formula(((1, (Symbol(listed, None, place),)),)) for place in range(len(slots))]
     return [_choose(slot, numbers, len(slots), scope, observations) for slot, numbers in zip(slots, seen, strict=True)]
+
+
+def _one_list(seen: list[list[int]], scope: Scope, observations: list[Observation]) -> int | None:
+    """The value whose elements the integers of a step are, all of them."""
+    for value in scope.lists:
+        if all(
+            observation.elements.get(value) == tuple(numbers[at] for numbers in seen)
+            for at, observation in enumerate(observations)
+        ):
+            return value
+    return None
 
 
 def _choose(slot: Slot, seen: list[int], count: int, scope: Scope, observations: list[Observation]) -> Formula | None:
@@ -115,8 +144,13 @@ def _choose(slot: Slot, seen: list[int], count: int, scope: Scope, observations:
 
 def _guesses(slot: Slot, number: int, count: int, scope: Scope, first: Observation) -> Iterator[Formula]:
     """Formulas for one integer of one recording, most plausible first; the last is the integer itself, for ever."""
+    if -_TO_THE_END < number < -_SMALL and slot.role == BOUND:  # counted from the end
+        yield from (Formula(((-1, (symbol,)),)) for symbol in scope.read if first.size(symbol) == -number)
+        here = [symbol for symbol in _dims(scope.leaves, first) if symbol.dim == slot.position]
+        yield from (Formula(((-1, (symbol,)),)) for symbol in here if first.size(symbol) == -number)
     if number < 0 or number >= _TO_THE_END or (number < _SMALL and slot.role != BOUND):
         yield literal(number)
+    yield from _guesses_siblings(slot, number, scope, first)
     if slot.role == LITERAL:
         if number > _SMALL:
             yield from _equal(number, scope.read, first)
@@ -146,6 +180,37 @@ def _guesses_size(slot: Slot, number: int, own: list[int], scope: Scope, first: 
         size = first.size(symbol)
         if size >= _PLAIN_MULTIPLE and number % size == 0 and number > 0:
             yield Formula(((number // size, (symbol,)),))
+
+
+def _guesses_siblings(slot: Slot, number: int, scope: Scope, first: Observation) -> Iterator[Formula]:
+    """The size of the sibling at the place that is being worked on; the largest of all siblings; what that lacks."""
+    for group in scope.siblings:
+        for dim in range(len(first.shapes[group[0]])):
+            symbols = tuple(Symbol(leaf, dim) for leaf in group)
+            sizes = set(map(first.size, symbols))
+            if len(sizes) == 1:
+                continue
+            if scope.selected is not None and scope.selected < len(group) and slot.role == BOUND:
+                yield from _equal(number, [symbols[scope.selected]], first)
+            if slot.role not in (LITERAL, BOUND) and number > 1:
+                if number == len(group) and slot.position == 0:
+                    yield literal(number)
+                if max(sizes) == number:
+                    yield Formula(largest=symbols)
+
+
+def _fits_siblings(seen: list[int], scope: Scope, first: Observation) -> Iterator[Formula]:
+    for group in scope.siblings:
+        for dim in range(len(first.shapes[group[0]])):
+            symbols = tuple(Symbol(leaf, dim) for leaf in group)
+            largest = max(map(first.size, symbols))
+            yield Formula(addend=seen[0] - largest, largest=symbols)
+            own = [symbol for symbol in symbols if symbol.value in scope.own]
+            for symbol in own + [symbol for symbol in symbols if symbol not in own]:
+                addend = seen[0] - largest + first.size(symbol)
+                yield Formula(((-1, (symbol,)),), addend, largest=symbols)
+            total = tuple((1, (symbol,)) for symbol in symbols)
+            yield Formula(total, seen[0] - sum(map(first.size, symbols)))
 
 
 def _guesses_bound(slot: Slot, number: int, scope: Scope, first: Observation) -> Iterator[Formula]:
@@ -231,6 +296,10 @@ def _aligned(value: int, shape: tuple[int, ...], sizes: list[int]) -> list[list[
 def _fits(seen: list[int], scope: Scope, observations: list[Observation]) -> Iterator[Formula]:
     """Formulas for an integer that differed between recordings, simplest first; the caller checks each."""
     first, last = observations[0], observations[-1]
+    yield from _fits_siblings(seen, scope, first)
+    for value in scope.lists:
+        elements = [Symbol(value, None, place) for place in range(len(first.elements[value]))]
+        yield from _equal(seen[0], elements, first)
     symbols = _dims(scope.own + scope.leaves, first) + scope.found
     bases = [(symbol,) for symbol in symbols] + list(_products(scope.own + scope.leaves, first))
     sizes = {base: prod(map(first.size, base)) for base in bases}

@@ -28,7 +28,7 @@ class Explanation:
             if step not in needed:
                 needed.add(step)
                 for symbol in self.symbols(step):
-                    pending.extend(recipe.found.get(symbol.value, ()))
+                    pending.extend(recipe.needed_by(symbol.value))
         return needed
 
     def symbols(self, step: int) -> set[Symbol]:

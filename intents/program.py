@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import contents, structure_of
+from .batch import as_tensor, contents, structure_of
 from .explain import explain_recipe
 from .operators import DRAW
 from .recipe import Evidence, Recipe
@@ -26,7 +26,7 @@ class Program:
     """From a batch to the ids of its lookups.
 
     ``sites`` are all lookups of the recorded batch in order; ``derived`` those whose ids :meth:`replay` gives;
-    ``among`` names, for others, the traced leaf that held their ids, by number. Invariant: a program never changes
+    ``among`` names, for others, the traced leaves that held their ids, by number. Invariant: a program never changes
     after its construction, except for the buffers that it takes by reference.
     """
 
@@ -46,7 +46,9 @@ class Program:
                 site.program = self
                 site.constant = self._is_constant(lookup)
         places = {path: place for place, path in enumerate(recipe.paths)}
-        self.among = [(site, places[site.among]) for site in sites if site.reason and site.among in places]
+        held = [site for site in sites if site.among is not None and places.keys() >= set(site.among)]
+        self._held = [(site, [places[path] for path in site.among]) for site in held]
+        self.among = [(site, leaves) for site, leaves in self._held if site.reason]
         self._run = compile_recipe(recipe, self._explanation, evidence[-1].constants, self._lookups)
 
     @property
@@ -81,6 +83,17 @@ class Program:
         except Exception as error:
             raise ReplayError(f"replaying the operations failed with {type(error).__name__}: {error}") from error
         return list(zip(self.derived, arrays, strict=True))
+
+    def guess_leaves(self, found: list[Any], *, all_sites: bool = False) -> list[tuple[Site, np.ndarray]]:
+        """For sites that are not derived, the integers of the leaves that held their ids: int64, flat.
+
+        With ``all_sites`` for those too that are: what to do where the replay fails.
+        """
+        guesses = []
+        for site, places in self._held if all_sites else self.among:
+            parts = [as_tensor(found[place]).detach().cpu().numpy().reshape(-1).astype(np.int64) for place in places]
+            guesses.append((site, np.concatenate([*parts, np.asarray(site.added, np.int64)])))
+        return guesses
 
     def refine(self, other: Program) -> Program | None:
         """One program for the batches of both recordings, whose sizes differ; None where the operations differ.
@@ -132,7 +145,7 @@ class Program:
         places = dict(self.among)
         for site in self.sites:
             if site.reason and table in (None, site.table):
-                guess = f"? (some of {self._readable_name(places[site])})" if site in places else "?"
+                guess = f"? (some of {site.held_by})" if site in places else "?"
                 lines.append(f"{site.table} <- {guess}  # {site.operation}, {site.where}: {site.reason}")
         return lines
 

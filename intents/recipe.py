@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from .batch import sibling_groups
 from .dims import Observation, Scope, Symbol
 from .operators import Operator
 from .sites import Site
@@ -64,7 +65,7 @@ class Recipe:
 
     ``private`` are leaves that a step overwrites, ``scratch`` constants of which a step overwrites every
     element before any is read. ``found`` gives, for each value whose size or number only the data decides,
-    the steps that it needs.
+    the steps that it needs; ``listed`` the same for values whose elements were used as integers.
     """
 
     structure: Hashable
@@ -75,6 +76,7 @@ class Recipe:
     scratch: set[int]
     found: dict[int, frozenset[int]]
     implied: set[int] = field(default_factory=set)
+    listed: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def same_operations(self, other: Recipe) -> bool:
         """Whether both came from the same code running the same way: all but integers and constants are equal."""
@@ -86,6 +88,7 @@ class Recipe:
             and self.scratch == other.scratch
             and self.found == other.found
             and self.implied == other.implied
+            and self.listed == other.listed
         )
 
     @cached_property
@@ -103,7 +106,28 @@ class Recipe:
         own = self.steps[step].inputs
         from_batch = bool(own) and own[0] in self._from_batch
         read = [symbol for symbol in symbols if symbol.dim is None and symbol.value not in self.implied]
-        return Scope(own, list(range(len(self.paths))), symbols, read, from_batch)
+        leaves = list(range(len(self.paths)))
+        lists = [value for value in leaves if value in observation.elements]
+        lists += [value for value in self.listed if self.makers[value] < step and value in observation.elements]
+        selected = self._selected(own[0], observation) if own else None
+        return Scope(own, leaves, symbols, read, from_batch, lists, self.siblings, selected)
+
+    def needed_by(self, value: int) -> Iterable[int]:
+        """The steps behind a number, a size or a list that formulas may name."""
+        return self.found.get(value) or self.listed.get(value, ())
+
+    @cached_property
+    def siblings(self) -> list[list[int]]:
+        """The leaves of each list of tensors in the batch."""
+        groups = sibling_groups(self.paths)
+        return [group for group in groups if len({self.structure[leaf][1:] for leaf in group}) == 1]
+
+    def _selected(self, value: int, observation: Observation) -> int | None:
+        """Of which place a value was selected, as in ``padded[i]``."""
+        maker = self.makers.get(value)
+        if maker is None or self.steps[maker].operator.base != "select":
+            return None
+        return observation.slots[maker][self.steps[maker].slots[-1].index]
 
     @cached_property
     def _from_batch(self) -> set[int]:

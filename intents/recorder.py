@@ -159,7 +159,7 @@ class Recorder:
         if self._pauses:
             self._tape.mark(made, PARAMETER)
         elif not isinstance(func, torch._ops.OpOverload) or any(map(_has_own_dispatch, types)):
-            self._tape.mark(made, f"went through {func}, which cannot be looked into")
+            self._tape.recognise(made, f"went through {func}, which cannot be looked into")
         else:
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self._tape.observe(func, args, kwargs, made)

@@ -19,8 +19,9 @@ class Site:
     ``where`` is file and line of the user's code. ``batch_number`` is the batch that the ids come from; for
     ids that come from no batch it is that of the lookups around it, and None if no batch was live. ``reason``
     says why the ids cannot be derived, and is None where they can; then ``program`` is the program that gives
-    them. ``constant`` tells ids that are the same for every batch. ``among`` is the path of a leaf of the batch that
-    holds all ids of such a lookup, in whatever order: what may be intended where the ids themselves cannot be derived.
+    them. ``constant`` tells ids that are the same for every batch. ``among`` are the paths of leaves of the
+    batch that hold nearly all ids of the lookup, in whatever order, and ``added`` the few others: what may be intended
+    where the ids themselves cannot be derived.
     """
 
     table: str
@@ -29,8 +30,14 @@ class Site:
     batch_number: int | None = None
     reason: str | None = None
     constant: bool = False
-    among: str | None = None
+    among: tuple[str, ...] | None = None
+    added: tuple[int, ...] = ()
     program: Program | None = field(default=None, repr=False)
+
+    @property
+    def held_by(self) -> str:
+        """``among`` in words."""
+        return f"batch{self.among[0]}" + (f" and its {len(self.among) - 1} siblings" if len(self.among) > 1 else "")
 
 
 def users_line() -> str:

@@ -59,6 +59,8 @@ class Writer:
 
     def _symbol(self, symbol: Symbol) -> str:
         name = self._name(symbol.value)
+        if symbol.element is not None:
+            return f"int({name}[{symbol.element}])"
         return name if symbol.dim is None else f"{name}.shape[{symbol.dim}]"
 
 

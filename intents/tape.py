@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .batch import as_tensor
+from .batch import as_tensor, lengths_of, sibling_groups
 from .operators import BOUND, DRAW, LITERAL, SIZE, Argument, Operator, operator
 from .sites import Site, users_line
 
 PARAMETER = "depend on a parameter"
 # Operations that take of their tensor nothing but its shape and type: what they make depends on no parameter.
+_MOST_LISTED = 64  # elements of a tensor that Python may have read as whole numbers
 _FORMED_LIKE = {
     "new_zeros": torch.ops.aten.zeros.default,
     "zeros_like": torch.ops.aten.zeros.default,
@@ -30,6 +31,8 @@ _FORMED_LIKE = {
     "ones_like": torch.ops.aten.ones.default,
     "new_empty": torch.ops.aten.empty.memory_format,
     "empty_like": torch.ops.aten.empty.memory_format,
+    "new_full": torch.ops.aten.full.default,
+    "full_like": torch.ops.aten.full.default,
 }
 
 
@@ -73,7 +76,8 @@ class DrawnAfter:
 @dataclass(eq=False)
 class Value:
     """A tensor, or (``kind`` "number") a Python number read from one. ``shape`` is as recorded: nothing on
-    the tape changes it. ``implied`` where nobody was seen to read the number: it may have been, in Python."""
+    the tape changes it. ``implied`` where nobody was seen to read the number: it may have been, in Python;
+    ``elements`` of a short list of whole numbers, which Python reads unseen."""
 
     index: int
     kind: str  # "leaf", "constant", "result" or "number"
@@ -86,6 +90,7 @@ class Value:
     path: str = ""
     from_python: bool = False
     implied: bool = False
+    elements: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -193,6 +198,17 @@ class Tape:
             if isinstance(out, Tensor) and id(out) not in self._known:
                 self._tainted[out] = reason
 
+    def recognise(self, made: Any, reason: str) -> None:
+        """Take those tensors in ``made`` for a value that are its memory, as the inner tensors of a wrapper; mark the
+        others."""
+        for _, out in _outputs(made):
+            alias = self._places.get(_place(out)) if type(out) is Tensor else None
+            if alias is None:
+                self.mark(out, reason)
+            elif id(out) not in self._known:
+                self._aliases.append(out)
+                self._known[id(out)] = alias
+
     def observe(self, func: Any, args: tuple, kwargs: dict[str, Any], made: Any) -> None:
         """Take in one operation that has just run and gave ``made``."""
         facts = operator(func)
@@ -206,11 +222,29 @@ class Tape:
             self._spoil(facts, given, made, f"{facts.refusal} ({users_line()})")
         elif (taint := next((t for _, tensor in given if (t := self.taint(tensor))), None)) is not None:
             if facts.base in _FORMED_LIKE and isinstance(made, Tensor):
-                self._add_formed(facts, made)
+                self._add_formed(facts, made, next((node for a, node in bound if a.name == "fill_value"), None))
             else:
                 self._spoil(facts, given, made, taint)
         elif given or any(isinstance(out, Tensor) for _, out in _outputs(made)):
-            self._add_step(facts, bound, given, made)
+            if facts.base == "copy_" and self._fills_a_row(given):
+                self._add_step(*self._as_slice(facts, bound), made)
+            else:
+                self._add_step(facts, bound, given, made)
+
+    def _fills_a_row(self, given: list) -> bool:
+        """Whether a row is overwritten whole, as by ``padded[i, :n] = x`` where ``n`` is all of it: PyTorch leaves out
+        the slice then, which other batches have."""
+        (_, target), source = given[0], given[-1][1]
+        value = self.values[self._known[id(target)]] if id(target) in self._known else None
+        is_row = value is not None and value.step is not None and self.steps[value.step].operator.base == "select"
+        return is_row and len(given) == 2 and target.ndim > 0 and target.shape == source.shape
+
+    def _as_slice(self, facts: Operator, bound: list) -> tuple[Operator, list, list]:
+        target = bound[0][1]
+        made = torch.ops.aten.slice.Tensor(target, 0, 0, len(target))
+        self.observe(torch.ops.aten.slice.Tensor, (target, 0, 0, len(target)), {}, made)
+        bound = [(bound[0][0], made), *bound[1:]]
+        return facts, bound, [(argument, tensor) for argument, node in bound for tensor in _tensors(node)]
 
     def _add_step(self, facts: Operator, bound: list, given: list, made: Any) -> None:
         numbers: list[int] = []
@@ -245,10 +279,12 @@ class Tape:
                 outputs.append((place, len(self.values) - 1))
         return tuple(outputs)
 
-    def _add_formed(self, facts: Operator, made: Tensor) -> None:
+    def _add_formed(self, facts: Operator, made: Tensor, fill: Any) -> None:
         numbers = tuple(made.shape)
         sizes = tuple(Slot(index, SIZE, index) for index in range(made.ndim))
         arguments = (("size", False, sizes), ("dtype", True, made.dtype))
+        if _FORMED_LIKE[facts.base] is torch.ops.aten.full.default:
+            arguments = (arguments[0], ("fill_value", False, fill), arguments[1])
         outputs = self._add_outputs(made)
         formed = operator(_FORMED_LIKE[facts.base])
         self._append(Step(formed, arguments, numbers, (), outputs, (), users_line()))
@@ -306,10 +342,26 @@ class Tape:
         # Every torch.tensor(...) and from_numpy(...) comes through here, whatever its numbers come from.
         if self.taint(tensor) is None:
             is_new = id(tensor) not in self._known and self._places.get(_place(tensor)) is None
-            if is_new and (self._copied(tensor) or self._within(tensor)):
+            if is_new and (self._copied(tensor) or self._within(tensor) or self._counts_siblings(tensor)):
                 return
             value = self.values[self._value(tensor)]
             value.from_python = value.kind == "constant"
+
+    def _counts_siblings(self, tensor: Tensor) -> bool:
+        """Whether a tensor that Python made holds the lengths of the tensors of one list in the newest batch."""
+        if tensor.dtype not in (torch.int64, torch.int32) or tensor.ndim != 1 or tensor.device.type != "cpu":
+            return False
+        newest = next(reversed(self.batches.values()), ())
+        for group in sibling_groups([self.values[index].path for index in newest]):
+            leaves = [self.values[newest[place]] for place in group]
+            sizes = [leaf.shape[0] if leaf.shape else -1 for leaf in leaves]
+            if len(set(sizes)) > 1 and sizes == tensor.tolist():
+                inputs = tuple(leaf.index for leaf in leaves)
+                arguments = (("tensors", False, tuple(map(Ref, inputs))), ("dtype", False, tensor.dtype))
+                facts = Operator(lengths_of, "lengths", "lengths", (), 0, False, False, None)
+                self._append(Step(facts, arguments, (), inputs, self._add_outputs(tensor), (), users_line()))
+                return True
+        return False
 
     def _within(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the memory of a leaf of the newest batch, as a slice of an array does; if so, it is
@@ -354,6 +406,8 @@ class Tape:
         index = len(self.values)
         reached = span(tensor)
         self.values.append(Value(index, kind, tensor, tuple(tensor.shape), reached, **facts))
+        if kind != "constant":
+            self.values[index].elements = _elements(tensor)
         self._known[id(tensor)] = index
         if reached is not None:
             self._storages.add(reached.storage)
@@ -395,6 +449,14 @@ def span(tensor: Tensor) -> Span | None:
         return Span(storage, low, low)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return Span(storage, low, low + reach * tensor.itemsize)
+
+
+def _elements(tensor: Tensor) -> tuple[int, ...] | None:
+    if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32) or len(tensor) > _MOST_LISTED:
+        return None
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return None
+    return tuple(tensor.tolist())
 
 
 def _same_numbers(leaf: Tensor, tensor: Tensor) -> bool:

@@ -286,6 +286,92 @@ def products_of_sizes(net, batch):
     return net.score(net.item(doubled)) + net.score(net.word(torch.arange(2 * size)))
 
 
+# --- lists of sequences, and lists of sizes that Python reads ---
+
+
+def sequences(draw, size):
+    return [draw.ids(draw.number(1, 9)) for _ in range(size)]
+
+
+def jagged(draw, size):
+    lengths = draw.ids(3, size, high=4)
+    return {"lengths": lengths, "values": draw.ids(int(lengths.sum()))}
+
+
+def ragged_tensor(draw, size):
+    return torch.nested.nested_tensor(sequences(draw, size), layout=torch.jagged)
+
+
+@case(sequences, sizes=(8,), warm_up=2)
+def padded_by_pytorch(net, batch):
+    return net.score(net.item(nn.utils.rnn.pad_sequence(batch, batch_first=True)))
+
+
+@case(sequences, sizes=(8,), warm_up=4)
+def padded_in_python(net, batch):
+    longest = max(map(len, batch))
+    return net.score(net.item(torch.stack([F.pad(ids, (0, longest - len(ids)), value=7) for ids in batch])))
+
+
+@case(sequences, sizes=(8,), warm_up=2)
+def padded_row_by_row(net, batch):
+    padded = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
+    for row, ids in enumerate(batch):
+        padded[row, : len(ids)] = ids
+    return net.score(net.item((padded + 1) % ROWS))
+
+
+@case(sequences, sizes=(8,), warm_up=4)
+def packed_from_a_list(net, batch):
+    return net.score(net.item(nn.utils.rnn.pack_sequence(batch, enforce_sorted=False).data))
+
+
+@case(lambda draw, size: [ids.tolist() for ids in sequences(draw, size)], sizes=(8,), warm_up=12)
+def lists_of_lists(net, batch):
+    longest = max(map(len, batch))
+    return net.score(net.item(torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])))
+
+
+@case(jagged)
+def split_by_a_list(net, batch):
+    parts = batch["values"].split(batch["lengths"].sum(1).tolist())
+    return sum(net.item((part * 3 + 1) % ROWS).square().sum() for part in parts)
+
+
+@case(jagged, sizes=(8, 8, 7), warm_up=8)
+def bounds_from_a_list(net, batch):
+    ends = [0, *batch["lengths"].sum(1).cumsum(0).tolist()]
+    parts = [batch["values"][ends[at] : ends[at + 1]] for at in range(3)]
+    return sum(net.word((part + at) % ROWS).square().sum() for at, part in enumerate(parts))
+
+
+@case(lambda draw, size: {"ids": draw.ids(size, 12), "k": draw.ids(size, draw.number(3, 9))}, warm_up=2)
+def counted_from_the_end(net, batch):
+    return net.score(net.item(batch["ids"][:, -batch["k"].shape[1] :]))
+
+
+@case(columns)
+def formed_like_rows(net, batch):
+    rows = net.word(batch["ids"])
+    first = rows.new_full((len(rows), 1), 3).long()
+    return net.score(net.item(torch.cat([first, torch.full_like(rows[..., 0], 5).long() + batch["ids"] // 2], 1)))
+
+
+@case(ragged_tensor)
+def a_ragged_tensor(net, batch):
+    return net.score(net.item(batch).values() * net.word(batch.values() // 2))
+
+
+@case(ragged_tensor, sizes=(8,), warm_up=12)
+def a_ragged_tensor_padded(net, batch):
+    return net.score(net.item(torch.nested.to_padded_tensor(batch, 0)))
+
+
+@case(lambda draw, size: {"ids": draw.ids(size, 5)}, warm_up=12)
+def masked_at_random(net, batch):
+    return net.score(net.item(batch["ids"].masked_fill(torch.rand(batch["ids"].shape) < 0.15, 1)))
+
+
 # --- control flow that depends on the batch ---
 
 
@@ -337,6 +423,42 @@ def all_but_the_last_row(net, batch):
 def as_complex_numbers(net, batch):
     rows = torch.view_as_complex(net.item.weight.view(ROWS, DIM // 2, 2))[batch]
     return net.score(torch.view_as_real(rows * rows).flatten(1))
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (ids,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_add_(0, ids, gradient), None
+
+
+@case(flat)
+def by_a_function_of_autograd(net, batch):
+    return net.score(_Rows.apply(net.item.weight, batch)) + net.score(net.item(batch // 2))
+
+
+@case(flat)
+def by_a_mask(net, batch):
+    return net.score(net.item.weight[torch.zeros(ROWS, dtype=torch.bool).index_fill(0, batch, True)])
+
+
+@case(flat)
+def a_long_slice(net, batch):
+    return net.score(net.item.weight[:100]) + net.score(net.word(batch))
+
+
+@case(flat)
+def a_row_that_is_set(net, batch):
+    net.item.weight.data[0].zero_()
+    with torch.no_grad():
+        net.item.weight[1:3].mul_(0.5)
+    return net.score(net.item(batch // 40))
 
 
 @case(flat)

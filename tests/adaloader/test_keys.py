@@ -495,6 +495,32 @@ def test_compiling_works_after_the_first_step_and_during_it(seed):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("sizes", [(8,), (8, 7, 3, 8, 5)], ids=["one size", "several"])
+def test_a_compiled_model_that_keeps_its_gradients_until_after_the_forward_pass(sizes, seed):
+    """Compiling again, for another size, meets parameters with gradients."""
+    losses = {}
+    for managed in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Embedding(300, 4), torch.nn.Linear(4, 1)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        data = [torch.randint(0, 300, (size,)) for size in sizes * 3]
+        loader = AdaLoader.wrap(data, model=model, optimizer=optimizer, min_rows=10) if managed else data
+        compiled = torch.compile(model, backend="eager")
+        losses[managed] = []
+        for ids in loader:
+            loss = compiled(ids).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[managed].append(loss.item())
+        if managed:
+            assert list(loader.stats()["tables"]) == ["0.weight"]
+            loader.close()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-12)
+    torch._dynamo.reset()
+
+
 def test_loading_is_not_watched(seed):
     """What a dataset or collate function computes beside the loop is no part of the recording."""
 

@@ -1,0 +1,43 @@
+"""Gradients that come for a whole table at once, from code that autograd cannot see into (an `autograd.Function`)."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from adaloader.gradient_layout import check_layout
+from adaloader.slabs import Part
+
+if TYPE_CHECKING:
+    from adaloader.managed_table import ManagedTable
+
+
+def catch_whole_gradients(parameter: torch.Tensor, table: ManagedTable) -> None:
+    """Have gradients that autograd brings to the parameter itself become row gradients of its table."""
+    to_table = weakref.ref(table)
+
+    def caught(parameter: torch.Tensor) -> None:
+        table = to_table()
+        if table is None or table.is_dense:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            gradient = torch.Tensor.grad.__get__(parameter)
+            torch.Tensor.grad.__set__(parameter, None)
+        if gradient is not None:
+            table.receive(_part_of(table, gradient.detach()))
+
+    # Hooks of the user's on a table are kept with the table.
+    parameter._post_accumulate_grad_hooks = OrderedDict({0: caught})
+
+
+def _part_of(table: ManagedTable, gradient: torch.Tensor) -> Part:
+    check_layout(table.table.spec.rule, gradient.is_sparse, table.name, "a gradient made by an autograd.Function")
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        return Part(gradient.indices()[0].numpy().copy(), gradient.values().clone(), None, None)
+    rows = (gradient != 0).any(1).nonzero().squeeze(1)
+    return Part(rows.numpy().astype(np.int64), gradient[rows], None, None)
