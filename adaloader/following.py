@@ -160,7 +160,11 @@ class Follower:
             following.catch_up()
 
     def finish(self) -> None:
-        """Something else begins: what was postponed is due."""
+        """Something else begins: what was postponed is due, and so is the end of loops that did not ask for it."""
+        for following in list(self._under_way):
+            end_if_over = following.end_if_over()
+            if end_if_over is not None:
+                end_if_over()
         if self._postponed is not None:
             self._follow_postponed(self._postponed.counts())
         self.step_begins()
@@ -345,6 +349,7 @@ class Following:
         self.schedulers = schedulers
         self.iteration_is_worked_off: Callable[[], bool] = lambda: True
         self.gradient_was_not_stepped: Callable[[], bool] = lambda: False
+        self.end_if_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._follower = follower
         self._progress_at_start = follower.progress()
         self._counts_at_step: list[int] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from adaloader.batches import Batch
 if TYPE_CHECKING:
     from adaloader.feed import Feed
     from adaloader.following import Following
+    from adaloader.lookahead import Place
 
 # A loop that was handed more batches than this and has looked up none reads them for something else than training.
 _MOST_AHEAD_UNSEEN = 2
@@ -27,6 +29,7 @@ class Iteration:
         weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
         start: number of the first batch.
         following: what to do at the end where ranks may have different numbers of batches.
+        end: the number after the last batch, if known; else `place`, once it is set, may tell it later.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Iteration:
         weight_of: Callable[[int, Any], tuple[float, float | None]],
         start: int,
         following: Following | None,
+        end: int | None = None,
     ):
         self.feed = feed
         self.following = following
@@ -49,7 +53,11 @@ class Iteration:
         self._last_used: tuple[int, int] | None = None
         self._steps_when_handed: int | None = None
         self._sums_when_used = 0
+        self._end = end
+        self.place: Place | None = None
         self._model.watch.iterations.add(self)
+        if following is not None:
+            following.end_if_over = weakref.WeakMethod(self.end_if_over)
 
     # Called by the loader's iterator
 
@@ -72,6 +80,10 @@ class Iteration:
         model.batches.handed_out(batch)
 
     def on_end(self, reason: str) -> None:
+        if self.ended:  # found out before
+            return
+        if reason == "left" and self._is_over():
+            reason = "exhausted"
         model = self._model
         self.ended = True
         has_work_left = reason == "exhausted" and self._has_work_left()
@@ -87,6 +99,11 @@ class Iteration:
             self.following.gradient_was_not_stepped = self._gradient_was_not_stepped
             handed_out = self._next_handed > self._start
             self.following.ended(reason, handed_out=handed_out, later=has_work_left)
+
+    def end_if_over(self) -> None:
+        """Something else begins: a loop that has worked on its last batch need not have asked for another."""
+        if not self.ended and self._is_over():
+            self.on_end("exhausted")
 
     # Called by whoever sees what the loop does with the batches
 
@@ -140,6 +157,11 @@ class Iteration:
         # It may take the next batch before it steps: so it was with the one before.
         taken = self._steps_since_use()
         return taken is not None and taken == self._steps_when_handed and taken < (self.steps_of_a_batch or 0)
+
+    def _is_over(self) -> bool:
+        """Whether the loop has had all batches, and has stepped for the last."""
+        end = self._end if self.place is None or self._end is not None else self.place.end
+        return end is not None and self._next_handed >= end and self._is_worked_off()
 
     def _is_worked_off(self) -> bool:
         """Whether the loop has taken as many steps for the last batch as for the one before it."""

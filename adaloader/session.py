@@ -43,6 +43,7 @@ from adaloader.sampling import random_state, set_random_state
 from adaloader.state import hook_modules, hook_state_dicts
 from adaloader.strategy import check_strategy, resolve_strategy
 from adaloader.table_values import all_numbers
+from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
 
 DEFAULT_LOOKAHEAD = 5
@@ -150,6 +151,7 @@ class Session:
         start: int,
         uneven: bool,
         last_weight: float | None = None,
+        end: int | None = None,
     ) -> Iteration:
         """Return what goes with one pass over the loader, whose first batch is number `start`.
 
@@ -157,12 +159,13 @@ class Session:
             weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
             uneven: whether ranks may have different numbers of batches.
             last_weight: what the batches count together that some ranks have no share of, if known.
+            end: the number after the last batch, if known.
         """
         following = None
         if uneven and self.feed.steps_expected and self.managed.follower is not None:
             self._uneven_iterations += 1
             following = self.managed.follower.begin(self._number, self._uneven_iterations, last_weight)
-        made = Iteration(self.feed, weight_of, start, following)
+        made = Iteration(self.feed, weight_of, start, following, end)
         self._iterations.add(made)
         return made
 
@@ -255,6 +258,7 @@ def _is_int(value) -> bool:
 
 def _as_list(optimizer) -> list[Optimizer]:
     optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [bare_optimizer(given) for given in optimizers]
     for given in optimizers:
         if not isinstance(given, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(given).__name__}")
