@@ -20,6 +20,7 @@ from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import (
     check_options,
+    group_of,
     groups_by_parameter,
     hyperparameter_name,
     hyperparameter_vector,
@@ -68,6 +69,7 @@ class ManagedModel:
         self.sessions_made = 0
         self.process_group = None
         self.on_table_added: Callable[[ManagedModel, ManagedTable], None] = lambda model, table: None
+        self.on_table_held: Callable[[ManagedModel, ManagedTable, Optimizer], None] = lambda *held: None
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
         self.dense_because: dict[str, str] = {}
         self.exporting = False
@@ -143,10 +145,11 @@ class ManagedModel:
 
     def backward_reached(self, table: ManagedTable, part: Part) -> None:
         table.hidden = False
-        if isinstance(table.table.spec.rule, pm.Frozen):
+        if isinstance(table.table.spec.rule, pm.Frozen) and group_of(self.optimizers, table.parameter) is None:
             raise RuntimeError(
                 f"table {table.name!r} received a gradient, but no loader was given an optimizer that holds it: pass "
-                "optimizer= to AdaLoader, or set requires_grad_(False) on the table"
+                "optimizer= to AdaLoader, add the table to one that it was given (optimizer.add_param_group), or set "
+                "requires_grad_(False) on it"
             )
         if self.reducer is None:
             part.scale = 1.0
@@ -199,7 +202,9 @@ class ManagedModel:
             if self.follower is not None:
                 self.follower.step_begins()
         for table, group in self._held_by(optimizer):
-            if not isinstance(table.table.spec.rule, pm.Frozen):
+            if isinstance(table.table.spec.rule, pm.Frozen):
+                self.on_table_held(self, table, optimizer)
+            else:
                 check_options(table.table.spec, optimizer, group)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:

@@ -315,6 +315,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         end_job_on_failure()  # torch.distributed has set a hook of its own
     watch_candidates(managed, find_candidates(model, {*found, *strategy}, settings.min_rows))
     hook_state_dicts(managed, model)
+    managed.on_table_held = _train_from_now_on
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
@@ -374,12 +375,20 @@ def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
                 f"table has "
                 "one optimizer"
             )
-        group = fresh[place[0]].param_groups[place[1]]
-        check_modules(managed.model(), {table.name: (rule_for(fresh[place[0]], group, table.name), group)})
-        adoption.adopt_later(managed, table, fresh[place[0]], place[1])
+        _train_from_now_on(managed, table, fresh[place[0]])
     managed.attach(fresh)
     for optimizer in fresh:
         hook_optimizer(managed, optimizer)
+
+
+def _train_from_now_on(managed: ManagedModel, table: ManagedTable, optimizer: Optimizer) -> None:
+    """A table that no optimizer held is held by `optimizer` now (collective): a later loader has brought it, or
+    `add_param_group` has added the table.
+    """
+    _, at = group_of([optimizer], table.parameter, table.name)
+    group = optimizer.param_groups[at]
+    check_modules(managed.model(), {table.name: (rule_for(optimizer, group, table.name), group)})
+    adoption.adopt_later(managed, table, optimizer, at)
 
 
 def _keys_by_table(managed: ManagedModel, keys) -> str | None | dict[ManagedTable, Callable[[Any], Any]]:
