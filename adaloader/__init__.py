@@ -11,6 +11,7 @@ from adaloader.errors import ManagedTableError, UnsupportedOptimizerError
 from adaloader.init_program import DeferredInitError
 from adaloader.loader import AdaLoader
 from adaloader.optimizer_state import full_optimizer_state_dict, load_full_optimizer_state_dict
+from adaloader.random_ids import random_ids
 from adaloader.rowwise_adagrad import RowwiseAdagrad
 from adaloader.state import full_state_dict, load_full_state_dict
 from pm import PeerError
@@ -27,4 +28,5 @@ __all__ = [
     "full_state_dict",
     "load_full_optimizer_state_dict",
     "load_full_state_dict",
+    "random_ids",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,10 @@ class Batch:
         tables: what it needs of each table, by number of table; replaced whole, by the planner.
         structure: see `intents.structure`; None if nothing is derived from it.
         foreseen: whether a program has said what it will look up.
-        underived: names of the tables that this program says it cannot foresee.
+        underived: names of the tables that its programs say they cannot foresee.
+        features: what a program is chosen by.
+        followed: by number of each program that was chosen, its lookups as (number of table, place in its sites).
+        is_example: whether the choice of programs has learned from this batch.
         planned: set when the planner is done with it.
         error: what the planner raised.
         used_at: the step count when it was last looked up; None before.
@@ -57,10 +60,17 @@ class Batch:
     structure: Hashable = None
     foreseen: bool = False
     underived: frozenset[str] = frozenset()
+    features: dict[str, Any] = field(default_factory=dict)
+    followed: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    is_example: bool = False
     planned: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     used_at: int | None = None
     trained: bool = False
+
+    def was_used(self, table_number: int, place: int) -> bool:
+        """Whether the loop has made the lookup that was foreseen as number `place` of a table's."""
+        return table_number in self.tables and place in self.tables[table_number].used
 
     def plans(self) -> Iterator[pm.RowPlan]:
         return (needed.plan for needed in self.tables.values())
@@ -83,6 +93,7 @@ class Batches:
         self._manager = manager
         self.active: list[Batch] = []
         self.current: Batch | None = None
+        self.on_finished: Callable[[Batch], None] = lambda batch: None
         self._finished: deque[Batch] = deque(maxlen=_REMEMBERED_BATCHES)
         self._kept_steps = 0
         self._forward_goes_on = False
@@ -179,6 +190,8 @@ class Batches:
         if not batches:
             return
         for batch in batches:
+            if batch.used_at is not None:
+                self.on_finished(batch)
             batch.forget()
             for plan in batch.plans():
                 self._manager.release(plan)
@@ -193,6 +206,8 @@ class Batches:
         self.active = [batch for batch in self.active if batch not in done]
         self._finished.extend(done)
         for batch in done:
+            if batch.used_at is not None:
+                self.on_finished(batch)
             batch.forget()
         return [plan for batch in done for plan in batch.plans()]
 

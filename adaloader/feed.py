@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from adaloader import random_ids
 from adaloader.batches import Batch
 from adaloader.managed_table import ManagedTable
 from adaloader.planner import Planner
@@ -34,7 +35,7 @@ class Feed:
         self.model = model
         self.steps_expected = steps_expected
         self.steps_per_batch = 1.0 if steps_expected else 0.0
-        self._intends = keys is not None
+        self.intends = keys is not None
         self._key_functions = keys if isinstance(keys, Mapping) else {}
         self.planner = Planner(model, self._key_functions)
 
@@ -42,7 +43,7 @@ class Feed:
     def derives(self) -> bool:
         """Whether the keys of any table are derived."""
         functions = self._key_functions
-        return self._intends and not (functions and all(table in functions for table in self.model.tables))
+        return self.intends and not (functions and all(table in functions for table in self.model.tables))
 
     @property
     def given_tables(self) -> frozenset[str]:
@@ -51,7 +52,7 @@ class Feed:
 
     def plan(self, batch: Batch) -> None:
         """Have the rows of `batch` brought here; `batch.planned` is set when its keys are known."""
-        if self._intends:
+        if self.intends:
             self.planner.plan(batch)
         else:
             batch.data = None
@@ -60,7 +61,7 @@ class Feed:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """The loader's own code runs inside; the recorder does not watch it."""
-        with self.model.watch.paused():
+        with self.model.watch.paused(), random_ids.reading():
             yield
 
     def steps_measured(self, steps_per_batch: float) -> None:

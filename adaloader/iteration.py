@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adaloader.batches import Batch
+from adaloader.random_ids import Stream, batch_begins, pass_ends
 
 if TYPE_CHECKING:
     from adaloader.feed import Feed
@@ -29,6 +30,7 @@ class Iteration:
         weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
         start: number of the first batch.
         following: what to do at the end where ranks may have different numbers of batches.
+        stream: of the random ids that the loop draws in this pass.
         end: the number after the last batch, if known; else `place`, once it is set, may tell it later.
     """
 
@@ -38,10 +40,12 @@ class Iteration:
         weight_of: Callable[[int, Any], tuple[float, float | None]],
         start: int,
         following: Following | None,
+        stream: Stream,
         end: int | None = None,
     ):
         self.feed = feed
         self.following = following
+        self.stream = stream
         self.trains = feed.steps_expected
         self.ended = False
         self.ahead: int | None = None
@@ -74,10 +78,13 @@ class Iteration:
             raise batch.error
         if self.feed.derives:
             model.watch.handed_out(batch, model.batches.active)
+        if self.feed.intends:
+            model.coverage.batch_begins(model)
         del self._read[number]
         self._steps_when_handed = self._steps_since_use()
         self._next_handed = number + 1
         model.batches.handed_out(batch)
+        batch_begins(self.stream, number, model.watch)
 
     def on_end(self, reason: str) -> None:
         if self.ended:  # found out before
@@ -86,7 +93,10 @@ class Iteration:
             reason = "exhausted"
         model = self._model
         self.ended = True
+        self.stream.is_over = reason == "exhausted"
         has_work_left = reason == "exhausted" and self._has_work_left()
+        if not has_work_left:
+            pass_ends(self.stream)
         if reason == "exhausted":
             model.watch.exhausted()
             if not has_work_left:

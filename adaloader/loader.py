@@ -15,10 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from adaloader.explain import Explanation
 from adaloader.lookahead import LookaheadIterator, Place
 from adaloader.sampling import EpochIterator, GlobalBatchSampler, Shares
 from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
 from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
+
+_DRAWS = "_random_ids"  # in saved positions: which pass `adaloader.random_ids` drew for
 
 Keys = str | None | Mapping[object, Callable[[Any], Any]]
 
@@ -219,14 +222,22 @@ class AdaLoader(StatefulDataLoader):
         return _LoaderIterator(self, iterator, epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the last batch handed out, in torchdata's form."""
+        """Return the position of the last batch handed out, in torchdata's form (and `random_ids`' pass)."""
         if self._place is None or self._place.state is None:
-            return super().state_dict()
-        return self._place.state
+            state = super().state_dict()
+        else:
+            state = self._place.state
+        draws = None if self._session is None else self._session.draws.state()
+        return state if draws is None else {**state, _DRAWS: draws}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have the next iteration begin where `state_dict` was taken."""
         self._place = None
+        if _DRAWS in state_dict:
+            state_dict = dict(state_dict)
+            draws = state_dict.pop(_DRAWS)
+            if self._session is not None:
+                self._session.draws.load_state(draws)
         super().load_state_dict(state_dict)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -267,6 +278,10 @@ class AdaLoader(StatefulDataLoader):
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""
         return self._need_session().stats()
+
+    def explain(self) -> Explanation:
+        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`."""
+        return self._need_session().explain()
 
     def close(self) -> None:
         """End this loader (and, with the last one of its model, this rank's part in the manager)."""
@@ -382,15 +397,19 @@ class WrappedLoader:
         own state where it has one.
         """
         if self._position is not None:
-            return self._position.state_dict()
-        return {"yielded": 0, "ended": False, "source": None} if self._resume is None else dict(self._resume)
+            state = self._position.state_dict()
+        else:
+            state = {"yielded": 0, "ended": False, "source": None} if self._resume is None else dict(self._resume)
+        draws = self._session.draws.state()
+        return state if draws is None else {**state, _DRAWS: draws}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have the next iteration begin where `state_dict` was taken; a source without a state is read up to there."""
-        if set(state_dict) != {"yielded", "ended", "source"}:
+        if set(state_dict) - {_DRAWS} != {"yielded", "ended", "source"}:
             raise ValueError(f"not a state of a wrapped loader: it has the entries {sorted(state_dict)}")
         self._position = None
         self._resume = dict(state_dict)
+        self._session.draws.load_state(self._resume.pop(_DRAWS, None))
 
     def no_sync(self) -> AbstractContextManager[None]:
         """As `AdaLoader.no_sync`; here, where ranks have batches of their own, it mostly has no effect."""
@@ -399,6 +418,10 @@ class WrappedLoader:
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""
         return self._session.stats()
+
+    def explain(self) -> Explanation:
+        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`."""
+        return self._session.explain()
 
     def close(self) -> None:
         """End this loader (and, with the last one of its model, this rank's part in the manager)."""

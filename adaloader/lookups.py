@@ -14,6 +14,7 @@ from adaloader.rows_view import guarded
 from adaloader.slabs import expand
 
 _ID_DTYPES = (torch.int64, torch.int32)
+_FEW_ROWS = 64  # a slice of no more rows is looked up at once
 _MORE_THAN_NUMBERS = (torch.Tensor, np.ndarray, slice, list, tuple, range, str)
 
 
@@ -80,7 +81,7 @@ def embedding_bag(
 
 def index_select(input, dim, index):
     """`index_select` of rows (dim 0) of a managed table."""
-    if dim not in (0, -2):
+    if not isinstance(dim, int) or dim not in (0, -2):
         raise WholeTableError(
             f"index_select of table {input._managed.name!r} along dimension {dim} would read every row of it; only "
             "rows (dimension 0) can be looked up"
@@ -102,6 +103,10 @@ def get_item(weight, index):
     if not parts:
         raise _whole_table(table, index)
     first, rest = parts[0], parts[1:]
+    if _is_large_view(table, first):
+        from adaloader import table_views  # which builds on this file
+
+        return table_views.get_item(weight, parts)
     _check_layout(weight, False, "indexing")
     ids = _from_the_front(table, _ids_of_index(table, first))
     slab, positions = table.look_up(ids, "indexing")
@@ -115,6 +120,16 @@ def get_item(weight, index):
         if rest:
             rows = rows[(slice(None),) * ids.ndim + rest]
         return guarded(rows, table.name) if basic and not advanced else rows
+
+
+def _is_large_view(table, first) -> bool:
+    """Whether the first part of an index leaves more rows than one would look up because of it alone."""
+    if first is None or first is Ellipsis:
+        return True
+    if not isinstance(first, slice) or (first.step or 1) < 0:
+        return False
+    rows = range(*first.indices(table.table.spec.rows))
+    return len(rows) > min(_FEW_ROWS, table.table.spec.rows // 2 - 1)
 
 
 def ids_of_assignment(table, index) -> tuple[torch.Tensor, tuple] | None:
@@ -148,12 +163,16 @@ def _is_advanced(part) -> bool:
 def _from_the_front(table, ids: torch.Tensor) -> torch.Tensor:
     """Return ids with negative ones counted from the end of the table."""
     num_rows = table.table.spec.rows
-    if not ids.numel() or ids.is_floating_point() or ids.is_complex() or int(ids.min()) >= 0:
+    if ids.dtype not in _ID_DTYPES or not ids.numel():
+        return ids
+    with table.owner.paused():
+        low = int(ids.min())
+    if low >= 0 and table.owner.watch.recorder is None:  # a watched step is for later batches too, that may have some
         return ids
     counted = torch.where(ids < 0, ids + num_rows, ids)
-    if int(counted.min()) < 0:
+    if low < -num_rows:
         raise IndexError(
-            f"id {int(counted.min()) - num_rows} is out of range for table {table.name!r} with {num_rows} rows "
+            f"id {low} is out of range for table {table.name!r} with {num_rows} rows "
             f"(valid ids: {-num_rows} to {num_rows - 1})"
         )
     return counted

@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 
 import pm
 from adaloader.batches import Batch, Batches
+from adaloader.compiler import not_compiled
+from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
 from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
+from adaloader.mismatch import describe_mismatch
 from adaloader.optimizers import (
     check_options,
     group_of,
@@ -57,6 +60,8 @@ class ManagedModel:
         self.buffers = Buffers()
         self.batches = Batches(manager)
         self.watch = Watch()
+        self.coverage = CoverageCheck()
+        self.batches.on_finished = self.watch.finished
         self.reducer: DenseReducer | None = None
         self.joining = False
         self.follower: Follower | None = None
@@ -127,8 +132,10 @@ class ManagedModel:
         if self.batches.looked_up_late(table.table.number, ids):
             return
         batch = self.batches.unmatched(ids)
+        if not all_intended:
+            table.last_mismatch = describe_mismatch(table, batch, ids)
         if batch is not None and not all_intended:
-            self.watch.not_foreseen(batch, table.name)
+            self.watch.not_foreseen(batch, table.name, ids)
 
     # Gradients
 
@@ -185,9 +192,11 @@ class ManagedModel:
             self.optimizers.append(optimizer)
             this = weakref.ref(self)
 
+            @not_compiled
             def before(optimizer, args, kwargs, this=this):
                 return None if this() is None else this()._before_step(optimizer, args, kwargs)
 
+            @not_compiled
             def after(optimizer, args, kwargs, this=this):
                 if this() is not None:
                     this()._after_step(optimizer)

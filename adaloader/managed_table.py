@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 import cuda_ops
 import pm
 from adaloader.errors import ManagedTableError
+from adaloader.function_transforms import refuse_inside
 from adaloader.probation import Probation, confirm
 from adaloader.row_operations import replace
 from adaloader.row_sum import RowSum
@@ -34,6 +36,7 @@ class BatchRows:
         sites: per expected lookup, its ids (int64 `[n]`) and their positions in `rows` (int64 `[n]`).
         plan: the intent for them.
         slab: made at the first lookup, and anew when rows have changed since (`slab_version`).
+        used: places in `sites` of the lookups that have happened.
     """
 
     rows: np.ndarray
@@ -43,6 +46,7 @@ class BatchRows:
     slab_version: tuple[int, int] | None = None
     next_site: int = 0
     index: cuda_ops.KeyIndex | None = None
+    used: set[int] = field(default_factory=set)
 
     def positions_of(self, ids: np.ndarray) -> np.ndarray | None:
         """Return the positions (int64 `[n]`) of ids that equal those of a lookup that was expected; else None."""
@@ -51,6 +55,7 @@ class BatchRows:
             expected, positions = self.sites[at]
             if expected.size == ids.size and np.array_equal(expected, ids):
                 self.next_site = at + 1
+                self.used.add(at)
                 return positions
         return None
 
@@ -94,6 +99,7 @@ class ManagedTable:
     frequency_lookups: tuple[int, int] = (0, 0)
     all_rows_held: bool = False
     clears: int = 0
+    last_mismatch: str | None = None
     probation: Probation | None = None
     is_dense: bool = False
     is_deferred: bool = False
@@ -135,20 +141,29 @@ class ManagedTable:
             TypeError: if ids are not integers.
             IndexError: if an id is out of range; both before any other rank is left waiting.
         """
+        refuse_inside(operation, self.name)
         flat = self._flat_ids(ids, operation)
         model = self.owner
-        model.observe(self, ids, operation)
+        # Activation checkpointing looks up again in backward: the same lookup, not another one.
+        is_repeated = torch._C._current_graph_task_id() != -1
+        if not is_repeated:
+            model.observe(self, ids, operation)
         for batch in model.candidates(self):
             expected = batch.tables[self.table.number]
             positions = expected.positions_of(flat)
             if positions is not None:
-                model.used(batch)
-                self.counts.rows += len(expected.rows)
-                self.counts.intended += len(expected.rows)
+                if not is_repeated:
+                    model.used(batch)
+                    self.counts.rows += len(expected.rows)
+                    self.counts.intended += len(expected.rows)
                 if by_frequency:
                     return self._frequency_slab(expected.rows, expected.plan, positions), positions
                 return self._slab_of(expected), positions
-        return self._unexpected(flat, by_frequency)
+        counts = copy(self.counts)
+        found = self._unexpected(flat, by_frequency)
+        if is_repeated:
+            self.counts = counts
+        return found
 
     def _flat_ids(self, ids: torch.Tensor, operation: str) -> np.ndarray:
         if ids.dtype not in _ID_DTYPES:

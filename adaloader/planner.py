@@ -14,13 +14,18 @@ import torch
 
 import cuda_ops
 from adaloader.batches import Batch
+from adaloader.kinds import features_of
 from adaloader.managed_table import BatchRows, ManagedTable
-from intents import Program, ReplayError, structure
+from adaloader.random_ids import planning
+from intents import ReplayError, as_tensor, contents, structure_of
 
 if TYPE_CHECKING:
     from adaloader.managed_model import ManagedModel
 
 log = logging.getLogger("adaloader")
+
+# Lookups of one table in a batch that are compared with each other: several programs foresee the same ones.
+_MOST_COMPARED = 8
 
 
 class Planner:
@@ -71,33 +76,39 @@ class Planner:
         by_table: dict[ManagedTable, list[np.ndarray]] = {}
         for table, function in self._key_functions.items():
             by_table.setdefault(table, []).append(_as_ids(table, function(batch.data)))
-        for table, ids in self._derived(batch):
-            by_table.setdefault(table, []).append(ids)
+        self._derive(batch, by_table)
         return {
             table.table.number: needed
             for table, ids in by_table.items()
             if (needed := self._intend(table, ids, batch.expected)) is not None
         }
 
-    def _derived(self, batch: Batch) -> list[tuple[ManagedTable, np.ndarray]]:
-        """Return what a program says of the batch, and note there whether one does."""
-        batch.structure, batch.foreseen, batch.underived = structure(batch.data), False, frozenset()
-        for program in list(self._model.watch.programs):
-            if not program.matches(batch.structure):
-                continue
+    def _derive(self, batch: Batch, by_table: dict[ManagedTable, list[np.ndarray]]) -> None:
+        """Add what programs say of the batch, and note there which did."""
+        found = contents(batch.data)
+        batch.structure, batch.features = structure_of(found.traced), features_of(found)
+        batch.foreseen, batch.underived, batch.followed = False, frozenset(), {}
+        kinds = self._model.watch.kinds.get(batch.structure)
+        by_name = {table.name: table for table in self._model.tables if table not in self._key_functions}
+        leaves = [leaf for _, leaf in found.traced]
+        for label, program in kinds.choose(batch.features) if kinds is not None else ():
             try:
-                replayed = program.replay(batch.data)
+                with planning(batch.iteration.stream, batch.number):
+                    replayed = program.replay_leaves(leaves)
             except ReplayError as error:
                 self._say_once(f"a batch's keys could not be derived ({error}); its rows come on demand")
                 continue
-            return self._by_table(batch, program, replayed)
-        return []
-
-    def _by_table(self, batch: Batch, program: Program, replayed) -> list[tuple[ManagedTable, np.ndarray]]:
-        batch.foreseen = True
-        batch.underived = frozenset(site.table for site in program.sites if site.reason is not None)
-        by_name = {table.name: table for table in self._model.tables if table not in self._key_functions}
-        return [(by_name[site.table], ids) for site, ids in replayed if site.table in by_name]
+            batch.foreseen = True
+            batch.underived |= {site.table for site in program.sites if site.reason is not None}
+            sites = batch.followed[label] = []
+            for site, ids in replayed:
+                if site.table in by_name:
+                    table = by_name[site.table]
+                    sites.append((table.table.number, _add(by_table.setdefault(table, []), ids)))
+            for site, place in program.among:
+                if site.table in by_name:
+                    table = by_name[site.table]
+                    _add(by_table.setdefault(table, []), _valid(table, as_tensor(leaves[place])))
 
     def _intend(self, table: ManagedTable, ids_of_sites: list[np.ndarray], expected: int) -> BatchRows | None:
         ids_of_sites = [np.array(ids) for ids in ids_of_sites]  # the loop may change the batch under a view
@@ -117,6 +128,21 @@ class Planner:
         if message not in self._said:
             self._said.add(message)
             log.warning(message)
+
+
+def _add(sites: list[np.ndarray], ids: np.ndarray) -> int:
+    """Add the ids of a lookup to those of the others, unless one of another program is equal; return its place."""
+    for place, other in enumerate(sites):
+        if other is ids or (len(sites) <= _MOST_COMPARED and np.array_equal(other, ids)):
+            return place
+    sites.append(ids)
+    return len(sites) - 1
+
+
+def _valid(table: ManagedTable, leaf: torch.Tensor) -> np.ndarray:
+    """Return the integers of a leaf that may be ids of a table, int64 `[n]`."""
+    ids = leaf.detach().reshape(-1).numpy().astype(np.int64)
+    return ids[(ids >= 0) & (ids < table.table.spec.rows)]
 
 
 def _as_ids(table: ManagedTable, ids: Any) -> np.ndarray:

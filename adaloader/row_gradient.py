@@ -17,6 +17,7 @@ from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.row_sum import RowSum, refusal
+from adaloader.tensor_form import FORM
 
 
 class RowGradient(torch.Tensor):
@@ -262,16 +263,7 @@ def _unscale(gradients, found_inf, inverse_scale) -> None:
     row_operations.unscale([g._sum for g in gradients if isinstance(g, RowGradient)], found_inf, inverse_scale)
 
 
-_PROPERTIES = """shape dtype device ndim requires_grad is_leaf is_sparse is_cuda is_cpu layout grad_fn is_sparse_csr
-is_meta is_mps is_xla is_xpu itemsize nbytes""".split()
-_METHODS = """size dim numel nelement is_floating_point is_complex element_size get_device __len__ requires_grad_ stride
-is_contiguous""".split()
-
-_FORM = (
-    {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES if hasattr(torch.Tensor, name)}
-    | {getattr(torch.Tensor, name) for name in _METHODS}
-    | {torch.is_complex, torch.is_floating_point, torch.numel, torch._has_compatible_shallow_copy_type}
-)
+_FORM = FORM | {torch.Tensor.requires_grad_, torch.Tensor.grad.__get__}
 
 _HANDLERS = {
     torch.norm: _norm,

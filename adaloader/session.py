@@ -22,6 +22,7 @@ from adaloader.candidate import decide_now, find_candidates, watch_candidates
 from adaloader.combining import Combiner
 from adaloader.deferred_tensor import program_of
 from adaloader.dense import DenseReducer
+from adaloader.explain import Explanation, explain
 from adaloader.feed import Feed
 from adaloader.following import Follower
 from adaloader.gradient_layout import check_modules
@@ -31,6 +32,7 @@ from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_state import hook_optimizer
 from adaloader.optimizers import group_of, rule_for
 from adaloader.process_group import process_group
+from adaloader.random_ids import Passes
 from adaloader.ranks import (
     default_comm,
     end_job_if_failed,
@@ -117,6 +119,7 @@ class Session:
         managed.sessions += 1
         managed.sessions_made += 1
         self._number = managed.sessions_made
+        self.draws = Passes(self.rank, self._number)
         self._uneven_iterations = 0
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         # A loader, or an iterator of its, that nobody holds any more leaves no thread behind.
@@ -165,7 +168,7 @@ class Session:
         if uneven and self.feed.steps_expected and self.managed.follower is not None:
             self._uneven_iterations += 1
             following = self.managed.follower.begin(self._number, self._uneven_iterations, last_weight)
-        made = Iteration(self.feed, weight_of, start, following, end)
+        made = Iteration(self.feed, weight_of, start, following, self.draws.next_pass(), end)
         self._iterations.add(made)
         return made
 
@@ -228,6 +231,10 @@ class Session:
             },
             "seconds": dict(manager.traffic.seconds),
         }
+
+    def explain(self) -> Explanation:
+        """Return, per table, how its keys are known, and why it is managed or dense."""
+        return explain(self.managed, self.feed, self.managed.watch.recordings)
 
     def close(self) -> None:
         if not self._close_feed.alive:
@@ -433,5 +440,7 @@ if launched_ranks() > 1:
 def _serve_until_all_are_done() -> None:
     """A rank that ends keeps serving its rows until the others have ended too."""
     end_job_if_failed()
-    for manager in list(_open_managers):
-        manager.close(linger=True)
+    managers = list(_open_managers)
+    for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
+        for manager in managers:
+            manager.close(linger=linger)

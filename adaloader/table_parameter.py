@@ -7,21 +7,22 @@ Code that reaches below that (C++ extensions, TorchScript) finds NaN: the storag
 
 from __future__ import annotations
 
-import inspect
-import types
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adaloader import functional_grad, lookups
+from adaloader import functional_grad, lookups, table_views
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
+from adaloader.function_transforms import guard_transforms
 from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
+from adaloader.tensor_form import FORM
 from adaloader.whole_use import use_whole
 from adaloader.writes import overwrite
 
@@ -39,15 +40,19 @@ class _ManagedTensor:
     @not_compiled
     def __torch_function__(cls, func, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
-        subject = _subject(func, args, kwargs)
+        subject = table_views.subject(func, args, kwargs)
         if getattr(getattr(subject, "_managed", None), "is_dense", False):  # a view from before
             return func(*_as_dense(args), **_as_dense(kwargs))
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(subject, _ManagedTensor):
             try:
-                return handler(*args, **kwargs)
+                made = handler(*args, **kwargs)
             except WholeTableError:
                 return use_whole(subject._managed, func, args, kwargs)
+            watch = subject._managed.owner.watch
+            if watch.recorder is not None:
+                watch.recorder.came_from_table(made)
+            return made
         if func is torch.autograd.grad:
             return functional_grad.grad(*args, **kwargs)
         if func is torch.autograd.backward:  # with a table among its inputs=, which the graph knows
@@ -113,6 +118,7 @@ class TableView(_ManagedTensor, torch.Tensor):
 
 def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
     """Turn `parameter` into a `TableParameter` in place and free its values; identity, shape and hooks stay."""
+    guard_transforms()
     requires_grad = parameter.requires_grad
     stand_in = constant_tensor(parameter.shape, float("nan"), dtype=parameter.dtype, device="cpu")
     with torch._C.DisableTorchFunctionSubclass():
@@ -123,14 +129,6 @@ def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
     parameter._managed = table
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.requires_grad_(parameter, requires_grad)
-
-
-def _subject(func, args: tuple, kwargs: dict):
-    """Return what a call works on: a table's handler serves that table, not one that is among other arguments."""
-    place, names = (1, ("weight",)) if func in _WEIGHT_SECOND else (0, ("input", "weight", "self"))
-    if len(args) > place:
-        return args[place]
-    return next((kwargs[name] for name in names if name in kwargs), None)
 
 
 def _table_among(arguments) -> ManagedTable | None:
@@ -243,27 +241,6 @@ def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
             setattr(parameter, attribute, None)
 
 
-# Attributes that are made of values, or are handled by themselves; all others are questions about a tensor's form.
-_OF_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad", "_grad"}
-_ATTRIBUTES = [
-    attribute
-    for name in dir(torch.Tensor)
-    if name not in _OF_VALUES
-    and isinstance(attribute := inspect.getattr_static(torch.Tensor, name), (types.GetSetDescriptorType, property))
-]
-_METHODS = """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous
-element_size get_device is_signed is_conj is_neg is_inference is_same_size __len__ new_zeros new_ones new_full new_empty
-new_tensor is_shared data_ptr untyped_storage _is_view""".split()
-_FUNCTIONS = """is_floating_point is_complex numel is_same_size result_type is_conj is_neg is_signed is_inference
-_has_compatible_shallow_copy_type rand_like randn_like randint_like""".split()
-
-# Questions about a table's form, which need no value of it.
-FORM = (
-    {attribute.__get__ for attribute in _ATTRIBUTES}
-    | {getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)}
-    | {getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)}
-)
-
 LOOKUPS = {
     nn.functional.embedding: lookups.embedding,
     torch.embedding: lookups.aten_embedding,
@@ -296,9 +273,9 @@ _HANDLERS = (
         torch.full_like: _like(0.0),
     }
     | {method: _converted(wanted) for method, wanted in METHODS.items()}
+    | {func: partial(table_views.view_by, func) for func in table_views.VIEWS}
+    | table_views.BY_INDEX
 )
-
-_WEIGHT_SECOND = {nn.functional.embedding, nn.functional.embedding_bag}
 
 # Calls on another tensor, of which a table among the arguments gives the form alone.
 _FORM_OF_ARGUMENT = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.is_same_size, torch.Tensor.is_set_to}

@@ -9,10 +9,14 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from adaloader.batches import Batch
-from intents import Program, Recorder, Recording, Site
+from adaloader.coverage import remedy
+from adaloader.kinds import UNKNOWN, Kinds
+from adaloader.random_ids import planning
+from intents import Program, Recorder, Recording, ReplayError, Site, remove_leftovers
 
 if TYPE_CHECKING:
     from adaloader.feed import Feed
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("adaloader")
 
 # Batches of one structure are watched at most this often, however often a lookup was not foreseen.
-_MOST_RECORDINGS = 4
+_MOST_RECORDINGS = 8
+# And all of them together, if every batch should have a structure of its own.
+_MOST_RECORDINGS_IN_ALL = 32
 # A step without a lookup teaches nothing; after so many only a lookup starts another recording.
 _MOST_FRUITLESS = 3
 # Steps without a lookup in one recording: a loop may take its next batch just before it steps.
@@ -38,7 +44,7 @@ class Watch:
     """
 
     def __init__(self):
-        self.programs: list[Program] = []
+        self.kinds: dict[Hashable, Kinds] = {}
         self.recorder: Recorder | None = None
         self.iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         self._watched: dict[int, Batch] = {}
@@ -47,7 +53,17 @@ class Watch:
         self._recordings: Counter[Hashable] = Counter()
         self._wanted: set[Hashable] = set()
         self._fruitless = 0
-        self._said: set[tuple[str, str]] = set()
+        self.underived: dict[tuple[str, str], Site] = {}
+
+    @property
+    def recordings(self) -> int:
+        """Steps that were watched to their end."""
+        return self._recordings.total()
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that was learned and is kept."""
+        return [program for kinds in list(self.kinds.values()) for program in list(kinds.programs)]
 
     # What happens in the loop
 
@@ -71,10 +87,43 @@ class Watch:
             self._lookups += 1
             self.recorder.lookup(table, ids, operation)
 
-    def not_foreseen(self, batch: Batch, table: str) -> None:
-        """A lookup of `table`, probably for `batch`, was not among those that its program had foreseen."""
-        if batch.structure is not None and table not in batch.underived:
+    def not_foreseen(self, batch: Batch, table: str, ids: np.ndarray) -> None:
+        """A lookup of `ids` (int64 `[n]`), probably for `batch`, was not among those that its programs had foreseen.
+
+        If another program foresees it, the batch is an example for that one; if none does, batches like it are watched.
+        """
+        kinds = self.kinds.get(batch.structure)
+        if kinds is None and batch.structure is not None:
             self._wanted.add(batch.structure)
+        if kinds is None or table in batch.underived or batch.is_example or batch.data is None:
+            return
+        batch.is_example = True
+        if self._recordings[batch.structure] >= _MOST_RECORDINGS and len(kinds.programs) < 2:
+            return
+        label = self._followed(kinds, batch, table, ids)
+        if label != UNKNOWN or self._may_record(batch.structure):
+            kinds.teach(batch.features, label)
+
+    def _followed(self, kinds: Kinds, batch: Batch, table: str, ids: np.ndarray) -> int:
+        """Return the program that says that `batch` looks up `ids`, or UNKNOWN."""
+        for label, program in enumerate(kinds.programs):
+            if label in batch.followed:
+                continue
+            # A program that fails is not the one.
+            with contextlib.suppress(ReplayError), planning(batch.iteration.stream, batch.number):
+                for site, foreseen in program.replay(batch.data):
+                    if site.table == table and np.array_equal(foreseen, ids):
+                        return label
+        return UNKNOWN
+
+    def finished(self, batch: Batch) -> None:
+        """A batch was looked up, and is over: it is an example of the program that it followed, if that is of use."""
+        kinds = self.kinds.get(batch.structure)
+        if kinds is None or batch.is_example or not kinds.is_ambiguous:
+            return
+        done = [label for label, sites in batch.followed.items() if all(batch.was_used(*site) for site in sites)]
+        if done:
+            kinds.teach(batch.features, max(done, key=lambda label: len(batch.followed[label])))
 
     def paused(self) -> contextlib.AbstractContextManager:
         """What runs inside is ours: the recorder, if there is one, does not see it."""
@@ -91,6 +140,7 @@ class Watch:
 
     def end_if_used(self) -> None:
         """End the recording if it has seen a lookup, and learn from it."""
+        remove_leftovers()
         if self.recorder is None or not self._lookups:
             return
         recorder, self.recorder = self.recorder, None
@@ -109,20 +159,29 @@ class Watch:
 
     def left(self, iteration: Iteration) -> None:
         """The loop over `iteration` was left: a recording of its batches has lost its end."""
+        remove_leftovers()
         if any(batch.iteration is iteration for batch in self._watched.values()):
             self._abandon(fruitless=False)
 
     def closed(self, feed: Feed) -> None:
         """No loop over the batches of `feed` goes on."""
+        remove_leftovers()
         if any(batch.iteration.feed is feed for batch in self._watched.values()):
             self._abandon(fruitless=False)
 
     # Within
 
     def _is_to_be_watched(self, batch: Batch) -> bool:
-        unknown = not batch.foreseen and self._fruitless < _MOST_FRUITLESS
-        wanted = unknown or batch.structure in self._wanted
-        return wanted and self._recordings[batch.structure] < _MOST_RECORDINGS
+        if not self._may_record(batch.structure):
+            return False
+        if not batch.foreseen:
+            return self._fruitless < _MOST_FRUITLESS or batch.structure in self._wanted
+        kinds = self.kinds.get(batch.structure)
+        return kinds is not None and kinds.is_unknown(batch.features)
+
+    def _may_record(self, structure: Hashable) -> bool:
+        all_of_them = self._recordings.total()
+        return self._recordings[structure] < _MOST_RECORDINGS and all_of_them < _MOST_RECORDINGS_IN_ALL
 
     def _add(self, batch: Batch) -> None:
         if batch.data is not None:
@@ -141,13 +200,13 @@ class Watch:
         planned."""
         for structure in {batch.structure for batch in watched.values()}:
             self._recordings[structure] += 1
-            self._wanted.discard(structure)
         if recording.abandoned is not None:
             log.info("the watched step gave no keys: %s", recording.abandoned)
             return
         self._fruitless = 0
-        learned = [program for number in watched if (program := recording.program(number)).sites]
-        sites = [*recording.sites, *(site for program in learned for site in self._keep(program).sites)]
+        learned = [(recording.program(number), batch) for number, batch in watched.items()]
+        kept = [self._keep(program, batch) for program, batch in learned if program.sites]
+        sites = [*recording.sites, *(site for program in kept for site in program.sites)]
         given = frozenset.intersection(*(batch.iteration.feed.given_tables for batch in watched.values()))
         for site in sites:
             if site.reason is not None and site.table not in given:
@@ -155,26 +214,31 @@ class Watch:
         for iteration in list(self.iterations):
             iteration.plan_again()
 
-    def _keep(self, program: Program) -> Program:
-        """Add a program to those known, or to the one that it is another recording of; return what is kept."""
-        for at, known in enumerate(self.programs):
-            refined = known.refine(program)
-            if refined is not None:
-                self.programs[at] = refined
-                return refined
-        self.programs.insert(0, program)
-        return program
+    def _keep(self, program: Program, batch: Batch) -> Program:
+        batch.is_example = True
+        return self.kinds.setdefault(program.structure, Kinds()).keep(program, batch.features)
 
     def _say_underived(self, site: Site) -> None:
         said = (site.table, site.where)
-        if said not in self._said:
-            self._said.add(said)
-            log.warning(
-                "the keys of table %r at %s (%s) are not derived: %s. They are fetched on demand; to have them ahead "
-                "pass AdaLoader(..., keys={%r: function of a batch that returns the ids})",
+        if said in self.underived:
+            return
+        self.underived[said] = site
+        if site.among is not None:
+            log.info(
+                "the keys of table %r at %s (%s) are not derived: %s. As they were some of batch%s, all of that is "
+                "intended",
                 site.table,
                 site.where,
                 site.operation,
                 site.reason,
-                site.table,
+                site.among,
             )
+            return
+        log.warning(
+            "the keys of table %r at %s (%s) are not derived: %s. They are fetched on demand. %s",
+            site.table,
+            site.where,
+            site.operation,
+            site.reason,
+            remedy(site.table, site.reason),
+        )

@@ -12,6 +12,7 @@ from adaloader.errors import ManagedTableError
 from adaloader.lookups import ids_of_assignment
 from adaloader.row_gradient import RowGradient
 from adaloader.rows_view import guarded, written_arguments
+from adaloader.view_values import is_view, values_of
 from adaloader.writes import add_gradient, change_every_row, change_rows, overwrite
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _BY_ROW = {
     if hasattr(torch.Tensor, name)
 }
 # Functions whose results have no gradient: calling one of them is no use of the table in training.
-_WITHOUT_GRADIENT = {
+WITHOUT_GRADIENT = {
     getattr(holder, name)
     for holder in (torch, torch.Tensor)
     for name in """eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite isneginf isposinf
@@ -52,7 +53,7 @@ def use_whole(table: ManagedTable, func, args: tuple, kwargs: dict):
     if written:
         return _write(written[0], func, args, kwargs, name)
     trained = any(_is_of(a) and a.requires_grad for a in _tensors((*args, *kwargs.values())))
-    if trained and torch.is_grad_enabled() and func not in _WITHOUT_GRADIENT:
+    if trained and torch.is_grad_enabled() and func not in WITHOUT_GRADIENT:
         for each in {id(a._managed): a._managed for a in _tensors((*args, *kwargs.values())) if _is_of(a)}.values():
             why = why_not_dense(each, name)
             if why is not None:
@@ -144,7 +145,7 @@ def _replaced(value):
     """Return `value` with the present values, which can be read but not written, in place of tables."""
     if _is_of(value):
         table = value._managed
-        return guarded(table.whole_values(), table.name)
+        return values_of(value) if is_view(value) else guarded(table.whole_values(), table.name)
     if isinstance(value, dict):
         return {name: _replaced(part) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -5,21 +5,28 @@ small program of integer operations on the batch; a :class:`Program` replays tha
 thread, without a trace. This room imports nothing of the others but ``cuda_ops``. Read ``recorder.py`` first,
 then ``tape.py`` (what is kept of a step), ``derive.py`` (from a tape to one program per batch), ``dims.py``
 (constants that follow the sizes of a batch) and ``program.py`` (replaying). ``batch.py`` says what the
-tensors of a batch are.
+tensors of a batch are, ``among.py`` what is done about ids that are only picked from those of the batch.
 """
 
-from .batch import leaves, register_container, structure
+from .batch import Contents, as_tensor, contents, leaves, register_container, structure, structure_of
+from .modes import remove_leftovers
 from .program import Program, ReplayError
 from .recorder import Recorder, Recording
-from .sites import Site
+from .sites import Site, users_line
 
 __all__ = [
+    "Contents",
     "Program",
     "Recorder",
     "Recording",
     "ReplayError",
     "Site",
+    "as_tensor",
+    "contents",
     "leaves",
     "register_container",
+    "remove_leftovers",
     "structure",
+    "structure_of",
+    "users_line",
 ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import types
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +18,11 @@ Children = Callable[[Any], Iterable[tuple[str, Any]]]
 
 _registered: dict[type, Children] = {}
 _resolved: dict[type, Children | None] = {}
+
+# Single values in longer sequences are data of samples (names, say), not flags of the batch.
+_MOST_FLAGS = 8
+_INTEGERS = (int, np.integer)
+_FLAGS = (bool, str, type(None), enum.Enum, np.bool_)
 
 # Things that hold tensors without being data of a batch, and atoms that are met most often.
 _OPAQUE = (
@@ -50,6 +59,18 @@ def register_container(cls: type, children: Callable[[Any], Iterable[tuple[str, 
     _resolved.clear()
 
 
+@dataclass
+class Contents:
+    """What a batch holds, with paths.
+
+    ``traced`` are the things that ids may be made of: tensors, arrays of numbers, whole numbers, and lists of them.
+    ``flags`` are truth values, strings, enumerations and None: what a loop may branch on.
+    """
+
+    traced: list[tuple[str, Any]] = field(default_factory=list)
+    flags: list[tuple[str, Any]] = field(default_factory=list)
+
+
 def leaves(batch: Any) -> list[tuple[str, Tensor]]:
     """Every tensor in ``batch`` with its path, in the order of the containers.
 
@@ -58,24 +79,56 @@ def leaves(batch: Any) -> list[tuple[str, Tensor]]:
     else is ignored. A bare tensor has the empty path; others read as what follows ``batch`` in Python:
     ``"['sparse']"``, ``"[1].x"``. An object that contains itself is entered once.
     """
-    found: list[tuple[str, Tensor]] = []
+    return [(path, leaf) for path, leaf in contents(batch).traced if isinstance(leaf, Tensor)]
+
+
+def contents(batch: Any) -> Contents:
+    """What :func:`leaves` gives, and the numbers and flags beside the tensors."""
+    found = Contents()
     _collect("", batch, found, set())
     return found
 
 
 def structure(batch: Any) -> Hashable:
     """What two batches must share for one program to serve both: paths, dtypes, numbers of dimensions, device types."""
-    return structure_of(leaves(batch))
+    return structure_of(contents(batch).traced)
 
 
-def structure_of(found: list[tuple[str, Tensor]]) -> Hashable:
-    """The same as :func:`structure`, for leaves that are at hand."""
-    return tuple((path, leaf.dtype, leaf.ndim, leaf.device.type) for path, leaf in found)
+def structure_of(traced: list[tuple[str, Any]]) -> Hashable:
+    """The same as :func:`structure`, for contents that are at hand."""
+    return tuple((path, *_kind(leaf)) for path, leaf in traced)
 
 
-def _collect(path: str, node: Any, found: list[tuple[str, Tensor]], entered: set[int]) -> None:
-    if isinstance(node, Tensor):
-        found.append((path, node))
+def _kind(leaf: Any) -> tuple:
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.ndim, leaf.device.type
+    if isinstance(leaf, np.ndarray):
+        return f"array of {leaf.dtype}", leaf.ndim, "cpu"
+    return type(leaf).__name__ if isinstance(leaf, (list, tuple)) else "int", 0, "cpu"
+
+
+def as_tensor(leaf: Any) -> Tensor:
+    """A traced thing as a tensor: arrays share their memory with it, numbers are copied."""
+    if isinstance(leaf, np.ndarray):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an array that is read only stays unwritten
+            return torch.from_numpy(leaf)
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.int64)
+
+
+def _collect(path: str, node: Any, found: Contents, entered: set[int]) -> None:
+    if isinstance(node, Tensor) or (isinstance(node, np.ndarray) and _is_shared_by_torch(node)):
+        found.traced.append((path, node))
+        return
+    if isinstance(node, _FLAGS):
+        found.flags.append((path, node))
+        return
+    if isinstance(node, _INTEGERS):
+        if -(2**62) < node < 2**62:
+            found.traced.append((path, int(node)))
+        return
+    if isinstance(node, (list, tuple)) and node and _are_atoms(node):
+        _collect_atoms(path, node, found)
         return
     children = _children_of(type(node))
     if children is None or id(node) in entered:
@@ -84,6 +137,23 @@ def _collect(path: str, node: Any, found: list[tuple[str, Tensor]], entered: set
     for label, child in children(node):
         _collect(path + label, child, found, entered)
     entered.discard(id(node))
+
+
+def _collect_atoms(path: str, node: Any, found: Contents) -> None:
+    if len(node) > _MOST_FLAGS or type(node) is list:
+        if all(type(child) is int and -(2**62) < child < 2**62 for child in node):
+            found.traced.append((path, node))
+    elif _children_of(type(node)) is not None:
+        for label, child in _children_of(type(node))(node):
+            _collect(path + label, child, found, set())
+
+
+def _are_atoms(node: Iterable) -> bool:
+    return all(isinstance(child, (*_FLAGS, *_INTEGERS, float)) for child in node)
+
+
+def _is_shared_by_torch(array: np.ndarray) -> bool:
+    return array.dtype.kind in "biuf" and array.dtype.isnative and all(stride >= 0 for stride in array.strides)
 
 
 def _children_of(cls: type) -> Children | None:

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .among import find_leaves, repeated_by_python
 from .batch import structure_of
 from .dims import Observation
 from .program import Program
 from .recipe import Evidence, Recipe, RecipeLookup, RecipeStep
-from .tape import Lookup, Ref, Span, Step, Tape
+from .tape import DrawnAfter, Lookup, Ref, Span, Step, Tape
 
-_FOUND_LIMIT = 64  # Python numbers and data-dependent sizes that a program may refer to
+_FOUND_LIMIT = 96  # Python numbers and data-dependent sizes that a program may refer to
 _OVERWRITES = {"copy_", "zero_", "fill_"}
 
 FROM_ELSEWHERE = "have no tensor of the batch leading to them (made by numpy, Python or compiled code?)"
@@ -46,7 +47,19 @@ def derive(tape: Tape) -> dict[int, Program]:
     for lookup, closure in closures.items():
         if not lookup.site.reason and _made_elsewhere(tape, lookup, closure):
             lookup.site.reason = f"the ids {FROM_ELSEWHERE}"
+    by_python = [lookup for lookup, closure in closures.items() if not lookup.site.reason and _is_python(tape, closure)]
+    for lookup in repeated_by_python(tape, [lookup for lookup in by_python if _is_constant(tape, closures[lookup])]):
+        lookup.site.reason = f"the ids {FROM_ELSEWHERE}"
+    find_leaves(tape, dict.fromkeys([*by_python, *(lookup for lookup in tape.lookups if lookup.site.reason)]))
     return {number: _derive_batch(tape, number, closures) for number in tape.batches}
+
+
+def _is_python(tape: Tape, closure: Closure) -> bool:
+    return any(tape.values[value].from_python for value in closure.values)
+
+
+def _is_constant(tape: Tape, closure: Closure) -> bool:
+    return not any(tape.values[value].kind == "leaf" for value in closure.values)
 
 
 def _closure_of_lookup(tape: Tape, lookup: Lookup) -> Closure:
@@ -225,6 +238,7 @@ class _RecipeBuilder:
 
     def __init__(self, tape: Tape, number: int, union: Closure, scratch: set[int], found: dict[int, Closure]) -> None:
         self.tape = tape
+        self.number = number
         self.found = found
         self.leaves = tape.batches[number]
         self.steps = sorted(union.steps.union(*(closure.steps for closure in found.values())))
@@ -245,13 +259,14 @@ class _RecipeBuilder:
             if self.tape.values[value].kind in ("leaf", "constant") and self.tape.values[value].span
         }
         recipe = Recipe(
-            structure=structure_of([(self._leaf(i).path, self._leaf(i).tensor) for i in self.leaves]),
+            structure=structure_of(self.tape.contents[self.number]),
             paths=[self._leaf(index).path for index in self.leaves],
             steps=steps,
             lookups=[self._lookup(lookup, closures[lookup]) for lookup in lookups],
             private=self._private(),
             scratch={self.numbers[value] for value in self.scratch},
             found={self.numbers[value]: self._at(closure.steps) for value, closure in self.found.items()},
+            implied={self.numbers[value] for value in self.found if self.tape.values[value].implied},
         )
         return recipe, self._evidence(lookups)
 
@@ -272,6 +287,8 @@ class _RecipeBuilder:
     def _tree(self, node: Any) -> Any:
         if isinstance(node, Ref):
             return Ref(self.numbers[node.value])
+        if isinstance(node, DrawnAfter):
+            return 0 if node.batch is None else node.batch - self.number
         return tuple(map(self._tree, node)) if isinstance(node, tuple) else node
 
     def _at(self, steps: Iterable[int]) -> frozenset[int]:

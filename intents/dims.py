@@ -78,12 +78,13 @@ class Scope:
     """What a step may refer to: its own inputs, the leaves of the batch, and what was found out before it.
 
     ``from_batch`` tells whether the step's first input depends on the batch. ``found`` are Python numbers
-    read from tensors and sizes that only the data decides.
+    read from tensors and sizes that only the data decides; ``read`` are the numbers that were seen to be read.
     """
 
     own: list[int]
     leaves: list[int]
     found: list[Symbol]
+    read: list[Symbol]
     from_batch: bool
 
 
@@ -118,7 +119,7 @@ def _guesses(slot: Slot, number: int, count: int, scope: Scope, first: Observati
         yield literal(number)
     if slot.role == LITERAL:
         if number > _SMALL:
-            yield from _equal(number, [symbol for symbol in scope.found if symbol.dim is None], first)
+            yield from _equal(number, scope.read, first)
         yield literal(number)
     elif slot.role == BOUND:
         yield from _guesses_bound(slot, number, scope, first)
@@ -154,6 +155,8 @@ def _guesses_bound(slot: Slot, number: int, scope: Scope, first: Observation) ->
         yield Formula(((1, (own,)),))
     if number < _SMALL:
         yield literal(number)
+    if number > _SMALL:
+        yield from _equal(number, scope.read, first)
     if number == size - 1 and number > _SMALL:
         yield Formula(((1, (own,)),), -1)
     dims = _dims(scope.leaves, first)

@@ -16,6 +16,8 @@ VIEW = "view"  # one size of a view: all of them together give the number of ele
 EXPAND = "expand"  # one size of an expansion, aligned to the right
 LITERAL = "literal"  # a constant unless proved otherwise
 
+DRAW = "random_ids"  # an operation of ours: a draw that can be repeated for any batch
+
 _VIEWS = {"view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy"}
 _EXPANDS = {"expand", "expand_copy"}
 _REPEATS = {"repeat", "tile"}

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import leaves, structure_of
+from .batch import contents, structure_of
 from .explain import explain_recipe
+from .operators import DRAW
 from .recipe import Evidence, Recipe
 from .sites import Site
 from .source import Writer, compile_recipe, outputs_used
@@ -24,9 +25,9 @@ class ReplayError(RuntimeError):
 class Program:
     """From a batch to the ids of its lookups.
 
-    ``sites`` are all lookups of the recorded batch in order; ``derived`` those whose ids :meth:`replay`
-    gives. Invariant: a program never changes after its construction, except for the buffers that it takes by
-    reference.
+    ``sites`` are all lookups of the recorded batch in order; ``derived`` those whose ids :meth:`replay` gives;
+    ``among`` names, for others, the traced leaf that held their ids, by number. Invariant: a program never changes
+    after its construction, except for the buffers that it takes by reference.
     """
 
     def __init__(self, recipe: Recipe, evidence: list[Evidence], sites: list[Site]) -> None:
@@ -44,6 +45,8 @@ class Program:
                 self.derived.append(site)
                 site.program = self
                 site.constant = self._is_constant(lookup)
+        places = {path: place for place, path in enumerate(recipe.paths)}
+        self.among = [(site, places[site.among]) for site in sites if site.reason and site.among in places]
         self._run = compile_recipe(recipe, self._explanation, evidence[-1].constants, self._lookups)
 
     @property
@@ -62,7 +65,7 @@ class Program:
         on any thread. Sites that look up the same ids share one array; treat arrays as read-only. Raises
         ReplayError.
         """
-        found = leaves(batch)
+        found = contents(batch).traced
         if structure_of(found) != self._recipe.structure:
             raise ReplayError(
                 f"the batch has structure {structure_of(found)}, this program takes {self._recipe.structure}: "
@@ -70,8 +73,8 @@ class Program:
             )
         return self.replay_leaves([leaf for _, leaf in found])
 
-    def replay_leaves(self, found: list[Tensor]) -> list[tuple[Site, np.ndarray]]:
-        """As :meth:`replay`, for the leaves of a batch that is known to have the right structure."""
+    def replay_leaves(self, found: list[Any]) -> list[tuple[Site, np.ndarray]]:
+        """As :meth:`replay`, for the traced contents of a batch that is known to have the right structure."""
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 arrays = self._run(found)
@@ -94,24 +97,49 @@ class Program:
         evidence = [*self._evidence, *other._evidence[:-1], newest]
         return Program(self._recipe, evidence, list(copies.values()))
 
-    def describe(self) -> list[str]:
-        """The program in readable lines: operations, then what each lookup gets of them, then what is not derived."""
+    def foretells(self, other: Program) -> bool:
+        """Whether this program, as it is, gives what ``other`` was recorded from."""
+        if not self._recipe.same_operations(other._recipe):
+            return False
+        seen = other._evidence[-1]
+        for step, formulas in enumerate(self._explanation.formulas):
+            for slot, formula in zip(self._recipe.steps[step].slots, formulas, strict=True):
+                number = seen.observation.slots[step][slot.index]
+                if formula is None or formula.evaluate(seen.observation.size) not in (number, -1):
+                    return False
+        mine = self._evidence[-1].constants
+        return all(
+            value in self._recipe.scratch or mine[value] is constant or _equal(mine[value], constant)
+            for value, constant in seen.constants.items()
+        )
+
+    def describe(self, table: str | None = None) -> list[str]:
+        """The program in readable lines: operations, then what each lookup gets of them, then what is not derived.
+
+        With ``table``, only what concerns lookups of that one.
+        """
         writer = Writer(self._recipe, self._explanation, self._readable_name, _readable_literal)
-        steps = set().union(*(self._explanation.steps_of(each, self._recipe) for each in self._lookups))
-        used = outputs_used(self._recipe, self._explanation, sorted(steps), self._lookups)
+        shown = [(s, lookup) for s, lookup in zip(self.derived, self._lookups, strict=True) if table in (None, s.table)]
+        lookups = [lookup for _, lookup in shown]
+        steps = set().union(*(self._explanation.steps_of(each, self._recipe) for each in lookups))
+        used = outputs_used(self._recipe, self._explanation, sorted(steps), lookups)
         lines = []
         for index in sorted(steps):
             made = [self._readable_name(value) for _, value in self._recipe.steps[index].outputs if value in used]
             lines.append(f"{', '.join(made) + ' = ' if made else ''}{writer.call(index)}")
-        for site, lookup in zip(self.derived, self._lookups, strict=True):
+        for site, lookup in shown:
             lines.append(f"{site.table} <- {self._readable_name(lookup.value)}  # {site.operation}, {site.where}")
-        lines += [
-            f"{site.table} <- ?  # {site.operation}, {site.where}: {site.reason}" for site in self.sites if site.reason
-        ]
+        places = dict(self.among)
+        for site in self.sites:
+            if site.reason and table in (None, site.table):
+                guess = f"? (some of {self._readable_name(places[site])})" if site in places else "?"
+                lines.append(f"{site.table} <- {guess}  # {site.operation}, {site.where}: {site.reason}")
         return lines
 
     def _is_constant(self, lookup: Any) -> bool:
         for step in self._explanation.steps_of(lookup, self._recipe):
+            if self._recipe.steps[step].operator.base == DRAW:
+                return False
             inputs = self._recipe.steps[step].inputs
             named = [symbol.value for symbol in self._explanation.symbols(step)]
             if any(value < len(self._recipe.paths) for value in inputs + named):
@@ -126,6 +154,10 @@ class Program:
             return f"v{value}"
         kind = str(constant.dtype).removeprefix("torch.")
         return f"constant{value}:{kind}{list(constant.shape)}"
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _readable_literal(thing: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -74,6 +74,7 @@ class Recipe:
     private: set[int]
     scratch: set[int]
     found: dict[int, frozenset[int]]
+    implied: set[int] = field(default_factory=set)
 
     def same_operations(self, other: Recipe) -> bool:
         """Whether both came from the same code running the same way: all but integers and constants are equal."""
@@ -84,6 +85,7 @@ class Recipe:
             and self.private == other.private
             and self.scratch == other.scratch
             and self.found == other.found
+            and self.implied == other.implied
         )
 
     @cached_property
@@ -100,7 +102,8 @@ class Recipe:
                 symbols += [Symbol(value, dim) for dim in dims]
         own = self.steps[step].inputs
         from_batch = bool(own) and own[0] in self._from_batch
-        return Scope(own, list(range(len(self.paths))), symbols, from_batch)
+        read = [symbol for symbol in symbols if symbol.dim is None and symbol.value not in self.implied]
+        return Scope(own, list(range(len(self.paths))), symbols, read, from_batch)
 
     @cached_property
     def _from_batch(self) -> set[int]:

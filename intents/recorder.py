@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import modes
-from .batch import leaves
+from .batch import contents
 from .derive import derive
+from .eagerly import run_eagerly
 from .program import Program
 from .sites import Site, users_line
 from .tape import PARAMETER, Tape
@@ -64,6 +65,7 @@ class Recorder:
             raise RuntimeError("this recorder was started before: a recorder records once, make a new one")
         self._thread = threading.get_ident()
         self._is_active = True
+        self._compile_again = run_eagerly()
         modes.insert_at_bottom(self._mode)
 
     def add_batch(self, number: int, batch: Any) -> None:
@@ -71,14 +73,26 @@ class Recorder:
         if number in self._tape.batches:
             raise ValueError(f"batch {number} was added before: every batch of a recording needs its own number")
         if self._is_listening():
-            with self._contained():
-                self._tape.add_batch(number, leaves(batch))
+            with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                self._tape.add_batch(number, contents(batch).traced)
 
     def lookup(self, table: str, ids: Tensor, operation: str) -> None:
         """Note that rows ``ids`` (any shape, any integer dtype) of ``table`` are looked up now, by ``operation``."""
         if self._is_listening() and not self._pauses:
-            with self._contained():
+            with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._tape.add_lookup(Site(table, operation, users_line()), ids)
+
+    def drawn(self, redraw: Callable[..., Tensor], *facts: Any) -> None:
+        """Note a random draw that ``redraw`` repeats for any batch; ``facts`` as :meth:`Tape.add_draw` takes them."""
+        if self._is_listening() and not self._pauses:
+            with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                self._tape.add_draw(redraw, *facts)
+
+    def came_from_table(self, made: Any) -> None:
+        """Note that ``made`` holds rows of a table, which are no constants: what is made of them cannot be derived."""
+        if self._is_listening():
+            with self._contained():
+                self._tape.mark(made, PARAMETER)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -113,9 +127,10 @@ class Recorder:
         if not self._is_active:
             return "no recording was under way: start() comes before stop()"
         self._is_active = False
+        self._compile_again()
         if threading.get_ident() != self._thread:
             return "it was ended on another thread than the one that it watched"
-        if not modes.remove(self._mode):
+        if not modes.remove_when_possible(self._mode):
             return "something else took its mode from the stack of dispatch modes"
         return None
 
@@ -146,7 +161,8 @@ class Recorder:
         elif not isinstance(func, torch._ops.OpOverload) or any(map(_has_own_dispatch, types)):
             self._tape.mark(made, f"went through {func}, which cannot be looked into")
         else:
-            self._tape.observe(func, args, kwargs, made)
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self._tape.observe(func, args, kwargs, made)
 
 
 def _has_own_dispatch(cls: type) -> bool:

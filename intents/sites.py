@@ -19,7 +19,8 @@ class Site:
     ``where`` is file and line of the user's code. ``batch_number`` is the batch that the ids come from; for
     ids that come from no batch it is that of the lookups around it, and None if no batch was live. ``reason``
     says why the ids cannot be derived, and is None where they can; then ``program`` is the program that gives
-    them. ``constant`` tells ids that are the same for every batch.
+    them. ``constant`` tells ids that are the same for every batch. ``among`` is the path of a leaf of the batch that
+    holds all ids of such a lookup, in whatever order: what may be intended where the ids themselves cannot be derived.
     """
 
     table: str
@@ -28,6 +29,7 @@ class Site:
     batch_number: int | None = None
     reason: str | None = None
     constant: bool = False
+    among: str | None = None
     program: Program | None = field(default=None, repr=False)
 
 

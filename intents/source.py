@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batch import as_tensor
 from .dims import Formula, Symbol
 from .explain import Explanation
 from .operators import Operator
@@ -103,11 +104,13 @@ def compile_recipe(
 
 def _prologue(recipe: Recipe, constants: dict[int, Tensor], used: set[int], names: _Names) -> Iterator[str]:
     device_types = [leaf[3] for leaf in recipe.structure]
+    is_tensor = [isinstance(leaf[1], torch.dtype) for leaf in recipe.structure]
     private = [leaf for leaf in sorted(recipe.private) if leaf in used]
     for leaf in sorted(used):
         if leaf < len(recipe.paths):
             to_host = ".cpu()" if device_types[leaf] != "cpu" else ""
-            yield f"{names.value(leaf)} = leaves[{leaf}]{to_host}"
+            given = f"leaves[{leaf}]" if is_tensor[leaf] else f"{names.bind(as_tensor)}(leaves[{leaf}])"
+            yield f"{names.value(leaf)} = {given}{to_host}"
     if private:
         targets = ", ".join(map(names.value, private))
         yield f"{targets}, = {names.bind(private_copies)}({targets})"

@@ -8,15 +8,17 @@ remembered weakly, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .operators import BOUND, SIZE, Argument, Operator, operator
+from .batch import as_tensor
+from .operators import BOUND, DRAW, LITERAL, SIZE, Argument, Operator, operator
 from .sites import Site, users_line
 
 PARAMETER = "depend on a parameter"
@@ -61,10 +63,17 @@ class Slot:
     position: int
 
 
+@dataclass(frozen=True)
+class DrawnAfter:
+    """In the recorded arguments of a draw: the batch that was handed out last, and None if there was none."""
+
+    batch: int | None
+
+
 @dataclass(eq=False)
 class Value:
     """A tensor, or (``kind`` "number") a Python number read from one. ``shape`` is as recorded: nothing on
-    the tape changes it."""
+    the tape changes it. ``implied`` where nobody was seen to read the number: it may have been, in Python."""
 
     index: int
     kind: str  # "leaf", "constant", "result" or "number"
@@ -76,6 +85,7 @@ class Value:
     batch: int | None = None
     path: str = ""
     from_python: bool = False
+    implied: bool = False
 
 
 @dataclass(eq=False)
@@ -101,6 +111,7 @@ class Lookup:
     time: int
     taint: str | None
     latest_batch: int | None
+    ids: np.ndarray
 
 
 @dataclass(eq=False)
@@ -113,6 +124,7 @@ class Tape:
     steps: list[Step] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     batches: dict[int, list[int]] = field(default_factory=dict)
+    contents: dict[int, list[tuple[str, Any]]] = field(default_factory=dict)
     writes: dict[int, list[tuple[int, Span]]] = field(default_factory=dict)
     births: dict[int, list[tuple[int, Span]]] = field(default_factory=dict)
     _known: dict[int, int] = field(default_factory=dict)
@@ -121,13 +133,32 @@ class Tape:
     _aliases: list[Tensor] = field(default_factory=list)
     _tainted: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def add_batch(self, number: int, found: list[tuple[str, Tensor]]) -> None:
-        """Make the leaves of a batch values, whatever they were before: what a loader did to make them is past."""
-        self.batches[number] = [self._add("leaf", leaf, batch=number, path=path) for path, leaf in found]
+    def add_batch(self, number: int, found: list[tuple[str, Any]]) -> None:
+        """Make the contents of a batch values, whatever they were before: what a loader did to make them is past."""
+        self.contents[number] = found
+        tensors = [(path, as_tensor(leaf), isinstance(leaf, int)) for path, leaf in found]
+        self.batches[number] = [self._add("leaf", leaf, batch=number, path=path) for path, leaf, _ in tensors]
         for index in self.batches[number]:
             reached = self.values[index].span
             if reached is not None:
                 self.births.setdefault(reached.storage, []).append((len(self.steps), reached))
+        for _, leaf, is_number in tensors:
+            self._imply_numbers(leaf, is_number)
+
+    def _imply_numbers(self, leaf: Tensor, is_number: bool) -> None:
+        """What Python may read of a leaf unseen: the number that it is; the sum and the largest of lengths."""
+        if leaf.dtype not in (torch.int64, torch.int32) or leaf.device.type != "cpu" or not leaf.numel():
+            return
+        if is_number:
+            self.observe(torch.ops.aten._local_scalar_dense.default, (leaf,), {}, leaf.item())
+        elif leaf.layout is torch.strided and leaf.ndim == 1:
+            for reduction in (torch.ops.aten.max.default, torch.ops.aten.sum.default):
+                made = reduction(leaf)
+                before = len(self.values)
+                self.observe(reduction, (leaf,), {}, made)
+                self.observe(torch.ops.aten._local_scalar_dense.default, (made,), {}, made.item())
+                for value in self.values[before:]:
+                    value.implied = value.kind == "number"
 
     def writers(self, reached: Span, before: int) -> list[int]:
         """The steps before ``before`` that overwrote some of ``reached``, since it was last handed out in a batch."""
@@ -145,7 +176,7 @@ class Tape:
             taint = "are not a plain tensor (sparse, a subclass, or inside a function transform?)"
         value = self._value(ids) if taint is None else None
         latest_batch = next(reversed(self.batches), None)
-        self.lookups.append(Lookup(site, value, len(self.steps), taint, latest_batch))
+        self.lookups.append(Lookup(site, value, len(self.steps), taint, latest_batch, _distinct(ids)))
 
     def taint(self, tensor: Tensor) -> str | None:
         """Why ``tensor`` cannot be traced, or None."""
@@ -232,6 +263,40 @@ class Tape:
         if known:
             self._append(Step(facts, (), (), (), (), known, users_line(), taint))
 
+    def add_draw(
+        self,
+        redraw: Callable[..., Tensor],
+        ordinal: int,
+        low: int,
+        high: int,
+        shape: tuple[int, ...],
+        weights: Tensor | None,
+        replacement: bool,
+        dtype: torch.dtype,
+        made: Tensor,
+    ) -> None:
+        """Note that `made` was drawn at random, in a way that `redraw` repeats for any batch."""
+        taint = self.taint(weights) if weights is not None else None
+        if taint is not None:
+            self.mark(made, taint)
+            return
+        inputs = () if weights is None else (self._value(weights),)
+        bounds = (Slot(0, LITERAL, 0), Slot(1, LITERAL, 0))
+        sizes = tuple(Slot(2 + index, SIZE, index) for index in range(len(shape)))
+        arguments = (
+            ("offset", False, DrawnAfter(next(reversed(self.batches), None))),
+            ("ordinal", False, ordinal),
+            ("low", False, bounds[0]),
+            ("high", False, bounds[1]),
+            ("size", False, sizes),
+            ("weights", False, None if weights is None else Ref(inputs[0])),
+            ("replacement", False, replacement),
+            ("dtype", False, dtype),
+        )
+        outputs = self._add_outputs(made)
+        facts = Operator(redraw, DRAW, DRAW, (), 0, False, False, None)
+        self._append(Step(facts, arguments, (low, high, *shape), inputs, outputs, (), users_line()))
+
     def _append(self, step: Step) -> None:
         for reached in step.writes:
             self.writes.setdefault(reached.storage, []).append((len(self.steps), reached))
@@ -240,8 +305,39 @@ class Tape:
     def _lift(self, tensor: Tensor) -> None:
         # Every torch.tensor(...) and from_numpy(...) comes through here, whatever its numbers come from.
         if self.taint(tensor) is None:
+            is_new = id(tensor) not in self._known and self._places.get(_place(tensor)) is None
+            if is_new and (self._copied(tensor) or self._within(tensor)):
+                return
             value = self.values[self._value(tensor)]
             value.from_python = value.kind == "constant"
+
+    def _within(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of a leaf of the newest batch, as a slice of an array does; if so, it is
+        a view of it."""
+        newest = next(reversed(self.batches.values()), ())
+        for leaf in (self.values[index].tensor for index in newest):
+            if leaf.layout is not torch.strided or leaf.dtype != tensor.dtype or leaf.device != tensor.device:
+                continue
+            if not leaf.is_contiguous() or not tensor.numel() or not leaf.numel():
+                continue
+            offset = (tensor.data_ptr() - leaf.data_ptr()) // leaf.itemsize
+            if 0 <= offset < leaf.numel():
+                form = (list(tensor.shape), list(tensor.stride()), offset)
+                self.observe(torch.ops.aten.as_strided.default, (leaf, *form), {}, tensor)
+                return True
+        return False
+
+    def _copied(self, tensor: Tensor) -> bool:
+        """Whether a tensor that Python or numpy made holds what a leaf of the newest batch does; if so, it comes from
+        there."""
+        newest = next(reversed(self.batches.values()), ())
+        for leaf in (self.values[index].tensor for index in newest):
+            if _same_numbers(leaf, tensor):
+                shaped = leaf.reshape(tensor.shape)
+                self.observe(torch.ops.aten.reshape.default, (leaf, list(tensor.shape)), {}, shaped)
+                self.observe(torch.ops.aten._to_copy.default, (shaped,), {"dtype": tensor.dtype}, tensor)
+                return True
+        return False
 
     def _value(self, tensor: Tensor) -> int:
         """The value that ``tensor`` is; one that nobody has seen before lay about already: a constant."""
@@ -299,6 +395,22 @@ def span(tensor: Tensor) -> Span | None:
         return Span(storage, low, low)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return Span(storage, low, low + reach * tensor.itemsize)
+
+
+def _same_numbers(leaf: Tensor, tensor: Tensor) -> bool:
+    if leaf.layout is not torch.strided or leaf.device != tensor.device or leaf.numel() != tensor.numel():
+        return False
+    if tensor.numel() < 2 or leaf.is_floating_point() != tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return False
+    flat = leaf.reshape(-1)
+    return bool((flat == tensor.reshape(-1)).all()) and not bool((flat == flat[0]).all())
+
+
+def _distinct(ids: Tensor) -> np.ndarray:
+    """The distinct ids of a lookup, int64; none where they cannot be read."""
+    if span(ids) is None or ids.device.type == "meta" or ids.is_floating_point() or ids.is_complex():
+        return np.empty(0, np.int64)
+    return np.unique(ids.detach().cpu().numpy()).astype(np.int64)
 
 
 def _place(tensor: Tensor) -> tuple | None:

@@ -183,6 +183,16 @@ JOBS: dict[str, tuple[int, str]] = {
     ),
     "all well on 1": (0, "train(*make())\nnow('END')"),
     "all well on 4": (4, "train(*make(num_workers=1))\nnow('END')"),
+    "many loaders left open": (
+        3,
+        """
+        held = [make() for _ in range(6)]
+        for model, optimizer, loader in held:
+            train(model, optimizer, loader, 3, lambda: None)
+        held = [held[(at + RANK) % 6] for at in range(6)]
+        now("END")
+        """,
+    ),
     "one is still evaluating": (
         2,
         """
@@ -316,7 +326,9 @@ def test_other_ranks_add_no_traceback_of_the_ending(jobs, name):
     assert result.stderr.count("ending the job") == 1, result.stderr[-6000:]
 
 
-@pytest.mark.parametrize("name", ["all well on 1", "all well on 4", "one is still evaluating"])
+@pytest.mark.parametrize(
+    "name", ["all well on 1", "all well on 4", "many loaders left open", "one is still evaluating"]
+)
 def test_job_that_ends_without_closing_its_loader(jobs, name):
     job = jobs[name]
     result = job.result

@@ -173,7 +173,7 @@ OPERATIONS = {
     "clone": lambda w: w.clone(),
     "iteration": lambda w: list(w),
     "unpacking": lambda w: torch.stack([*w]),
-    "transpose": lambda w: w.T,
+    "transpose": lambda w: w.T.sum(),
     "cat": lambda w: torch.cat([torch.ones(1, DIM), w]),
     "stack": lambda w: torch.stack([w, w]),
     "where": lambda w: torch.where(torch.ones(1, dtype=torch.bool), w, 0.0),

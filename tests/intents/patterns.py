@@ -498,3 +498,20 @@ def scattered(batch, tables):
 def sparse_leaf(batch, tables):
     tables("t", batch["ids"].coalesce().values())
     tables("u", batch["ids"].coalesce().indices()[1])
+
+
+@pattern(lambda size: {"ids": ids_of(size, 9), "keep": int(torch.randint(3, 8, ())), "name": "a"})
+def a_number_of_the_batch(batch, tables):
+    tables("t", batch["ids"][:, : batch["keep"]])
+    tables("u", torch.arange(batch["keep"] + 0))
+
+
+@pattern(lambda size: {"ids": ids_of(size, 3).numpy()})
+def arrays_of_numpy(batch, tables):
+    tables("t", torch.from_numpy(batch["ids"]) + 1)
+    tables("u", torch.as_tensor(batch["ids"][:, 0]))
+
+
+@pattern(lambda size: {"ids": (torch.randperm(300)[:size]).tolist(), "label": torch.rand(size)})
+def a_list_of_numbers(batch, tables):
+    tables("t", torch.tensor(batch["ids"]) + 1)

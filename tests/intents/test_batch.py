@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 
-from intents import leaves, register_container, structure
+from intents import as_tensor, contents, leaves, register_container, structure
 
 X = torch.arange(3)
 Pair = namedtuple("Pair", "left right")
@@ -98,3 +99,25 @@ def test_structure_forgets_sizes_and_nothing_else():
         [base["a"], base["b"]],
     ):
         assert structure(other) != structure(base)
+
+
+def test_numbers_arrays_and_flags_are_told_apart():
+    batch = {
+        "tensor": X,
+        "array": np.arange(3),
+        "number": 7,
+        "lengths": [3, 4],
+        "names": ["a", "b"] * 9,
+        "on": True,
+        "task": "click",
+        "none": None,
+        "words": np.array(["x", "y"]),
+    }
+    found = contents(batch)
+    assert [path for path, _ in found.traced] == ["['tensor']", "['array']", "['number']", "['lengths']"]
+    assert dict(found.flags) == {"['on']": True, "['task']": "click", "['none']": None}
+    assert [path for path, _ in leaves(batch)] == ["['tensor']"]
+    assert structure(batch) == structure(batch | {"number": 9, "on": False, "lengths": [1]})
+    assert structure(batch) != structure(batch | {"number": None})
+    assert as_tensor(batch["array"]).data_ptr() == batch["array"].ctypes.data
+    assert as_tensor(batch["lengths"]).tolist() == [3, 4] and as_tensor(7).item() == 7

@@ -222,3 +222,39 @@ def test_refine_keeps_both_programs_usable():
     for program in (first, second, refined):
         assert_replays(program, step, fields(6), tables)
         assert all(site.program is program for site in program.sites)
+
+
+PICKED = {
+    "shuffled": lambda batch: batch["sparse"][torch.randperm(batch["sparse"].shape[0])],
+    "by numpy": lambda batch: torch.from_numpy(np.sort(batch["sparse"].numpy().ravel())[::2].copy()),
+    "by Python": lambda batch: torch.tensor(sorted(batch["sparse"].flatten().tolist())[3:]),
+}
+
+
+@pytest.mark.parametrize("pick", PICKED.values(), ids=PICKED.keys())
+def test_ids_that_are_some_of_the_batch_are_said_to_be(pick):
+    def step(batch, tables):
+        tables("t", pick(batch))
+
+    program = record(step, fields(32), Tables()).program(0)
+    refined = program.refine(record(step, fields(9), Tables()).program(0)) or program
+    ((site, place),) = refined.among
+    assert site.reason and site.among == "['sparse']" and place == 1
+    assert any("some of batch['sparse']" in line for line in refined.describe())
+
+
+def test_ids_made_elsewhere_are_not_taken_for_some_of_the_batch():
+    def step(batch, tables):
+        tables("t", torch.from_numpy(batch["sparse"].numpy() + 1000))
+
+    assert record(step, fields(32), Tables()).program(0).among == []
+
+
+def test_a_loop_over_ids_is_no_row_of_constants():
+    def step(batch, tables):
+        for i in batch["sparse"][:, 0]:
+            tables("t", torch.tensor(int(i)))
+
+    program = record(step, fields(16), Tables()).program(0)
+    assert program.derived == [] and {path for _, path in program.among} <= {1}
+    assert all("numpy, Python" in site.reason for site in program.sites)

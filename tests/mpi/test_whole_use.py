@@ -67,8 +67,9 @@ def assert_same_as_plain(comm, seed, **how):
     return model
 
 
-def test_a_tied_table_becomes_dense(comm, seed):
-    model = assert_same_as_plain(comm, seed, tied=True)
+@pytest.mark.parametrize("optimizer", ["Adagrad", "AdamW"])
+def test_a_tied_table_becomes_dense(comm, seed, optimizer):
+    model = assert_same_as_plain(comm, seed, tied=True, optimizer=optimizer)
     assert type(model.emb.weight) is nn.Parameter and type(model.bare) is TableParameter
 
 
@@ -107,9 +108,10 @@ def renorm(model):
     model.emb.weight.data.renorm_(2, 0, 0.7)
 
 
+@pytest.mark.parametrize("optimizer", ["Adagrad", "AdamW"])
 @pytest.mark.parametrize("write", [normalise, divide_by_norm, clamp, some_rows, renorm])
-def test_writes_after_each_step_count(comm, seed, write):
-    assert_same_as_plain(comm, seed, write=write)
+def test_writes_after_each_step_count(comm, seed, write, optimizer):
+    assert_same_as_plain(comm, seed, write=write, optimizer=optimizer)
 
 
 def test_rows_that_ranks_write_by_themselves(comm):
