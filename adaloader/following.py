@@ -160,11 +160,7 @@ class Follower:
             following.catch_up()
 
     def finish(self) -> None:
-        """Something else begins: what was postponed is due, and so is the end of loops that did not ask for it."""
-        for following in list(self._under_way):
-            end_if_over = following.end_if_over()
-            if end_if_over is not None:
-                end_if_over()
+        """Something else begins: what was postponed is due."""
         if self._postponed is not None:
             self._follow_postponed(self._postponed.counts())
         self.step_begins()
@@ -349,7 +345,6 @@ class Following:
         self.schedulers = schedulers
         self.iteration_is_worked_off: Callable[[], bool] = lambda: True
         self.gradient_was_not_stepped: Callable[[], bool] = lambda: False
-        self.end_if_over: Callable[[], Callable[[], None] | None] = lambda: None
         self._follower = follower
         self._progress_at_start = follower.progress()
         self._counts_at_step: list[int] | None = None

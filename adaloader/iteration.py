@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,8 @@ class Iteration:
         start: number of the first batch.
         following: what to do at the end where ranks may have different numbers of batches.
         stream: of the random ids that the loop draws in this pass.
-        end: the number after the last batch, if known; else `place`, once it is set, may tell it later.
+        end: the number after the last batch, if no rank has more; None if it is not known now. Then `place` may tell
+            it later, if it is set.
     """
 
     def __init__(
@@ -60,8 +60,6 @@ class Iteration:
         self._end = end
         self.place: Place | None = None
         self._model.watch.iterations.add(self)
-        if following is not None:
-            following.end_if_over = weakref.WeakMethod(self.end_if_over)
 
     # Called by the loader's iterator
 
@@ -111,7 +109,8 @@ class Iteration:
             self.following.ended(reason, handed_out=handed_out, later=has_work_left)
 
     def end_if_over(self) -> None:
-        """Something else begins: a loop that has worked on its last batch need not have asked for another."""
+        """The loader is iterated again, or closed: a loop that has worked on its last batch need not have asked for
+        another."""
         if not self.ended and self._is_over():
             self.on_end("exhausted")
 

@@ -193,7 +193,9 @@ class AdaLoader(StatefulDataLoader):
         weight = session.settings.batch_weight
         if epoch is None:
             uneven, last_weight, weight_of = True, None, _own_weight(weight, None)
+            has_last = False
         else:
+            has_last = epoch.shares.rank_batches == epoch.shares.global_batches
             uneven, last_weight = _last_batch(epoch.shares)
             weight_of = _shared_weight(epoch.shares, weight)
         passed = session.iteration(
@@ -201,7 +203,7 @@ class AdaLoader(StatefulDataLoader):
             start=inner._num_yielded,
             uneven=uneven,
             last_weight=None if weight is not None else last_weight,
-            end=None if epoch is None else epoch.shares.rank_batches,
+            end=epoch.shares.global_batches if has_last else None,
         )
 
         def on_end(reason: str) -> None:
@@ -218,7 +220,8 @@ class AdaLoader(StatefulDataLoader):
             on_end=on_end,
             start=inner._num_yielded,
         )
-        self._place = passed.place = iterator.place
+        self._place = iterator.place
+        passed.place = iterator.place if epoch is None else None
         return _LoaderIterator(self, iterator, epoch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from adaloader.batches import Batch, Batches
 from adaloader.compiler import not_compiled
 from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
+from adaloader.errors import ManagedTableError
 from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.mismatch import describe_mismatch
@@ -81,6 +83,7 @@ class ManagedModel:
         self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
         self._hook_handles: list[object] = []
+        self._share_of_backward: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -147,6 +150,7 @@ class ManagedModel:
 
     def sum_begins(self, carries: bool) -> None:
         """A sum of dense gradients begins; `carries` says that gradients gathered inside `no_sync` are in it."""
+        self._share_of_backward = None
         if self.follower is not None and not self.joining:
             self.follower.announce(carries)
 
@@ -162,10 +166,29 @@ class ManagedModel:
             part.scale = 1.0
         else:
             self.reducer.touch()
+            self._check_share(table, part)
         self.gradient_hooks.reached(table, part)
+
+    def _check_share(self, table: ManagedTable, part: Part) -> None:
+        """Raise if one backward is over batches of which this rank has different shares: no one factor is right then
+        for its gradient in the average over ranks.
+        """
+        batch = self.batches.of_plan(table.table.number, part.plan)
+        if batch is None:
+            return
+        weight, total = batch.weight
+        share = weight / (total or 1.0)
+        other, self._share_of_backward = self._share_of_backward, share
+        if other is not None and not math.isclose(other, share, rel_tol=1e-9):
+            raise ManagedTableError(
+                f"one backward() over several batches, of which this rank has different shares ({other:.4g} and "
+                f"{share:.4g} of all ranks'): call backward() once for each batch, whose gradients add up, or leave "
+                "the uneven one out (drop_last=True)"
+            )
 
     def reduced(self, factor: float) -> None:
         """The backward that just ended counts `factor` in the average over ranks."""
+        self._share_of_backward = None
         for table in self.tables:
             for part in table.parts:
                 if part.scale is None:

@@ -142,6 +142,7 @@ class Session:
         if not self._close_feed.alive:
             raise RuntimeError("this loader was closed; build another one to go on")
         for iteration in list(self._iterations):
+            iteration.end_if_over()
             if iteration.ended:
                 iteration.leave()
         if self.managed.follower is not None:
@@ -162,7 +163,7 @@ class Session:
             weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
             uneven: whether ranks may have different numbers of batches.
             last_weight: what the batches count together that some ranks have no share of, if known.
-            end: the number after the last batch, if known.
+            end: the number after the last batch, if no rank has more; None if it is not known now.
         """
         following = None
         if uneven and self.feed.steps_expected and self.managed.follower is not None:
@@ -243,6 +244,7 @@ class Session:
         if managed.follower is not None:
             managed.follower.finish()
         for iteration in list(self._iterations):
+            iteration.end_if_over()
             iteration.leave()
         self._close_feed()
         managed.sessions -= 1

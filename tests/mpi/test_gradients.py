@@ -50,3 +50,18 @@ def test_what_would_be_of_one_rank_alone_is_refused(comm, seed):
             model.emb.weight.grad.norm()
         break
     close(comm, loader)
+
+
+@pytest.mark.ranks(2)
+def test_one_backward_over_batches_with_different_shares(comm, seed):
+    """Of the last batch rank 0 has two samples, the others one each: no factor is right for both."""
+    model, optimizers, _, data, _ = Case(4 * comm.size + comm.size + 1, seed=seed, comm=comm).build()
+    loader = AdaLoader(data, 4, model=model, optimizer=optimizers, min_rows=50, comm=comm)
+    for _ in range(2):
+        for batch in loader:  # one by one; keys are derived here
+            model.loss(batch).backward()
+            optimizers[0].zero_grad()
+    first, last = loader
+    with pytest.raises(ManagedTableError, match=r"one backward\(\) over several batches.*drop_last"):
+        (model.loss(first) + model.loss(last)).backward()
+    close(comm, loader)
