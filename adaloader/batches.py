@@ -136,6 +136,13 @@ class Batches:
                 return True
         return False
 
+    @property
+    def expects_no_lookup(self) -> bool:
+        """Whether a lookup that matches no batch is for none: inference between steps, outside of a loader's loop."""
+        if torch.is_grad_enabled() or self._forward_goes_on:
+            return False
+        return all(batch.used_at is not None and batch.iteration.trains for batch in self.active)
+
     def unmatched(self, ids: np.ndarray) -> Batch | None:
         """Return the batch that a lookup probably belongs to though no plan foresaw it; with gradients, it is in use
         now."""
@@ -157,6 +164,10 @@ class Batches:
         guesses = [guess for iteration, batches in waiting.items() if (guess := _next_of(iteration, batches, ids))]
         fitting = [guess for guess in guesses if _fits(guess, ids)]
         return (fitting or guesses or [self.current])[0]
+
+    def backward_goes_on(self) -> None:
+        """What is looked up from now on is of the next forward pass."""
+        self._forward_goes_on = False
 
     def weight(self) -> tuple[float, float | None] | None:
         """A backward begins: return the weight of the batch that it belongs to, None if there was none yet."""

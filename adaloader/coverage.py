@@ -31,7 +31,7 @@ class CoverageCheck:
         if self._batches < _WARM_UP or (self._batches - _WARM_UP) % _WINDOW:
             return
         for table in managed.tables:
-            rows, intended = table.counts.rows, table.counts.intended
+            rows, intended = table.counts.of_batches, table.counts.intended
             rows_before, intended_before = self._before.get(table, (rows, intended))
             self._before[table] = rows, intended
             share = (intended - intended_before) / (rows - rows_before) if rows > rows_before else 1.0

@@ -124,7 +124,7 @@ def _explain_table(managed: ManagedModel, table: ManagedTable, feed: Feed) -> Ta
         lookups=counts.rows,
         intended=counts.intended,
         on_demand=counts.on_demand,
-        coverage=counts.intended / counts.rows if counts.rows else None,
+        coverage=counts.intended / counts.of_batches if counts.of_batches else None,
         last_mismatch=table.last_mismatch,
     )
     if rows < managed.settings["min_rows"]:

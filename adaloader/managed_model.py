@@ -164,6 +164,7 @@ class ManagedModel:
             )
         if self.reducer is None:
             part.scale = 1.0
+            self.batches.backward_goes_on()
         else:
             self.reducer.touch()
             self._check_share(table, part)

@@ -70,11 +70,20 @@ class BatchRows:
 
 @dataclass
 class LookupCounts:
-    """Unique rows looked up, by how they came here."""
+    """Unique rows looked up, by how they came here.
+
+    `aside` are those of `on_demand` that were looked up for no batch: inference between steps, which none can foresee.
+    """
 
     rows: int = 0
     intended: int = 0
     on_demand: int = 0
+    aside: int = 0
+
+    @property
+    def of_batches(self) -> int:
+        """Rows that were looked up for a batch: coverage is the share of these that was intended."""
+        return self.rows - self.aside
 
 
 @dataclass
@@ -232,6 +241,10 @@ class ManagedTable:
         self.check_range(rows)
         self.counts.rows += len(rows)
         model = self.owner
+        if model.batches.expects_no_lookup:
+            self.counts.on_demand += len(rows)
+            self.counts.aside += len(rows)
+            return self._on_demand(rows), positions
         best, found = None, None
         for batch in model.candidates(self):
             at = batch.tables[self.table.number].find(rows)
@@ -249,9 +262,13 @@ class ManagedTable:
             self.counts.on_demand += len(rows)
         if by_frequency:
             return self._frequency_slab(rows, None, positions), positions
+        return self._on_demand(rows), positions
+
+    def _on_demand(self, rows: np.ndarray) -> Slab:
+        model = self.owner
         out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
         model.manager.pull(self.table, rows, out)
-        return make_slab(self, rows, out, None), positions
+        return make_slab(self, rows, out, None)
 
     def _partly_intended(self, batch, rows, found, positions, by_frequency) -> tuple[Slab, np.ndarray]:
         model = self.owner

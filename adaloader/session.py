@@ -207,20 +207,21 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """Return counts since the model's first loader was built, on this rank.
 
-        steps: optimizer steps. lookups: unique rows looked up, over all lookups. intent_coverage: share of them that
-        were intended before (1.0 before the first lookup). on_demand: those that were not. wait_seconds: time that
+        steps: optimizer steps. lookups: unique rows looked up, over all lookups. intent_coverage: share that was
+        intended, of those for batches (1.0 before the first; inference between steps does not count). on_demand: all
+        that were not intended. wait_seconds: time that
         the trainer's thread waited for rows, in `next`, lookups and `step`. bytes_sent, bytes_received: of rows,
         gradients, intents. memory_bytes: of rows held, with state and index. tables: the same counts by table.
         seconds: where time went, on whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
         counts = {table.name: table.counts for table in managed.tables}
-        rows = sum(c.rows for c in counts.values())
+        of_batches = sum(c.of_batches for c in counts.values())
         intended = sum(c.intended for c in counts.values())
         return {
             "steps": managed.optimizer_steps,
-            "lookups": rows,
-            "intent_coverage": intended / rows if rows else 1.0,
+            "lookups": sum(c.rows for c in counts.values()),
+            "intent_coverage": intended / of_batches if of_batches else 1.0,
             "on_demand": sum(c.on_demand for c in counts.values()),
             "wait_seconds": manager.traffic.wait_seconds,
             "bytes_sent": manager.bytes_sent,

@@ -159,3 +159,30 @@ def test_explain(seed):
     with pytest.raises(KeyError, match="no such"):
         explained["no such"]
     loader.close()
+
+
+@pytest.mark.parametrize("when", ["after each step", "after each epoch"])
+def test_inference_on_other_ids_is_no_lack_of_coverage(seed, when, caplog):
+    """What one looks up for oneself between steps cannot be foreseen, and is not held against the keys."""
+    torch.manual_seed(seed)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    draw = Draw(seed)
+    loader = AdaLoader.wrap([draw.ids(6, 2) for _ in range(10)], model=model, optimizer=optimizer, min_rows=1)
+
+    def infer():
+        with torch.no_grad():
+            model.score(model.item(torch.arange(30)))
+
+    for _ in range(5):
+        for ids in loader:
+            optimizer.zero_grad()
+            model.score(model.item(ids)).backward()
+            optimizer.step()
+            if when == "after each step":
+                infer()
+        infer()
+    stats = loader.stats()
+    assert not [record for record in caplog.records if "coverage" in record.getMessage()]
+    assert stats["intent_coverage"] > 0.97 and stats["on_demand"] >= 30 * 5
+    loader.close()
