@@ -26,7 +26,8 @@ from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for
 from adaloader.probation import Probation, confirm
-from adaloader.table_parameter import FORM, LOOKUPS, TableParameter, become_table
+from adaloader.table_parameter import LOOKUPS, TableParameter, become_table
+from adaloader.tensor_form import FORM
 
 # Modules of PyTorch's own multiply their weights; these only hold parameters for others.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 import pm
 from adaloader.batches import Batch, Batches
+from adaloader.compiler import not_compiled
 from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
 from adaloader.gradient_hooks import GradientHooks
@@ -188,9 +189,11 @@ class ManagedModel:
             self.optimizers.append(optimizer)
             this = weakref.ref(self)
 
+            @not_compiled
             def before(optimizer, args, kwargs, this=this):
                 return None if this() is None else this()._before_step(optimizer, args, kwargs)
 
+            @not_compiled
             def after(optimizer, args, kwargs, this=this):
                 if this() is not None:
                     this()._after_step(optimizer)

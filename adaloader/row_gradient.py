@@ -16,8 +16,8 @@ from adaloader import row_operations
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
-from adaloader.form import QUESTIONS
 from adaloader.row_sum import RowSum, refusal
+from adaloader.tensor_form import FORM
 
 
 class RowGradient(torch.Tensor):
@@ -260,14 +260,7 @@ def _unscale(gradients, found_inf, inverse_scale) -> None:
     row_operations.unscale([g._sum for g in gradients if isinstance(g, RowGradient)], found_inf, inverse_scale)
 
 
-_METHODS = """size dim numel nelement is_floating_point is_complex element_size get_device __len__ requires_grad_ stride
-is_contiguous _is_view is_inference is_conj is_neg is_signed storage_offset ndimension untyped_storage""".split()
-
-_FORM = (
-    QUESTIONS
-    | {getattr(torch.Tensor, name) for name in _METHODS}
-    | {torch.is_complex, torch.is_floating_point, torch.numel, torch._has_compatible_shallow_copy_type}
-)
+_FORM = FORM | {torch.Tensor.requires_grad_, torch.Tensor.grad.__get__}
 
 _HANDLERS = {
     torch.norm: _norm,
@@ -299,7 +292,6 @@ _HANDLERS = {
     torch.Tensor.detach_: _same,
     torch.Tensor.data.__get__: _same,
     torch.Tensor.data.__set__: _set_data,
-    torch.Tensor.grad.__get__: lambda gradient: None,
     torch.Tensor.coalesce: _same,
     torch.Tensor.to: _to,
     torch.Tensor.__format__: lambda gradient, spec: format(repr(gradient), spec),

@@ -12,6 +12,7 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.compiler import not_compiled
 
 if TYPE_CHECKING:
     from adaloader.managed_table import ManagedTable
@@ -148,12 +149,14 @@ class _RowsOf(torch.autograd.Function):
     """
 
     @staticmethod
+    @not_compiled
     def forward(ctx, parameter, array, rows, table):
         ctx.rows, ctx.table = rows, table
         ctx.set_materialize_grads(False)
         return torch.from_numpy(array)
 
     @staticmethod
+    @not_compiled
     def backward(ctx, grad):
         is_dense = grad is not None and ctx.table.is_dense
         return spread(ctx.rows, grad, ctx.table.parameter.shape) if is_dense else None, None, None, None
@@ -168,6 +171,7 @@ class _Expand(torch.autograd.Function):
     """out[i] = slab[positions[i]]; the gradient is summed per slab row, leaving out the padding row."""
 
     @staticmethod
+    @not_compiled
     def forward(ctx, tensor, slab, positions, shape, padding):
         ctx.positions, ctx.padding, ctx.slab_shape, ctx.slab = positions, padding, tensor.shape, slab
         out = torch.empty(*shape, tensor.shape[1], dtype=tensor.dtype, device="cpu")
@@ -175,6 +179,7 @@ class _Expand(torch.autograd.Function):
         return out
 
     @staticmethod
+    @not_compiled
     def backward(ctx, grad):
         started = time.perf_counter()
         rows, dim = ctx.slab_shape

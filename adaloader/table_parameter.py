@@ -19,10 +19,10 @@ from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
-from adaloader.form import QUESTIONS
 from adaloader.function_transforms import guard_transforms
 from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
+from adaloader.tensor_form import FORM
 from adaloader.whole_gradient import catch_whole_gradients
 from adaloader.whole_use import use_whole
 from adaloader.writes import overwrite
@@ -242,19 +242,6 @@ def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
             setattr(table, kept, hooks)  # the very dict: handles remove from it
             setattr(parameter, attribute, None)
 
-
-_METHODS = """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous
-element_size get_device is_signed is_conj is_neg is_inference is_same_size __len__ new_zeros new_ones new_full new_empty
-new_tensor is_shared data_ptr untyped_storage _is_view""".split()
-_FUNCTIONS = """is_floating_point is_complex numel is_same_size result_type is_conj is_neg is_signed is_inference
-_has_compatible_shallow_copy_type rand_like randn_like randint_like""".split()
-
-# Questions about a table's form, which need no value of it.
-FORM = (
-    QUESTIONS
-    | {getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)}
-    | {getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)}
-)
 
 LOOKUPS = {
     nn.functional.embedding: lookups.embedding,

@@ -16,7 +16,7 @@ from adaloader.batches import Batch
 from adaloader.coverage import remedy
 from adaloader.kinds import UNKNOWN, Kinds
 from adaloader.random_ids import planning
-from intents import Program, Recorder, Recording, ReplayError, Site
+from intents import Program, Recorder, Recording, ReplayError, Site, remove_leftovers
 
 if TYPE_CHECKING:
     from adaloader.feed import Feed
@@ -159,6 +159,7 @@ class Watch:
 
     def end_if_used(self) -> None:
         """End the recording if it has seen a lookup, and learn from it."""
+        remove_leftovers()
         if self.recorder is None or not self._lookups:
             return
         recorder, self.recorder = self.recorder, None
@@ -177,11 +178,13 @@ class Watch:
 
     def left(self, iteration: Iteration) -> None:
         """The loop over `iteration` was left: a recording of its batches has lost its end."""
+        remove_leftovers()
         if any(batch.iteration is iteration for batch in self._watched.values()):
             self._abandon(fruitless=False)
 
     def closed(self, feed: Feed) -> None:
         """No loop over the batches of `feed` goes on."""
+        remove_leftovers()
         if any(batch.iteration.feed is feed for batch in self._watched.values()):
             self._abandon(fruitless=False)
 

@@ -9,6 +9,7 @@ tensors of a batch are, ``among.py`` what is done about ids that are only picked
 """
 
 from .batch import Contents, as_tensor, contents, leaves, register_container, structure, structure_of
+from .modes import remove_leftovers
 from .program import Program, ReplayError
 from .recorder import Recorder, Recording
 from .sites import Site, users_line
@@ -24,6 +25,7 @@ __all__ = [
     "contents",
     "leaves",
     "register_container",
+    "remove_leftovers",
     "structure",
     "structure_of",
     "users_line",

@@ -8,6 +8,8 @@ being entered or left: their own bookkeeping never notices.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -16,6 +18,9 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+from .eagerly import inside_compiled_code
+
+_leftovers = threading.local()
 _INFRASTRUCTURE = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 
 
@@ -38,6 +43,28 @@ def remove(mode: TorchDispatchMode) -> bool:
     for other in reversed(above):
         _push_mode(other)
     return True
+
+
+def remove_when_possible(mode: TorchDispatchMode) -> bool:
+    """Take ``mode`` from this thread's stack, or have :func:`remove_leftovers` do so; whether it was there.
+
+    A compiled function puts back the dispatch keys that it found when it returns: among them, as long as any mode is on
+    the stack, the key of modes. So a mode that was there at its beginning must outlast it.
+    """
+    if not inside_compiled_code():
+        return remove(mode)
+    if not any(other is mode for other in _user_modes()):
+        return False
+    _leftovers.modes = [*getattr(_leftovers, "modes", ()), mode]
+    return True
+
+
+def remove_leftovers() -> None:
+    """Take from this thread's stack the modes that had to outlast a compiled function which has returned."""
+    if getattr(_leftovers, "modes", None) and not inside_compiled_code():
+        modes, _leftovers.modes = _leftovers.modes, []
+        for mode in modes:
+            remove(mode)
 
 
 def tracing() -> bool:

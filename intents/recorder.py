@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import modes
 from .batch import contents
 from .derive import derive
+from .eagerly import run_eagerly
 from .program import Program
 from .sites import Site, users_line
 from .tape import PARAMETER, Tape
@@ -64,6 +65,7 @@ class Recorder:
             raise RuntimeError("this recorder was started before: a recorder records once, make a new one")
         self._thread = threading.get_ident()
         self._is_active = True
+        self._compile_again = run_eagerly()
         modes.insert_at_bottom(self._mode)
 
     def add_batch(self, number: int, batch: Any) -> None:
@@ -125,9 +127,10 @@ class Recorder:
         if not self._is_active:
             return "no recording was under way: start() comes before stop()"
         self._is_active = False
+        self._compile_again()
         if threading.get_ident() != self._thread:
             return "it was ended on another thread than the one that it watched"
-        if not modes.remove(self._mode):
+        if not modes.remove_when_possible(self._mode):
             return "something else took its mode from the stack of dispatch modes"
         return None
 

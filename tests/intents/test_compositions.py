@@ -66,8 +66,8 @@ def test_any_chain_is_derived_or_refined(chain, columns, size, seed):
         assert_replays(first, step, make(size), tables)
     for other_size in (size + 9, size + 4):
         refined = first.refine(record(step, make(other_size), tables).program(0))
-        if refined is None:  # PyTorch makes an alias of a slice that happens to be the whole: another operation
-            assert any("alias" in line for line in first.describe())
+        if refined is None:  # PyTorch makes an alias, or a view, of what happens to have the size: another operation
+            assert any("alias" in line for line in first.describe()) or size == columns
             return
         first = refined
     assert [site.reason for site in first.sites] == [None], first.describe()
