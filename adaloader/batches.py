@@ -167,6 +167,12 @@ class Batches:
         self._forward_goes_on = False
         return None if self.current is None else self.current.weight
 
+    def of_plan(self, table_number: int, plan: pm.RowPlan | None) -> Batch | None:
+        """Return the batch under way that brought rows of a table by `plan`."""
+        if plan is None:
+            return None
+        return next((b for b in self.active if table_number in b.tables and b.tables[table_number].plan is plan), None)
+
     # From handing out to the end
 
     def handed_out(self, batch: Batch) -> None:

@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 import pm
 from adaloader.compiler import not_compiled
 from adaloader.dense_use import become_dense
+from adaloader.form import FORM
 from adaloader.held_state import continue_from, held_anywhere, hyperparameters, take_states
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for
 from adaloader.probation import Probation, confirm
 from adaloader.table_parameter import LOOKUPS, TableParameter, become_table
-from adaloader.tensor_form import FORM
 
 # Modules of PyTorch's own multiply their weights; these only hold parameters for others.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)

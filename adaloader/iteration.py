@@ -12,6 +12,7 @@ from adaloader.random_ids import Stream, batch_begins, pass_ends
 if TYPE_CHECKING:
     from adaloader.feed import Feed
     from adaloader.following import Following
+    from adaloader.lookahead import Place
 
 # A loop that was handed more batches than this and has looked up none reads them for something else than training.
 _MOST_AHEAD_UNSEEN = 2
@@ -29,6 +30,8 @@ class Iteration:
         start: number of the first batch.
         following: what to do at the end where ranks may have different numbers of batches.
         stream: of the random ids that the loop draws in this pass.
+        end: the number after the last batch, if no rank has more; None if it is not known now. Then `place` may tell
+            it later, if it is set.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Iteration:
         start: int,
         following: Following | None,
         stream: Stream,
+        end: int | None = None,
     ):
         self.feed = feed
         self.following = following
@@ -53,6 +57,8 @@ class Iteration:
         self._last_used: tuple[int, int] | None = None
         self._steps_when_handed: int | None = None
         self._sums_when_used = 0
+        self._end = end
+        self.place: Place | None = None
         self._model.watch.iterations.add(self)
 
     # Called by the loader's iterator
@@ -79,6 +85,10 @@ class Iteration:
         batch_begins(self.stream, number, model.watch)
 
     def on_end(self, reason: str) -> None:
+        if self.ended:  # found out before
+            return
+        if reason == "left" and self._is_over():
+            reason = "exhausted"
         model = self._model
         self.ended = True
         self.stream.is_over = reason == "exhausted"
@@ -97,6 +107,12 @@ class Iteration:
             self.following.gradient_was_not_stepped = self._gradient_was_not_stepped
             handed_out = self._next_handed > self._start
             self.following.ended(reason, handed_out=handed_out, later=has_work_left)
+
+    def end_if_over(self) -> None:
+        """The loader is iterated again, or closed: a loop that has worked on its last batch need not have asked for
+        another."""
+        if not self.ended and self._is_over():
+            self.on_end("exhausted")
 
     # Called by whoever sees what the loop does with the batches
 
@@ -150,6 +166,11 @@ class Iteration:
         # It may take the next batch before it steps: so it was with the one before.
         taken = self._steps_since_use()
         return taken is not None and taken == self._steps_when_handed and taken < (self.steps_of_a_batch or 0)
+
+    def _is_over(self) -> bool:
+        """Whether the loop has had all batches, and has stepped for the last."""
+        end = self._end if self.place is None or self._end is not None else self.place.end
+        return end is not None and self._next_handed >= end and self._is_worked_off()
 
     def _is_worked_off(self) -> bool:
         """Whether the loop has taken as many steps for the last batch as for the one before it."""

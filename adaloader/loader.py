@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from adaloader.explain import Explanation
 from adaloader.lookahead import LookaheadIterator, Place
 from adaloader.sampling import EpochIterator, GlobalBatchSampler, Shares
 from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
+from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
 
 _DRAWS = "_random_ids"  # in saved positions: which pass `adaloader.random_ids` drew for
 
@@ -65,6 +67,9 @@ class AdaLoader(StatefulDataLoader):
         UnsupportedOptimizerError: if a table's optimizer is not supported.
         RuntimeError: under mpirun without mpi4py.
     """
+
+    _session: Session | None = None
+    _saved_arguments: tuple | None = None
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class AdaLoader(StatefulDataLoader):
         )
         self._session: Session | None = None
         self._place = None
+        self._accelerated: Accelerated | None = None
         settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy)
         if model is None:
             _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
@@ -176,6 +182,10 @@ class AdaLoader(StatefulDataLoader):
         if session is None:
             return super().__iter__()
         session.begin_iteration()
+        accelerated, lookahead = self._accelerated, session.settings.lookahead
+        if accelerated is not None:
+            lookahead = max(1, lookahead)  # it asks whether a batch is the last
+            accelerated.begin(self)
         if self._shuffles_or_generates:
             session.share_random_state(self.generator)
         inner = super().__iter__()
@@ -183,22 +193,35 @@ class AdaLoader(StatefulDataLoader):
         weight = session.settings.batch_weight
         if epoch is None:
             uneven, last_weight, weight_of = True, None, _own_weight(weight, None)
+            has_last = False
         else:
+            has_last = epoch.shares.rank_batches == epoch.shares.global_batches
             uneven, last_weight = _last_batch(epoch.shares)
             weight_of = _shared_weight(epoch.shares, weight)
         passed = session.iteration(
-            weight_of, start=inner._num_yielded, uneven=uneven, last_weight=None if weight is not None else last_weight
+            weight_of,
+            start=inner._num_yielded,
+            uneven=uneven,
+            last_weight=None if weight is not None else last_weight,
+            end=epoch.shares.global_batches if has_last else None,
         )
+
+        def on_end(reason: str) -> None:
+            if accelerated is not None and reason == "exhausted":
+                accelerated.end(self)
+            passed.on_end(reason)
+
         iterator = LookaheadIterator(
             session.watched(inner),
-            session.settings.lookahead,
+            lookahead,
             snapshot=inner.state_dict,
             on_read=passed.on_read,
             on_yield=passed.on_yield,
-            on_end=passed.on_end,
+            on_end=on_end,
             start=inner._num_yielded,
         )
         self._place = iterator.place
+        passed.place = iterator.place if epoch is None else None
         return _LoaderIterator(self, iterator, epoch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,6 +254,30 @@ class AdaLoader(StatefulDataLoader):
         """
         return self._need_session().no_sync()
 
+    # What accelerate asks of a loader, see `trainers.py`
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Whether `accelerator.prepare` is to leave this loader as it is: its wrapper would not read ahead."""
+        if self._session is None or "accelerate" not in sys.modules:
+            return False
+        check_accelerate(self._session.ranks)
+        if self._accelerated is None:
+            self._accelerated = Accelerated()
+        return True
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        """accelerate notes that it has prepared it."""
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether the batch handed out last is the last of its pass; known for sure once accelerate has prepared it."""
+        return self._place is not None and self._place.yielded == self._place.end
+
+    remainder = -1
+    """accelerate has added no samples to the last batch."""
+
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""
         return self._need_session().stats()
@@ -248,6 +295,9 @@ class AdaLoader(StatefulDataLoader):
         if self._session is None:
             raise RuntimeError("this AdaLoader was built without model=, so it manages no tables")
         return self._session
+
+
+setattr(AdaLoader, "__pl_saved_args", lightning_arguments)  # a name that Python would change within the class
 
 
 class _LoaderIterator(Iterator):
@@ -318,7 +368,7 @@ class WrappedLoader:
             on_end=on_end,
             start=start,
         )
-        position.place = iterator.place
+        position.place = passed.place = iterator.place
         self._position = position
         return _LoaderIterator(self, iterator)
 

@@ -25,12 +25,14 @@ class Place:
     """How far an iterator is; apart from it, so that one may keep the place and not the iterator.
 
     `read` and `yielded` are the numbers of the next batch to read and of the next one to hand out. `state` is
-    the state of the source that belongs to the last batch handed out or, once it was reached, to the end.
+    the state of the source that belongs to the last batch handed out or, once it was reached, to the end. `end` is
+    the number after the last batch, once that is known.
     """
 
     read: int
     yielded: int
     state: Any
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class LookaheadIterator(Iterator):
         if reading.is_end:
             self._inner = None
             self._final = reading
+            if reading.error is None:
+                self.place.end = self.place.read
             return
         number = self.place.read
         self._held.append(reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,11 +19,13 @@ from adaloader.batches import Batch, Batches
 from adaloader.compiler import not_compiled
 from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
+from adaloader.errors import ManagedTableError
 from adaloader.gradient_hooks import GradientHooks
 from adaloader.managed_table import ManagedTable
 from adaloader.mismatch import describe_mismatch
 from adaloader.optimizers import (
     check_options,
+    group_of,
     groups_by_parameter,
     hyperparameter_name,
     hyperparameter_vector,
@@ -73,12 +76,14 @@ class ManagedModel:
         self.sessions_made = 0
         self.process_group = None
         self.on_table_added: Callable[[ManagedModel, ManagedTable], None] = lambda model, table: None
+        self.on_table_held: Callable[[ManagedModel, ManagedTable, Optimizer], None] = lambda *held: None
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
         self.dense_because: dict[str, str] = {}
         self.exporting = False
         self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
         self._hook_handles: list[object] = []
+        self._share_of_backward: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -145,24 +150,45 @@ class ManagedModel:
 
     def sum_begins(self, carries: bool) -> None:
         """A sum of dense gradients begins; `carries` says that gradients gathered inside `no_sync` are in it."""
+        self._share_of_backward = None
         if self.follower is not None and not self.joining:
             self.follower.announce(carries)
 
     def backward_reached(self, table: ManagedTable, part: Part) -> None:
         table.hidden = False
-        if isinstance(table.table.spec.rule, pm.Frozen):
+        if isinstance(table.table.spec.rule, pm.Frozen) and group_of(self.optimizers, table.parameter) is None:
             raise RuntimeError(
                 f"table {table.name!r} received a gradient, but no loader was given an optimizer that holds it: pass "
-                "optimizer= to AdaLoader, or set requires_grad_(False) on the table"
+                "optimizer= to AdaLoader, add the table to one that it was given (optimizer.add_param_group), or set "
+                "requires_grad_(False) on it"
             )
         if self.reducer is None:
             part.scale = 1.0
         else:
             self.reducer.touch()
+            self._check_share(table, part)
         self.gradient_hooks.reached(table, part)
+
+    def _check_share(self, table: ManagedTable, part: Part) -> None:
+        """Raise if one backward is over batches of which this rank has different shares: no one factor is right then
+        for its gradient in the average over ranks.
+        """
+        batch = self.batches.of_plan(table.table.number, part.plan)
+        if batch is None:
+            return
+        weight, total = batch.weight
+        share = weight / (total or 1.0)
+        other, self._share_of_backward = self._share_of_backward, share
+        if other is not None and not math.isclose(other, share, rel_tol=1e-9):
+            raise ManagedTableError(
+                f"one backward() over several batches, of which this rank has different shares ({other:.4g} and "
+                f"{share:.4g} of all ranks'): call backward() once for each batch, whose gradients add up, or leave "
+                "the uneven one out (drop_last=True)"
+            )
 
     def reduced(self, factor: float) -> None:
         """The backward that just ended counts `factor` in the average over ranks."""
+        self._share_of_backward = None
         for table in self.tables:
             for part in table.parts:
                 if part.scale is None:
@@ -208,7 +234,9 @@ class ManagedModel:
             if self.follower is not None:
                 self.follower.step_begins()
         for table, group in self._held_by(optimizer):
-            if not isinstance(table.table.spec.rule, pm.Frozen):
+            if isinstance(table.table.spec.rule, pm.Frozen):
+                self.on_table_held(self, table, optimizer)
+            else:
                 check_options(table.table.spec, optimizer, group)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:

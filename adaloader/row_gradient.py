@@ -16,8 +16,8 @@ from adaloader import row_operations
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor, operation_name
+from adaloader.form import FORM
 from adaloader.row_sum import RowSum, refusal
-from adaloader.tensor_form import FORM
 
 
 class RowGradient(torch.Tensor):
@@ -30,6 +30,7 @@ class RowGradient(torch.Tensor):
     """
 
     _sum: RowSum
+    decides_before_rows = True
 
     @property
     def rows(self) -> torch.Tensor:
@@ -177,7 +178,9 @@ def _divided(gradient, divisor, **kwargs) -> RowGradient:
 
 def _added(one, other, alpha=1) -> RowGradient:
     if not isinstance(one, RowGradient):
-        raise _refusal(other, "addition to a tensor")
+        if not (isinstance(one, torch.Tensor) and one.shape == other.shape):
+            raise _refusal(other, "addition to anything but a tensor of its shape")
+        return torch.add(one, row_operations.to_dense(other._sum), alpha=alpha)
     return row_gradient(row_operations.added(one._sum, _other(one, other, "addition of"), float(alpha)))
 
 

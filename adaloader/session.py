@@ -45,6 +45,7 @@ from adaloader.sampling import random_state, set_random_state
 from adaloader.state import hook_modules, hook_state_dicts
 from adaloader.strategy import check_strategy, resolve_strategy
 from adaloader.table_values import all_numbers
+from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
 
 DEFAULT_LOOKAHEAD = 5
@@ -141,6 +142,7 @@ class Session:
         if not self._close_feed.alive:
             raise RuntimeError("this loader was closed; build another one to go on")
         for iteration in list(self._iterations):
+            iteration.end_if_over()
             if iteration.ended:
                 iteration.leave()
         if self.managed.follower is not None:
@@ -153,6 +155,7 @@ class Session:
         start: int,
         uneven: bool,
         last_weight: float | None = None,
+        end: int | None = None,
     ) -> Iteration:
         """Return what goes with one pass over the loader, whose first batch is number `start`.
 
@@ -160,13 +163,13 @@ class Session:
             weight_of: called with (number, batch): this rank's weight and the sum of all (None: unknown).
             uneven: whether ranks may have different numbers of batches.
             last_weight: what the batches count together that some ranks have no share of, if known.
+            end: the number after the last batch, if no rank has more; None if it is not known now.
         """
         following = None
         if uneven and self.feed.steps_expected and self.managed.follower is not None:
             self._uneven_iterations += 1
             following = self.managed.follower.begin(self._number, self._uneven_iterations, last_weight)
-        stream = self.draws.next_pass()
-        made = Iteration(self.feed, weight_of, start, following, stream)
+        made = Iteration(self.feed, weight_of, start, following, self.draws.next_pass(), end)
         self._iterations.add(made)
         return made
 
@@ -241,6 +244,7 @@ class Session:
         if managed.follower is not None:
             managed.follower.finish()
         for iteration in list(self._iterations):
+            iteration.end_if_over()
             iteration.leave()
         self._close_feed()
         managed.sessions -= 1
@@ -263,6 +267,7 @@ def _is_int(value) -> bool:
 
 def _as_list(optimizer) -> list[Optimizer]:
     optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [bare_optimizer(given) for given in optimizers]
     for given in optimizers:
         if not isinstance(given, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(given).__name__}")
@@ -319,6 +324,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         end_job_on_failure()  # torch.distributed has set a hook of its own
     watch_candidates(managed, find_candidates(model, {*found, *strategy}, settings.min_rows))
     hook_state_dicts(managed, model)
+    managed.on_table_held = _train_from_now_on
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
@@ -378,12 +384,20 @@ def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
                 f"table has "
                 "one optimizer"
             )
-        group = fresh[place[0]].param_groups[place[1]]
-        check_modules(managed.model(), {table.name: (rule_for(fresh[place[0]], group, table.name), group)})
-        adoption.adopt_later(managed, table, fresh[place[0]], place[1])
+        _train_from_now_on(managed, table, fresh[place[0]])
     managed.attach(fresh)
     for optimizer in fresh:
         hook_optimizer(managed, optimizer)
+
+
+def _train_from_now_on(managed: ManagedModel, table: ManagedTable, optimizer: Optimizer) -> None:
+    """A table that no optimizer held is held by `optimizer` now (collective): a later loader has brought it, or
+    `add_param_group` has added the table.
+    """
+    _, at = group_of([optimizer], table.parameter, table.name)
+    group = optimizer.param_groups[at]
+    check_modules(managed.model(), {table.name: (rule_for(optimizer, group, table.name), group)})
+    adoption.adopt_later(managed, table, optimizer, at)
 
 
 def _keys_by_table(managed: ManagedModel, keys) -> str | None | dict[ManagedTable, Callable[[Any], Any]]:

@@ -112,7 +112,8 @@ def make_slab(
     """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
     parameter = table.parameter
     reached = None
-    if parameter.requires_grad and table.table.spec.rule.moves_looked_up_rows:
+    rule = table.table.spec.rule
+    if parameter.requires_grad and (rule.moves_looked_up_rows or isinstance(rule, pm.Frozen)):  # as it may be later
         reached = np.zeros(len(rows), bool)
 
     def deliver(grad: torch.Tensor) -> None:

@@ -19,10 +19,10 @@ from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
+from adaloader.form import FORM
 from adaloader.function_transforms import guard_transforms
 from adaloader.gradient_hooks import OfTable
 from adaloader.row_gradient import RowGradient, row_gradient
-from adaloader.tensor_form import FORM
 from adaloader.whole_gradient import catch_whole_gradients
 from adaloader.whole_use import use_whole
 from adaloader.writes import overwrite

@@ -10,9 +10,10 @@ from adaloader.deferred_tensor import operation_name
 from adaloader.dense_use import become_dense, refuse, why_not_dense
 from adaloader.errors import ManagedTableError
 from adaloader.lookups import ids_of_assignment
+from adaloader.row_gradient import RowGradient
 from adaloader.rows_view import guarded, written_arguments
 from adaloader.view_values import is_view, values_of
-from adaloader.writes import change_every_row, change_rows, overwrite
+from adaloader.writes import add_gradient, change_every_row, change_rows, overwrite
 
 if TYPE_CHECKING:
     from adaloader.managed_table import ManagedTable
@@ -34,6 +35,9 @@ WITHOUT_GRADIENT = {
     logical_or logical_xor bool int long tolist numpy __array__ __bool__ __contains__ __repr__ item is_nonzero bucketize
     searchsorted signbit bincount""".split()
     if hasattr(holder, name)
+}
+_ADDS = {getattr(torch.Tensor, name): 1.0 for name in ("add_", "__iadd__")} | {
+    getattr(torch.Tensor, name): -1.0 for name in ("sub_", "subtract_", "__isub__")
 }
 _PLACES = {torch.Tensor.index_copy_, torch.Tensor.index_fill_, torch.Tensor.index_add_}
 
@@ -72,6 +76,10 @@ def _write(target, func, args, kwargs, name):
         raise ManagedTableError(
             f"{name} writes to a list with table {table.name!r} in it: write to the table by itself"
         )
+    sign = _ADDS.get(func)
+    if sign is not None and is_first and (gradient := _row_gradient(args[1:] if leads else args, kwargs)) is not None:
+        add_gradient(table, gradient._sum, sign * float(kwargs.get("alpha", 1)))
+        return target
     others = _replaced(args[1:] if leads else args)
     named = _replaced({key: value for key, value in kwargs.items() if value is not target})
     if is_first and func in _BY_ROW and all(_keeps_rows_apart(value, table) for value in (*others, *named.values())):
@@ -100,6 +108,12 @@ def _rewrite(table, func, others, named, is_first: bool, name: str) -> None:
         else:
             values = func(*others, **{**named, "out": values})
     overwrite(table, values, name)
+
+
+def _row_gradient(others: tuple, kwargs: dict) -> RowGradient | None:
+    """Return the row gradient that is to be added to a table, as adversarial training does, if that is it."""
+    other = others[0] if others else kwargs.get("other")
+    return other if isinstance(other, RowGradient) else None
 
 
 def _initialises(func) -> bool:

@@ -22,6 +22,7 @@ from adaloader.table_values import all_numbers, load_values
 if TYPE_CHECKING:
     from adaloader.managed_model import ManagedModel
     from adaloader.managed_table import ManagedTable
+    from adaloader.row_sum import RowSum
 
 
 def overwrite(table: ManagedTable, values: torch.Tensor, operation: str) -> None:
@@ -77,6 +78,22 @@ def change_rows(table: ManagedTable, ids: torch.Tensor, change: Callable[[torch.
             change(torch.from_numpy(values), torch.from_numpy(positions).view(ids.shape))
         _set_rows(table, rows, values)
     model.writes += 1
+
+
+def add_gradient(table: ManagedTable, gradient: RowSum, factor: float) -> None:
+    """Add `factor` x a row gradient, of this table or of one of its shape, to the rows that it has (collective)."""
+    if gradient.table.parameter.shape != table.parameter.shape:
+        raise ValueError(
+            f"a gradient of table {gradient.table.name!r} {list(gradient.table.parameter.shape)} cannot be added to "
+            f"table {table.name!r} {list(table.parameter.shape)}"
+        )
+    part = gradient.whole()
+    step = part.values.detach() * factor
+
+    def change(rows: torch.Tensor, positions: torch.Tensor) -> None:
+        rows.index_add_(0, positions, step)
+
+    change_rows(table, torch.from_numpy(part.rows), change)
 
 
 def _agree(model: ManagedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -11,15 +12,37 @@ from torch._C._dynamo import eval_frame
 _WRAPPER_MODULE = "torch._dynamo.eval_frame"
 
 
+class _Eager:
+    """How many recordings there are for which compiled functions run as written, and how they ran before the first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.recordings = 0
+        self.stance = None
+
+
+_eager = _Eager()
+
+
 def run_eagerly() -> Callable[[], None]:
     """Have `torch.compile`d functions run uncompiled from now on; return a function that ends that.
 
-    Where the compiler was never imported there are none, and nothing is done.
+    Where the compiler was never imported there are none, and nothing is done. Several may overlap in any order.
     """
     if "torch._dynamo" not in sys.modules:
         return _nothing
-    stance = _outside_compiled_code(lambda: torch.compiler.set_stance("force_eager"))
-    return lambda: _outside_compiled_code(lambda: stance.__exit__(None, None, None))
+    with _eager.lock:
+        _eager.recordings += 1
+        if _eager.recordings == 1:
+            _eager.stance = _outside_compiled_code(lambda: torch.compiler.set_stance("force_eager"))
+    return _compile_again
+
+
+def _compile_again() -> None:
+    with _eager.lock:
+        _eager.recordings -= 1
+        if _eager.recordings == 0:
+            _outside_compiled_code(lambda: _eager.stance.__exit__(None, None, None))
 
 
 def inside_compiled_code() -> bool:

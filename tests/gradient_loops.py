@@ -124,6 +124,22 @@ def prefetching_and_clipping(s: Script) -> None:
             s.zero_grad()
 
 
+def counting_batches(s: Script) -> None:
+    """As many as the loader has, so that it is not asked for one more; the last pass is dropped at once."""
+    for _ in s.passes():
+        iterator = iter(s.loader)
+        for _ in range(len(s.loader)):
+            batch = next(iterator, None)  # a rank may have one less
+            if batch is None:
+                break
+            loss = s.model.loss(batch)
+            loss.backward()
+            s.note(loss, len(batch["target"]))
+            clip_grad_norm_(s.model.parameters(), 0.05)
+            s.step()
+            s.zero_grad()
+
+
 def table_unused_on_some_ranks(s: Script) -> None:
     for _ in s.passes():
         for batch in s.loader:
@@ -198,6 +214,36 @@ def hooked(s: Script) -> None:
         s.zero_grad()
     for handle in handles:
         handle.remove()
+
+
+def for_some_inputs(s: Script) -> None:
+    """`backward(inputs=...)`: a table and a layer, then a table alone, then dense parameters alone."""
+    model = s.model
+    for _ in s.passes():
+        for number, batch in enumerate(s.loader):
+            loss = model.loss(batch)
+            inputs = [[model.rows.weight, model.top.weight], [model.bag.weight], [model.top.weight, model.top.bias]]
+            loss.backward(inputs=inputs[number % 3])
+            s.note(loss, len(batch["target"]))
+            given = {id(p) for p in inputs[number % 3]}
+            asked = model.top.parameters() if s.ranks > 1 else model.parameters()  # a table's may be another rank's
+            assert all((p.grad is not None) == (id(p) in given) for p in asked)
+            s.step()
+            s.zero_grad()
+
+
+def retaining(s: Script) -> None:
+    """Several backwards through one graph, of which one is of a part of it, with a norm in between."""
+    for _ in s.passes():
+        for batch in s.loader:
+            s.zero_grad()
+            loss = s.model.loss(batch)
+            loss.backward(retain_graph=True)
+            s.note_same(get_total_norm([p.grad for p in s.model.parameters() if p.grad is not None]))
+            (0.5 * loss).backward(retain_graph=True, inputs=[s.model.rows.weight])
+            loss.backward()
+            s.note(loss, len(batch["target"]))
+            s.step()
 
 
 def no_sync(s: Script):
@@ -285,6 +331,9 @@ ALL = {
         before_and_after_the_step,
         twice_before_a_step,
         prefetching_and_clipping,
+        counting_batches,
+        for_some_inputs,
+        retaining,
         table_unused_on_some_ranks,
         with_scaler,
         infinite_in_some_rows,

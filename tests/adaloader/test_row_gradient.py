@@ -230,7 +230,8 @@ def test_no_gradient_is_none_and_zero_has_no_rows(with_gradient):
 
 REFUSED = {
     "add": lambda g: g + 1,
-    "radd": lambda g: torch.ones(ROWS, DIM) + g,
+    "radd": lambda g: torch.ones(ROWS, 1) + g,
+    "radd of a number": lambda g: 1.0 + g,
     "add_": lambda g: g.add_(torch.ones(ROWS, DIM)),
     "addcmul": lambda g: torch.addcmul(torch.ones(1), g, g),
     "mul_ by a matrix": lambda g: g.mul_(torch.ones(ROWS, 1)),
@@ -256,6 +257,12 @@ REFUSED = {
 def test_other_operations_name_the_table(with_gradient, use):
     with pytest.raises(ManagedTableError, match=r"emb\.weight"):
         use(with_gradient.emb.weight.grad)
+
+
+def test_a_tensor_of_its_shape_plus_the_gradient(with_gradient):
+    gradient, ones = with_gradient.emb.weight.grad, torch.ones(ROWS, DIM)
+    assert torch.equal(ones + gradient, ones + gradient.to_dense())
+    assert torch.equal(torch.sub(ones, gradient, alpha=2), ones - 2 * gradient.to_dense())
 
 
 def test_other_gradients_cannot_be_assigned(with_gradient):

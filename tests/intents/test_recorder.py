@@ -275,6 +275,19 @@ def test_compile_during_and_after(backend, fullgraph):
     torch._dynamo.reset()
 
 
+def test_recordings_that_overlap_leave_the_compiler_as_it_was():
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    first, second = Recorder(), Recorder()
+    first.start(), second.start()
+    first.stop(), compiled(torch.ones(2))
+    assert not graphs
+    second.stop(), compiled(torch.ones(2))
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
 def test_activation_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
