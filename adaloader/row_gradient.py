@@ -295,7 +295,6 @@ _HANDLERS = {
     torch.Tensor.detach_: _same,
     torch.Tensor.data.__get__: _same,
     torch.Tensor.data.__set__: _set_data,
-    torch.Tensor.grad.__get__: lambda gradient: None,
     torch.Tensor.coalesce: _same,
     torch.Tensor.to: _to,
     torch.Tensor.__format__: lambda gradient, spec: format(repr(gradient), spec),

@@ -188,6 +188,8 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
     open_rows = [at for at in layout.row_dims if at not in indices]
     open_columns = [at for at in dims if at not in indices and at not in layout.row_dims]
     ids, columns = _rows_and_columns(layout, indices, open_columns)
+    if open_rows and not indices:  # the same rows for every batch; the number of a single row may be the batch's
+        ids = torch.full((), layout.offset // layout.dim)
     ids = _with_open_rows(layout, ids, open_rows)
     if view.requires_grad and torch.is_grad_enabled():
         check_layout(table.table.spec.rule, False, table.name, operation)
@@ -229,7 +231,7 @@ def _times(ids: torch.Tensor, factor: int) -> torch.Tensor:
 
 def _sum(terms: list[torch.Tensor], start: int) -> torch.Tensor:
     if not terms:
-        return torch.full((), start)  # and not torch.tensor(...), which might hold anything
+        return torch.tensor(start)
     total = terms[0]
     for term in terms[1:]:
         total = total + term

@@ -36,6 +36,8 @@ OPERATIONS = [
     lambda x, batch: x[x > 10].unsqueeze(1),
 ]
 
+RESHAPES = {5, 6, 7, 8}  # they copy, another operation, only where sizes and strides are such that they must
+
 
 @settings(deadline=None, max_examples=60)
 @given(
@@ -66,8 +68,8 @@ def test_any_chain_is_derived_or_refined(chain, columns, size, seed):
         assert_replays(first, step, make(size), tables)
     for other_size in (size + 9, size + 4):
         refined = first.refine(record(step, make(other_size), tables).program(0))
-        if refined is None:  # PyTorch makes an alias of a slice that happens to be the whole: another operation
-            assert any("alias" in line for line in first.describe())
+        if refined is None:  # PyTorch makes an alias of what happens to be the whole, or reshapes without a copy
+            assert any("alias" in line for line in first.describe()) or RESHAPES.intersection(chain)
             return
         first = refined
     assert [site.reason for site in first.sites] == [None], first.describe()
