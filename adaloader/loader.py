@@ -1,5 +1,4 @@
-"""`AdaLoader`: a `DataLoader` that reads ahead, so that every table row is on this rank before the batch that needs
-it."""
+"""`AdaLoader`: a `DataLoader` that reads ahead, so that every table row is here before the batch that needs it."""
 
 from __future__ import annotations
 
@@ -34,12 +33,10 @@ class AdaLoader(StatefulDataLoader):
     """A `torch.utils.data.DataLoader` that also manages the embedding tables of a model (collective, with a model).
 
     Takes everything that `DataLoader` takes and, as torchdata's `StatefulDataLoader`, gives and takes `state_dict()`:
-    the
-    position of the last batch handed out. Without `model` it is just that. With it, the model's tables move into the
-    parameter
-    manager, batches are read ahead and the rows that they need are brought to this rank; `optimizer.step()` updates
-    rows as it updates everything else. Under `mpirun` the ranks share each global batch, and results equal one
-    process's.
+    the position of the last batch handed out. Without `model` it is just that. With it, the model's tables move into
+    the parameter manager, batches are read ahead and the rows that they need are brought to this rank;
+    `optimizer.step()` updates rows as it updates everything else. Under `mpirun` the ranks share each global batch, and
+    results equal one process's.
 
     Args:
         dataset, batch_size, ...: as `DataLoader`; `batch_size` is per rank. Unless a sampler is given, batch t of N
@@ -59,7 +56,8 @@ class AdaLoader(StatefulDataLoader):
             batches of their own; by default each rank with a batch counts 1.
         timeout_seconds: how long to wait for another rank before an error names it.
         strategy: by name of a parameter, "managed" (a table, however few rows it has) or "dense" (an ordinary
-            parameter). By default a table that is used as a whole in its first step becomes dense by itself.
+            parameter). By default a table that is used as a whole, with its gradient, becomes dense by itself (on
+            several ranks in its first step; later that is an error).
 
     Raises:
         ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
