@@ -209,10 +209,9 @@ class Session:
 
         steps: optimizer steps. lookups: unique rows looked up, over all lookups. intent_coverage: share that was
         intended, of those for batches (1.0 before the first; inference between steps does not count). on_demand: all
-        that were not intended. wait_seconds: time that
-        the trainer's thread waited for rows, in `next`, lookups and `step`. bytes_sent, bytes_received: of rows,
-        gradients, intents. memory_bytes: of rows held, with state and index. tables: the same counts by table.
-        seconds: where time went, on whatever thread.
+        that were not intended. wait_seconds: time that the trainer's thread waited for rows, in `next`, lookups and
+        `step`. bytes_sent, bytes_received: of rows, gradients, intents. memory_bytes: of rows held, with state and
+        index. tables: the same counts by table. seconds: where time went, on whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
         counts = {table.name: table.counts for table in managed.tables}
