@@ -189,8 +189,8 @@ def test_from_plain_to_managed_and_back(comm, seed, kind):
     plain_optimizer.load_state_dict(plain_optimizer.state_dict())  # which rounds NAdam's product otherwise from then on
     plain_optimizer.zero_grad()  # the model that is loaded into has no gradients
     train(plain, [plain_optimizer], whole[20:30], start=20)
-    plain_optimizer.load_state_dict(plain_optimizer.state_dict())
     assert_same_state(saved[1], plain_optimizer.state_dict(), 1e-9)
+    plain_optimizer.load_state_dict(plain_optimizer.state_dict())
     again, (again_optimizer,) = make(seed + 2, build, torch.float64, False)
     again.load_state_dict(saved[0])
     again_optimizer.load_state_dict(saved[1])
