@@ -101,7 +101,7 @@ class ManagedModel:
 
     def table_became_dense(self, table: ManagedTable, why: str) -> None:
         """A table is an ordinary parameter from now on, whose gradient is averaged like that of any other."""
-        self.tables.remove(table)
+        self.tables = [other for other in self.tables if other is not table]  # anew: the planner may be reading it
         self.dense_because[table.name] = why
         model = self.model()
         if self.reducer is not None and model is not None:
