@@ -6,21 +6,21 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from adaloader.batch_weights import own_weight, shared_weight
 from adaloader.explain import Explanation
-from adaloader.lookahead import LookaheadIterator, Place
-from adaloader.sampling import EpochIterator, GlobalBatchSampler, Shares
+from adaloader.loader_iterator import DRAWS, LoaderIterator
+from adaloader.lookahead import LookaheadIterator
+from adaloader.sampling import GlobalBatchSampler, Shares
 from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
 from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
-
-_DRAWS = "_random_ids"  # in saved positions: which pass `adaloader.random_ids` drew for
+from adaloader.wrapped_loader import WrappedLoader
 
 Keys = str | None | Mapping[object, Callable[[Any], Any]]
 
@@ -190,12 +190,12 @@ class AdaLoader(StatefulDataLoader):
         epoch = None if self._ordered is None else self._ordered.epoch
         weight = session.settings.batch_weight
         if epoch is None:
-            uneven, last_weight, weight_of = True, None, _own_weight(weight, None)
+            uneven, last_weight, weight_of = True, None, own_weight(weight, None)
             has_last = False
         else:
             has_last = epoch.shares.rank_batches == epoch.shares.global_batches
             uneven, last_weight = _last_batch(epoch.shares)
-            weight_of = _shared_weight(epoch.shares, weight)
+            weight_of = shared_weight(epoch.shares, weight)
         passed = session.iteration(
             weight_of,
             start=inner._num_yielded,
@@ -220,7 +220,7 @@ class AdaLoader(StatefulDataLoader):
         )
         self._place = iterator.place
         passed.place = iterator.place if epoch is None else None
-        return _LoaderIterator(self, iterator, epoch)
+        return LoaderIterator(self, iterator, epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the last batch handed out, in torchdata's form (and `random_ids`' pass)."""
@@ -229,14 +229,14 @@ class AdaLoader(StatefulDataLoader):
         else:
             state = self._place.state
         draws = None if self._session is None else self._session.draws.state()
-        return state if draws is None else {**state, _DRAWS: draws}
+        return state if draws is None else {**state, DRAWS: draws}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have the next iteration begin where `state_dict` was taken."""
         self._place = None
-        if _DRAWS in state_dict:
+        if DRAWS in state_dict:
             state_dict = dict(state_dict)
-            draws = state_dict.pop(_DRAWS)
+            draws = state_dict.pop(DRAWS)
             if self._session is not None:
                 self._session.draws.load_state(draws)
         super().load_state_dict(state_dict)
@@ -296,179 +296,6 @@ class AdaLoader(StatefulDataLoader):
 
 
 setattr(AdaLoader, "__pl_saved_args", lightning_arguments)  # a name that Python would change within the class
-
-
-class _LoaderIterator(Iterator):
-    """Keeps its loader alive; tells the sample order how often the loop has asked, so that random draws come when a
-    plain loader makes them.
-    """
-
-    def __init__(self, loader, iterator: LookaheadIterator, epoch: EpochIterator | None = None):
-        self._loader, self._iterator, self._epoch = loader, iterator, epoch
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __next__(self):
-        if self._epoch is not None:
-            self._epoch.keep_up(self._iterator.place.yielded + 1)
-        return next(self._iterator)
-
-    def close(self) -> None:
-        """Drop what was read ahead; no more batches come."""
-        self._iterator.close()
-
-
-class WrappedLoader:
-    """Any re-iterable of batches with AdaLoader's management; made by `AdaLoader.wrap`."""
-
-    def __init__(self, iterable: Iterable, model: nn.Module, optimizer, settings: Settings):
-        if isinstance(iterable, Iterator) or not _is_iterable(iterable):
-            raise TypeError(
-                f"AdaLoader.wrap needs something that can be iterated again and again, got {type(iterable).__name__}: "
-                "pass the loader or list itself"
-            )
-        self.iterable = iterable
-        self._session = Session(model, optimizer, settings, "batches of the rank's own")
-        self._position: _Position | None = None
-        self._resume: dict[str, Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.iterable)
-
-    def __getattr__(self, name: str):
-        """What the wrapped loader offers (`dataset`, `batch_size`, ...) is offered here."""
-        if name.startswith("_") or name == "iterable":
-            raise AttributeError(name)
-        return getattr(self.iterable, name)
-
-    def __iter__(self) -> Iterator:
-        session = self._session
-        session.begin_iteration()
-        resume, self._resume = self._resume, None
-        with session.feed.reading():
-            inner, start = self._begin(resume)
-        lengths = session.lengths_of_ranks(self._certain_length())
-        weight_of = _own_weight(session.settings.batch_weight, lengths)
-        passed = session.iteration(weight_of, start=start, uneven=True, last_weight=1.0 if lengths else None)
-        position = _Position(resume is not None and resume["ended"])
-
-        def on_end(reason: str) -> None:
-            position.ended = reason == "exhausted"
-            passed.on_end(reason)
-
-        iterator = LookaheadIterator(
-            session.watched(inner),
-            session.settings.lookahead,
-            snapshot=self.iterable.state_dict if self._is_stateful else None,
-            on_read=passed.on_read,
-            on_yield=passed.on_yield,
-            on_end=on_end,
-            start=start,
-        )
-        position.place = passed.place = iterator.place
-        self._position = position
-        return _LoaderIterator(self, iterator)
-
-    def _certain_length(self) -> int | None:
-        """Return how many batches the source has, None where `len()` may be an estimate."""
-        source = self.iterable
-        is_map_style = isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset)
-        return len(source) if is_map_style or isinstance(source, (list, tuple)) else None
-
-    @property
-    def _is_stateful(self) -> bool:
-        return hasattr(self.iterable, "state_dict") and hasattr(self.iterable, "load_state_dict")
-
-    def _begin(self, resume: dict[str, Any] | None) -> tuple[Iterator, int]:
-        """Return an iterator over the source, and the number of its first batch, where `resume` says."""
-        if resume is None:
-            return iter(self.iterable), 0
-        if self._is_stateful and resume["source"] is not None:
-            self.iterable.load_state_dict(resume["source"])
-            return iter(self.iterable), 0 if resume["ended"] else resume["yielded"]
-        inner = iter(self.iterable)
-        start = 0 if resume["ended"] else resume["yielded"]
-        for _ in range(start):
-            next(inner, None)
-        return inner, start
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the last batch handed out: their number, whether the end was reached, and the source's
-        own state where it has one.
-        """
-        if self._position is not None:
-            state = self._position.state_dict()
-        else:
-            state = {"yielded": 0, "ended": False, "source": None} if self._resume is None else dict(self._resume)
-        draws = self._session.draws.state()
-        return state if draws is None else {**state, _DRAWS: draws}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next iteration begin where `state_dict` was taken; a source without a state is read up to there."""
-        if set(state_dict) - {_DRAWS} != {"yielded", "ended", "source"}:
-            raise ValueError(f"not a state of a wrapped loader: it has the entries {sorted(state_dict)}")
-        self._position = None
-        self._resume = dict(state_dict)
-        self._session.draws.load_state(self._resume.pop(_DRAWS, None))
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """As `AdaLoader.no_sync`; here, where ranks have batches of their own, it mostly has no effect."""
-        return self._session.no_sync()
-
-    def stats(self) -> dict[str, Any]:
-        """Return what the model's tables have cost so far; see `Session.stats`."""
-        return self._session.stats()
-
-    def explain(self) -> Explanation:
-        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`."""
-        return self._session.explain()
-
-    def close(self) -> None:
-        """End this loader (and, with the last one of its model, this rank's part in the manager)."""
-        self._session.close()
-
-
-@dataclass
-class _Position:
-    """Where an iteration over a wrapped source is."""
-
-    ended: bool
-    place: Place | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"yielded": self.place.yielded, "ended": self.ended, "source": self.place.state}
-
-
-def _is_iterable(given) -> bool:
-    return hasattr(given, "__iter__") or hasattr(given, "__getitem__")
-
-
-def _own_weight(
-    batch_weight: Callable[[Any], float] | None, lengths: list[int] | None
-) -> Callable[[int, Any], tuple[float, float | None]]:
-    """Weights where each rank has batches of its own: they count equally, or by `batch_weight`.
-
-    With the ranks' `lengths`, the sum of weights is known without asking: it is the number of ranks that have the
-    batch.
-    """
-    if lengths is not None:
-        return lambda number, batch: (1.0, float(sum(length > number for length in lengths)))
-    return lambda number, batch: (1.0 if batch_weight is None else float(batch_weight(batch)), None)
-
-
-def _shared_weight(
-    shares: Shares, batch_weight: Callable[[Any], float] | None
-) -> Callable[[int, Any], tuple[float, float | None]]:
-    """Weights where ranks have shares of one batch: by samples, or by `batch_weight`."""
-
-    def weight_of(number: int, batch: Any) -> tuple[float, float | None]:
-        if batch_weight is not None:
-            return float(batch_weight(batch)), None
-        mine, all_ranks = shares.share(number)
-        return float(mine), float(all_ranks)
-
-    return weight_of
 
 
 def _last_batch(shares: Shares) -> tuple[bool, float | None]:

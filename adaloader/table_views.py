@@ -22,6 +22,15 @@ from adaloader.gradient_layout import check_layout
 from adaloader.rows_view import guarded, written_arguments
 from adaloader.slabs import expand
 from adaloader.view_layout import Layout, layout_of
+from adaloader.view_positions import (
+    columns_of,
+    offsets_of,
+    order_of_results,
+    rows_and_columns,
+    sum_of,
+    times,
+    with_open_rows,
+)
 from adaloader.view_use import use_views
 from adaloader.view_values import values_of
 
@@ -187,88 +196,27 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
     shape_B = next(iter(indices.values())).shape if indices else torch.Size()
     open_rows = [at for at in layout.row_dims if at not in indices]
     open_columns = [at for at in dims if at not in indices and at not in layout.row_dims]
-    ids, columns = _rows_and_columns(layout, indices, open_columns)
+    ids, columns = rows_and_columns(layout, indices, open_columns)
     if open_rows and not indices:  # the same rows for every batch; the number of a single row may be the batch's
         ids = torch.full((), layout.offset // layout.dim)
-    ids = _with_open_rows(layout, ids, open_rows)
+    ids = with_open_rows(layout, ids, open_rows)
     if view.requires_grad and torch.is_grad_enabled():
         check_layout(table.table.spec.rule, False, table.name, operation)
     slab, positions = table.look_up(ids, operation)
     with table.owner.paused():
-        offsets_T = _offsets(layout, open_columns)
+        offsets_T = offsets_of(layout, open_columns)
         if columns is None:
-            rows = _columns(expand(slab, positions, ids.shape), offsets_T + layout.offset % layout.dim)
+            rows = columns_of(expand(slab, positions, ids.shape), offsets_T + layout.offset % layout.dim)
         else:
             at = torch.from_numpy(positions).view(ids.shape)[..., None]
             wanted = columns.reshape(*shape_B, *[1] * (ids.ndim - len(shape_B)), 1) + offsets_T.flatten()
             rows = slab.tensor[at, wanted]
         shape = (*ids.shape, *(layout.shape[at] for at in open_columns))
-        order = _order(len(shape_B), sorted(indices), open_rows, open_columns)
+        order = order_of_results(len(shape_B), sorted(indices), open_rows, open_columns)
         found = rows.reshape(shape).permute(order)
         if layout.is_complex:
             found = torch.view_as_complex(found.contiguous())
         return found if view.requires_grad else found.detach()
-
-
-def _rows_and_columns(layout: Layout, indices, open_columns) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return rows, and the columns where these are indexed, of shape `B`; the user's ids go into both."""
-    if layout.crosses_rows:
-        if open_columns:
-            raise IndexError("a view that crosses the rows of a managed table must be indexed in all its dimensions")
-        at = _sum([_times(ids, layout.strides[dim]) for dim, ids in indices.items()], layout.offset)
-        return torch.div(at, layout.dim, rounding_mode="floor"), at % layout.dim
-    steps = {at: layout.strides[at] // layout.dim for at in layout.row_dims}
-    rows = _sum([_times(ids, steps[at]) for at, ids in indices.items() if at in steps], layout.offset // layout.dim)
-    within = [_times(ids, layout.strides[at]) for at, ids in indices.items() if at not in steps]
-    if not steps.keys() & indices.keys() and indices:  # columns alone: each goes with the same row
-        rows = torch.full_like(next(iter(indices.values())), layout.offset // layout.dim)
-    return rows, _sum(within, layout.offset % layout.dim) if within else None
-
-
-def _times(ids: torch.Tensor, factor: int) -> torch.Tensor:
-    return ids if factor == 1 else ids * factor
-
-
-def _sum(terms: list[torch.Tensor], start: int) -> torch.Tensor:
-    if not terms:
-        return torch.tensor(start)
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total + start if start else total
-
-
-def _with_open_rows(layout: Layout, ids: torch.Tensor, open_rows: list[int]) -> torch.Tensor:
-    for at in open_rows:
-        step = layout.strides[at] // layout.dim
-        ids = ids[..., None] + torch.arange(layout.shape[at]) * step
-    return ids
-
-
-def _offsets(layout: Layout, dims: list[int]) -> torch.Tensor:
-    offsets = torch.zeros((), dtype=torch.int64)
-    for at in dims:
-        offsets = offsets[..., None] + torch.arange(layout.shape[at]) * layout.strides[at]
-    return offsets
-
-
-def _columns(rows: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
-    """Return the columns `wanted_T` (any shape, taken flat) of `rows` `[..., dim]`."""
-    wanted = wanted_T.flatten()
-    first = int(wanted[0]) if len(wanted) else 0
-    if torch.equal(wanted, torch.arange(first, first + len(wanted))):
-        return rows.narrow(-1, first, len(wanted)) if len(wanted) else rows[..., :0]
-    return rows.index_select(-1, wanted)
-
-
-def _order(broadcast: int, indexed: list[int], open_rows: list[int], open_columns: list[int]) -> list[int]:
-    """Return the permutation from [B, open rows, open columns] to the order in which PyTorch has them."""
-    places = {at: broadcast + number for number, at in enumerate([*open_rows, *open_columns])}
-    others = sorted(places)
-    adjacent = bool(indexed) and indexed == list(range(indexed[0], indexed[-1] + 1))
-    before = [at for at in others if adjacent and at < indexed[0]]
-    after = [at for at in others if at not in before]
-    return [places[at] for at in before] + list(range(broadcast)) + [places[at] for at in after]
 
 
 # Indexing
@@ -363,7 +311,7 @@ def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sca
     if layout.is_whole_rows:
         step, start = layout.strides[0] // layout.dim, layout.offset // layout.dim
         return lookups.embedding(
-            _sum([_times(ids, step)], start),
+            sum_of([times(ids, step)], start),
             _whole(weight),
             None if padding is None else padding * step + start,
             max_norm,
@@ -401,7 +349,7 @@ def embedding_bag(
     if layout.is_whole_rows:
         step, start = layout.strides[0] // layout.dim, layout.offset // layout.dim
         return lookups.embedding_bag(
-            _sum([_times(ids, step)], start),
+            sum_of([times(ids, step)], start),
             _whole(weight),
             max_norm=max_norm,
             norm_type=norm_type,

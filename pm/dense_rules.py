@@ -7,6 +7,7 @@ its scalars; `cuda_ops.advance` does the rest.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ SWEPT_STEPS = 1024
 """Rows of a table that never come to rest by themselves are caught up at least every so many steps."""
 
 
-class DenseRule:
+class DenseRule(ABC):
     """What they share. `kind` is the kernel's name for it, `parts` how many words of state it has per value."""
 
     catches_up = True
@@ -46,9 +47,9 @@ class DenseRule:
         """Whether records of this rule can go on under `other`, whose options were changed."""
         return self == other
 
+    @abstractmethod
     def entry(self, table: Table, group: Mapping[str, object]) -> Entry:
         """Return the entry of the step that `table` is taking, its `gradient_steps`-th, and note what it changes."""
-        raise NotImplementedError
 
 
 def _is_slow(ratio: float) -> bool:
@@ -173,9 +174,9 @@ class _AdamLike(DenseRule):
         """By which factor moment / root shrinks at a step without gradient, at least."""
         return beta1 / math.sqrt(beta2) if beta2 > 0 else math.inf
 
+    @abstractmethod
     def _own(self, table, group, lr, beta1, beta2) -> tuple[float, float, tuple[float, ...]]:
         """Return (factor of the first moment, its bound for all later steps of the same lr, own numbers)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
