@@ -89,6 +89,7 @@ class Claims:
         for clock in self.clocks:
             clock.timing.round_begins(clock.now)
             self.act(clock)
+        for clock in self.clocks:  # after the new intents of all: what one is done with another may be about to use
             while clock.live and clock.live[0][0] < clock.now:
                 _, _, _, group, keys = heapq.heappop(clock.live)
                 self._unregister(self._node.holdings[group], keys)

@@ -154,6 +154,11 @@ class Locations:
         if len(mine):
             self.moved(keys[mine], self._rank, counters[mine])
 
+    @property
+    def waits_for_homes(self) -> bool:
+        """Whether there are pointers that homes have not confirmed."""
+        return len(self._given_away) > 0
+
     def confirm(self, acknowledged: np.ndarray) -> None:
         """Forget pointers that are not needed: `acknowledged` (int64 `[ranks]`) parcels were taken in by each rank."""
         if len(self._given_away):

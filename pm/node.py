@@ -203,6 +203,7 @@ class Node:
             or self.syncing.has_work
             or bool(self.operations.waiting)
             or bool((self._received > self._told).any())
+            or any(locations.waits_for_homes for locations in self.locations)
         )
 
     @property

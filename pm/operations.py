@@ -169,6 +169,8 @@ class Operations:
             self.waiting.append((operation, positions[later]))
         away = elsewhere & ~waits
         if away.any():
+            if operation.action == Action.SET:  # what this rank had added before, and not told, is overwritten
+                holdings.copies.forget_untaken(at[away & (states == Copy.ACTIVE)])
             self._send(operation, positions[away], target[away])
 
     def _on_owned(self, operation: Operation, holdings: Holdings, slots: np.ndarray, positions: np.ndarray) -> None:
