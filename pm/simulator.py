@@ -386,6 +386,11 @@ class Simulation:
         self._invariants.homes_know()
         return self
 
+    def run_to_clock(self, clock: int) -> None:
+        """Go on until the slowest worker has come to `clock`, or is at its end."""
+        while any(self._clocks[at].now < clock for at in self._doing):
+            self._turn()
+
     def settle(self) -> None:
         """Go on until no worker can do anything and ranks have nothing more to say to each other."""
         self._resting[:] = 0
