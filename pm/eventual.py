@@ -178,17 +178,17 @@ class EventualManager(SynchronousManager):
         """Nothing: intents are acted on when they are due."""
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
-        return self._pull(plan.table, plan.rows, out)
+        return self._pull(plan.table, plan.rows, out, plan.intent)
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
         return self._pull(table, rows, out)
 
-    def _pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def _pull(self, table: Table, rows: np.ndarray, out: np.ndarray, intent: Intent | None = None) -> np.ndarray:
         self._check_open()
         self._wait_for_others_steps()
         started = time.perf_counter()
-        operation = Operation(Action.PULL, table.number, rows, out)
+        operation = Operation(Action.PULL, table.number, rows, out, places=_places_of(intent))
         self._run(operation)
         self.traffic.seconds["gather"] += time.perf_counter() - started
         self._wait_for(operation)
@@ -277,11 +277,12 @@ class EventualManager(SynchronousManager):
             table.spec.dim,
         )
         if self._holdings(table).group.moves:
-            self._apply_here(table, rows, values, scale, group)
+            intent = gradients[0].plan.intent if len(gradients) == 1 and gradients[0].plan is not None else None
+            self._apply_here(table, rows, values, scale, group, _places_of(intent))
         else:
             self._apply_at_home(table, rows, values, scale, group)
 
-    def _apply_here(self, table: Table, rows, values, scale: float, group: dict[str, object]) -> None:
+    def _apply_here(self, table: Table, rows, values, scale: float, group, places: np.ndarray | None) -> None:
         """Apply gradients to records and copies on this rank; rows that are not here are fetched, updated and sent."""
         table.begun = True
         table.gradient_steps += 1
@@ -293,18 +294,18 @@ class EventualManager(SynchronousManager):
             grads = values if some is None else values[some]
             rule.apply(store, slots, grads, scale, group, table.gradient_steps, version)
 
-        slots = self.node.grants.find_or_make(holdings, rows)
-        mine = np.flatnonzero(slots >= 0)
+        places = holdings.places(rows, places)
+        mine = np.flatnonzero(places >= 0)
         if len(mine) == len(rows):
-            apply(holdings.owned.store, slots, None)
-            self.node.grants.changed_here(holdings, slots)
+            apply(holdings.owned.store, places, None)
+            self.node.grants.changed_here(holdings, places)
             return
         if len(mine):
-            apply(holdings.owned.store, slots[mine], mine)
-            self.node.grants.changed_here(holdings, slots[mine])
-        others = np.flatnonzero(slots < 0)
-        at, states = holdings.copies.find(rows[others])
-        active = states == Copy.ACTIVE
+            apply(holdings.owned.store, places[mine], mine)
+            self.node.grants.changed_here(holdings, places[mine])
+        others = np.flatnonzero(places < 0)
+        at = -2 - places[others]
+        active = (at >= 0) & (holdings.copies.states[at] == Copy.ACTIVE)
         if active.any():
             apply(holdings.copies.store, at[active], others[active])
             holdings.copies.mark_changed(at[active])
@@ -509,6 +510,10 @@ class EventualManager(SynchronousManager):
     def explain_row(self, table: Table, row: int) -> int:
         """Return the key of a row of a table."""
         return int(make_keys(table.number, np.array([row]))[0])
+
+
+def _places_of(intent: Intent | None) -> np.ndarray | None:
+    return None if intent is None else intent.places
 
 
 class _Plan(RowPlan):

@@ -39,9 +39,15 @@ class Grants:
         slots = holdings.owned.find(keys)
         absent = np.flatnonzero(slots < 0)
         if len(absent):
-            fresh = absent[self._node.locations[holdings.group.number].is_unmoved_home(keys[absent])]
-            if len(fresh):
-                slots[fresh] = holdings.owned.make(keys[fresh])
+            slots[absent] = self.make_unmoved(holdings, keys[absent])
+        return slots
+
+    def make_unmoved(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
+        """Make records of those keys that are at home here and were never touched; return slots, -1 for the others."""
+        slots = np.full(len(keys), -1, np.int64)
+        fresh = np.flatnonzero(self._node.locations[holdings.group.number].is_unmoved_home(keys))
+        if len(fresh):
+            slots[fresh] = holdings.owned.make(keys[fresh])
         return slots
 
     def changed_here(self, holdings: Holdings, slots: np.ndarray) -> None:
