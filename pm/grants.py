@@ -14,6 +14,8 @@ from pm.messages import Kind, Message, narrow, widen
 if TYPE_CHECKING:
     from pm.node import Node
 
+_NOBODY = -1
+
 
 class Grants:
     """Answers intents with records or copies, merges changes, and keeps copies up to date.
@@ -70,22 +72,27 @@ class Grants:
         keys = widen(message.arrays[0])
         slots = self.find_or_make(holdings, keys)
         mine = slots >= 0
+        others = keys[~mine]
         self.forward(
-            number, keys[~mine], lambda some: Message(Kind.REQUEST, (number, origin), (narrow(keys[~mine][some]),))
+            source, number, others, lambda some: Message(Kind.REQUEST, (number, origin), (narrow(others[some]),))
         )
         if origin != self._node.rank:
             self._grant(holdings, origin, slots[mine])
 
-    def forward(self, number: int, keys: np.ndarray, message_of) -> None:
-        """Send on what concerns keys that are not here: `message_of(positions)` makes the message for some of them."""
+    def forward(self, source: int, number: int, keys: np.ndarray, message_of) -> None:
+        """Send on what `source` asks about keys that are not here: `message_of(positions)` makes the message for some.
+
+        A question that has overtaken the record, which is on its way here, waits for it.
+        """
         if not len(keys):
             return
         node = self._node
         target = node.locations[number].next_hop(keys)
+        target[node.locations[number].are_coming(keys, source)] = node.rank
         for peer in np.unique(target).tolist():
             message = message_of(np.flatnonzero(target == peer))
-            if peer == node.rank:  # the record is on its way here; the question has overtaken it
-                self._early.append((node.rank, message))
+            if peer == node.rank:
+                self._early.append((source, message))
             else:
                 node.counts["hops"] += int((target == peer).sum())
                 node.emit(peer, message)
@@ -168,8 +175,9 @@ class Grants:
             part = keys[home == peer]
             if peer == node.rank:
                 locations.moved(part, owner, counters[home == peer].astype(np.int64))
-            elif peer != owner:
-                locations.gave_away(part, owner, int(node.next_parcel(peer)))
+                continue
+            locations.gave_away(part, owner, int(node.next_parcel(peer)))
+            if peer != owner:
                 node.emit(peer, Message(Kind.MOVED, (number, owner), (narrow(part), counters[home == peer])))
 
     def on_moved(self, source: int, message: Message) -> None:
@@ -215,6 +223,7 @@ class Grants:
             gone = keys[~mine]
             none = deltas[:0]
             self.forward(
+                source if source != origin else _NOBODY,  # whom `origin` believes may be long past
                 number,
                 gone,
                 lambda some: Message(Kind.DROPS, (number, origin), (narrow(gone[some]), narrow(gone[:0]), none)),

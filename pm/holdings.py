@@ -255,6 +255,11 @@ class Copies:
         self.dirty[slots] = False
         return changes
 
+    def forget_untaken(self, slots: np.ndarray) -> None:
+        """What has changed in copies since changes were last taken is of no concern to owners."""
+        self._put(slots, 1, self._part(slots, 0))
+        self.dirty[slots] = False
+
     def forget_changes_under_way(self, slots: np.ndarray) -> None:
         """The owner has taken in what was under way."""
         self._put(slots, 2, np.zeros((len(slots), self.width), self.store.words.dtype))

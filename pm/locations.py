@@ -142,6 +142,19 @@ class Locations:
             target[mine] = np.where(owner >= 0, owner, self._rank)
         return target
 
+    def are_coming(self, keys: np.ndarray, source: int) -> np.ndarray:
+        """Return which keys, that are not here, are on their way here, as `source` has sent on a question about them.
+
+        Those that are at home on `source`, and to whose next place nothing points: a home sends questions on to where
+        it has heard that a key went, and what this rank has given away it points to until the home has taken that in.
+        """
+        coming = self.home_of(keys) == source
+        if source == self._rank:
+            return coming & (self._moved.get(keys)[0] == self._rank)
+        if len(self._given_away):
+            coming &= self._given_away.get(keys)[0] < 0
+        return coming
+
     def learn(self, keys: np.ndarray, owner: int) -> None:
         """Remember for later that `owner` owns `keys` (but for those that it, or this rank, is the home of)."""
         if not self._cache_keys:
@@ -169,6 +182,11 @@ class Locations:
         mine = np.flatnonzero(self.home_of(keys) == self._rank)
         if len(mine):
             self.moved(keys[mine], self._rank, counters[mine])
+
+    @property
+    def waits_for_homes(self) -> bool:
+        """Whether there are pointers that homes have not confirmed."""
+        return len(self._given_away) > 0
 
     def confirm(self, acknowledged: np.ndarray) -> None:
         """Forget pointers that are not needed: `acknowledged` (int64 `[ranks]`) parcels were taken in by each rank."""

@@ -189,6 +189,7 @@ class Node:
     def round(self) -> None:
         """Exchange what has come together since the last round: intents, changes, and what they lead to."""
         self.counts["rounds"] += 1
+        self.grants.retry()  # before pointers go that a question here may need
         for locations in self.locations:
             locations.confirm(self.acknowledged)
         self.claims.round()
@@ -208,6 +209,7 @@ class Node:
             or self.syncing.has_work
             or bool(self.operations.waiting)
             or bool((self._received > self._told).any())
+            or any(locations.waits_for_homes for locations in self.locations)
         )
 
     @property

@@ -85,12 +85,10 @@ class Operations:
         operation.number = self._numbers
         operation.remaining = len(operation.keys)
         everything = np.arange(len(operation.keys))
-        if self.waiting:
-            ahead = [waiting.keys[at] for waiting, at in self.waiting if waiting.group == operation.group]
-            blocked = np.isin(operation.keys, np.concatenate(ahead)) if ahead else np.zeros(len(everything), bool)
-            if blocked.any():
-                self.waiting.append((operation, everything[blocked]))
-                everything = everything[~blocked]
+        blocked = self._are_waiting(operation.group, operation.keys)
+        if blocked.any():
+            self.waiting.append((operation, everything[blocked]))
+            everything = everything[~blocked]
         self._advance(operation, everything)
         operation.local = len(operation.keys) - operation.remaining
         if not len(operation.keys):
@@ -104,7 +102,7 @@ class Operations:
         mine = slots >= 0
         at, states = holdings.copies.find(keys)
         active = states == Copy.ACTIVE
-        if not (mine | active).all() or self.are_under_way(group, keys).any():
+        if not (mine | active).all() or (self.are_under_way(group, keys) | self._are_waiting(group, keys)).any():
             return False
         out[mine] = holdings.owned.values(slots[mine])
         out[active] = holdings.copies.values(at[active])
@@ -136,16 +134,19 @@ class Operations:
         ]
         return np.isin(keys, np.concatenate(parts)) if parts else np.zeros(len(keys), bool)
 
+    def _are_waiting(self, group: int, keys: np.ndarray) -> np.ndarray:
+        """Return for which keys there are operations that wait (bool `[n]`)."""
+        parts = [operation.keys[at] for operation, at in self.waiting if operation.group == group]
+        return np.isin(keys, np.concatenate(parts)) if parts else np.zeros(len(keys), bool)
+
     def retry(self) -> None:
         """Take up what waits."""
         waiting, self.waiting = self.waiting, []
         for operation, positions in waiting:
-            ahead = [w.keys[p] for w, p in self.waiting if w.group == operation.group]  # its elders, which wait again
-            if ahead:
-                blocked = np.isin(operation.keys[positions], np.concatenate(ahead))
-                if blocked.any():
-                    self.waiting.append((operation, positions[blocked]))
-                    positions = positions[~blocked]
+            blocked = self._are_waiting(operation.group, operation.keys[positions])  # its elders, which wait again
+            if blocked.any():
+                self.waiting.append((operation, positions[blocked]))
+                positions = positions[~blocked]
             self._advance(operation, positions)
 
     def _advance(self, operation: Operation, positions: np.ndarray) -> None:
@@ -185,6 +186,8 @@ class Operations:
             self.waiting.append((operation, positions[later]))
         away = elsewhere & ~waits
         if away.any():
+            if operation.action == Action.SET:  # what this rank had added before, and not told, is overwritten
+                holdings.copies.forget_untaken(at[away & (states == Copy.ACTIVE)])
             self._send(operation, positions[away], target[away])
 
     def _on_owned(self, operation: Operation, holdings: Holdings, slots: np.ndarray, positions: np.ndarray) -> None:
@@ -246,7 +249,7 @@ class Operations:
         mine = slots >= 0
         others = keys[~mine]
         self._node.grants.forward(
-            group, others, lambda some: Message(Kind.FETCH, message.numbers, (narrow(others[some]),))
+            source, group, others, lambda some: Message(Kind.FETCH, message.numbers, (narrow(others[some]),))
         )
         if mine.any():
             values = np.empty((int(mine.sum()), words), holdings.owned.store.words.dtype)
@@ -270,7 +273,7 @@ class Operations:
         mine = slots >= 0
         others, theirs = keys[~mine], values[~mine]
         self._node.grants.forward(
-            group, others, lambda some: Message(Kind.PUSH, message.numbers, (narrow(others[some]), theirs[some]))
+            source, group, others, lambda some: Message(Kind.PUSH, message.numbers, (narrow(others[some]), theirs[some]))
         )
         if mine.any():
             self._change(holdings, Action(action), slots[mine], values[mine], origin)

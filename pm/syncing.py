@@ -98,14 +98,18 @@ class Syncing:
         return slow or np.flatnonzero(self._refreshed < wanted).tolist()
 
     def _flush(self, then: Callable[[], None]) -> None:
+        node = self._node
+        self._flushes.append(Flush(self._unsent(), node.parcels_sent, node.operations.pushes_under_way, then))
+        self.go_on()
+
+    def _unsent(self) -> list[tuple[Copies, np.ndarray]]:
+        """Return the slots of copies whose changes have not left."""
         unsent = []
         for holdings in self._node.holdings:
             if holdings.copies.changed:
                 slots, _ = cuda_ops.dedup(np.concatenate(holdings.copies.changed))
                 unsent.append((holdings.copies, slots))
-        node = self._node
-        self._flushes.append(Flush(unsent, node.parcels_sent, node.operations.pushes_under_way, then))
-        self.go_on()
+        return unsent
 
     def go_on(self) -> None:
         """Look which flushes are over; they end in their order."""
@@ -114,7 +118,12 @@ class Syncing:
 
     def _is_in(self, flush: Flush) -> bool:
         node = self._node
-        flush.pushes &= node.operations.pushes_under_way
+        if flush.pushes:
+            flush.pushes &= node.operations.pushes_under_way
+            if flush.pushes:
+                return False
+            flush.unsent += self._unsent()  # what waited may have gone into copies
+            flush.parcels = node.parcels_sent
         left = []
         for copies, slots in flush.unsent:
             waits = copies.dirty[slots] & (copies.states[slots] == Copy.ACTIVE)
@@ -122,7 +131,7 @@ class Syncing:
             if waits.any():
                 left.append((copies, slots[waits]))
         flush.unsent = left
-        if left or flush.pushes:
+        if left:
             return False
         if flush.target is None:
             flush.target = node.last_parcels()
