@@ -78,7 +78,9 @@ class EventualManager(SynchronousManager):
         self._gathered: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._late = Summing()
         self._groups: dict[int, dict[str, object]] = {}
-        self._epochs = dict.fromkeys(range(comm.size), 0)
+        self._epochs = np.zeros((2, comm.size), np.int64)  # by phase and rank, the last pass that it has ended
+        self._ended = 0
+        self._ending: list[tuple[int, int]] = []
         super().__init__(comm, timeout_seconds)
 
     # Tables
@@ -213,15 +215,16 @@ class EventualManager(SynchronousManager):
                 lambda: syncing.may_go_on(steps),
                 lambda: self.others.missing(syncing.ranks_behind(steps), f"come near step {steps}"),
             )
-        epoch = self._epochs[self.rank]
+        epoch = self._epochs[0, self.rank]
         if self._behind_epoch(epoch):
             self._waiting.until(
                 lambda: not self._behind_epoch(epoch),
                 lambda: self.others.missing(self._behind_epoch(epoch), "end its pass over the loader"),
             )
 
-    def _behind_epoch(self, epoch: int) -> list[int]:
-        return [p for p in self.peers if self._epochs[p] < epoch and p not in self.closed_peers]
+    def _behind_epoch(self, epoch: int, phase: int = 1) -> list[int]:
+        behind = np.flatnonzero(self._epochs[phase] < epoch).tolist()
+        return [p for p in behind if p not in self.closed_peers] if behind else behind
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         holdings = self._holdings(table)
@@ -398,16 +401,44 @@ class EventualManager(SynchronousManager):
     # Coming to rest
 
     def epoch_ended(self) -> None:
-        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass."""
+        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass.
+
+        First every rank's changes go to their owners; once all ranks have said that theirs are there, owners apply what
+        has gathered, on their background threads, and send it out, and say that they have.
+        """
         self._sync()
-        self._epochs[self.rank] += 1
-        for peer in self.peers:
-            self.transport.send(peer, Message(Kind.EPOCH, (self._epochs[self.rank],)))
+        self._say_epoch(int(self._epochs[0, self.rank]) + 1, 0)
+
+    def _say_epoch(self, epoch: int, phase: int) -> None:
+        for peer in range(self.ranks):
+            self._deliver(peer, Message(Kind.EPOCH, (epoch, phase)))
         self.transport.wake()
+        if phase == 0:
+            self._epochs[0, self.rank] = epoch  # at once: the next lookup waits
 
     def _on_epoch(self, source: int, message: Message) -> None:
-        """EPOCH(number): all that `source` changed in its passes up to this number is everywhere."""
-        self._epochs[source] = message.numbers[0]
+        """EPOCH(number, phase): of passes up to this number, all that `source` changed is with the owners (phase 0), or
+        all that is owned by `source` is everywhere (1)."""
+        epoch, phase = message.numbers
+        self._epochs[phase, source] = epoch
+        self._end_epochs()
+
+    def _on_closed(self, source: int, message: Message) -> None:
+        super()._on_closed(source, message)
+        self._end_epochs()
+
+    def _end_epochs(self) -> None:
+        ended = min(int(self._epochs[0, p]) for p in range(self.ranks) if p not in self.closed_peers)
+        if ended > self._ended:
+            self._ended = ended
+            self._take_what_has_gathered()
+            with self._structure:
+                self._ending.append((ended, self.node.syncing.begin()))
+                self.node.flush()
+
+    def _go_on_ending(self) -> None:
+        while self._ending and self.node.syncing.is_over(self._ending[0][1]):
+            self._say_epoch(self._ending.pop(0)[0], 1)
 
     def _sync(self) -> None:
         """Make what this rank has changed visible everywhere."""
@@ -493,6 +524,7 @@ class EventualManager(SynchronousManager):
                 self.node.round()
                 self._next_round = now + self._round_seconds
                 busy = True
+            self._go_on_ending()
         if busy:
             self._waiting.notify()
         return busy
