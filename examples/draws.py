@@ -1,7 +1,7 @@
 """Random numbers that are a hash of what they are for, so that they do not depend on batches, ranks or workers.
 
-A counter-based generator: number k of sample i in epoch e under a seed is `uniform(seed, e, i, k)`, whoever asks. So the
-shares of a global batch on several ranks hold the same draws as the whole batch on one.
+A counter-based generator: number k of sample i in epoch e under a seed is `uniform(seed, e, i, k)`, whoever asks. So
+the shares of a global batch on several ranks hold the same draws as the whole batch on one.
 """
 
 from __future__ import annotations

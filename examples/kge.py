@@ -7,8 +7,8 @@
 It makes a graph with planted structure, or reads one from `--data DIR` (`kge_data.load_graph` names the files; where
 there is no `train` file, as in the sample of FB15k-237, it trains on `valid`). The scores are the filtered mean
 reciprocal rank and Hits@10 on held-out triples, heads and tails, against all entities.
-Negatives are drawn with each triple, the same whatever the number of ranks; `--negatives-in-loop` draws them in the loop
-by `adaloader.random_ids`, which the loader knows ahead, and which differ between numbers of ranks.
+Negatives are drawn with each triple, the same whatever the number of ranks; `--negatives-in-loop` draws them in the
+loop by `adaloader.random_ids`, which the loader knows ahead, and which differ between numbers of ranks.
 `--plain --plain-ranks N` uses the global batch of N ranks, so that its numbers can be compared with theirs.
 """
 

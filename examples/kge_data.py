@@ -110,8 +110,9 @@ def load_graph(folder: str | Path) -> Graph:
 def make_synthetic(num_entities: int, num_relations: int, num_triples: int, seed: int) -> Graph:
     """Make a graph in which a relation leads from each group of entities to one other.
 
-    Groups of about `GROUP` entities lie on a circle, and each relation goes some number of groups around it. Heads follow Zipf's law (exponent 0.8), and so do tails within the group that
-    the relation leads to. Triples drawn twice count once; a share of `TEST_SHARE` is held out.
+    Groups of about `GROUP` entities lie on a circle, and each relation goes some number of groups around it. Heads
+    follow Zipf's law (exponent 0.8), and so do tails within the group that the relation leads to. Triples drawn twice
+    count once; a share of `TEST_SHARE` is held out.
     """
     for name, number, least in (("entities", num_entities, 2 * GROUP), ("relations", num_relations, 1)):
         if number < least:

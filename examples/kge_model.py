@@ -40,9 +40,9 @@ class ComplEx(nn.Module):
         return heads, tails, product(heads, relations), product(tails, conjugate(relations))
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy of each triple among those with its `other_heads`, and `other_tails` (int64 `[B, K]`), in its place.
+        """Cross-entropy of each triple among those with its `other_heads` in place of its head, and likewise of tails.
 
-        The mean over triples, with the penalty.
+        Others are int64 `[B, K]`. The mean over triples, with the penalty.
         """
         heads, tails, tail_queries, head_queries = self(batch)
         answers = (tail_queries * tails).sum(1, keepdim=True)

@@ -1,4 +1,6 @@
-"""Filtered ranking of entities (Bordes et al. 2013): how many score above the right answer, other right ones left out."""
+"""Filtered ranking of entities (Bordes et al. 2013): how many score above the right answer,
+other right ones left out.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ class Ranking:
     def count(
         self, queries: torch.Tensor, answer_scores: torch.Tensor, entities: np.ndarray, vectors: torch.Tensor
     ) -> None:
-        """Count a piece: `entities` int64 `[c]` with `vectors` `[c, d]`; `queries` `[2n, d]`, `answer_scores` `[2n]`."""
+        """Count a piece: `entities` int64 `[c]` with `vectors` `[c, d]`.
+
+        `queries` `[2n, d]` and the `answer_scores` `[2n]` are those of all queries.
+        """
         self._column[entities] = np.arange(len(entities))
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             end = min(start + QUERIES_AT_ONCE, len(queries))
@@ -60,7 +65,10 @@ def scores_of(above: np.ndarray, equal: np.ndarray) -> dict[str, float]:
 
 
 def _right_answers(asked: np.ndarray, pairs: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (how many right answers each of `asked` `[n, 2]` has, all of them), from `pairs` `[m, 2]` and `answers`."""
+    """Return (how many right answers each of `asked` `[n, 2]` has, all of them).
+
+    `answers` `[m]` are right for `pairs` `[m, 2]`.
+    """
     base = 1 + max((int(array[:, 1].max()) for array in (asked, pairs) if len(array)), default=0)
     codes = pairs[:, 0] * base + pairs[:, 1]
     order = np.argsort(codes, kind="stable")
