@@ -59,7 +59,7 @@ def test_the_toy_text_on_two_ranks_equals_plain(tmp_path):
     options = ["--data", DATA / "text-toy" / "small.txt", "--dim", 8, "--epochs", 1, "--dtype", "float64"]
     plain = run_here(word2vec, "--plain", "--plain-ranks", 2, *options)
     assert_same_curve(run_on(2, word2vec, tmp_path, *options), plain)
-    assert plain[-1]["test_loss"] < 0.7 * 6 * np.log(2)  # what 1 pair and 5 negatives cost a model that knows nothing
+    assert plain[-1]["test_loss"] < 0.8 * 6 * np.log(2)  # what 1 pair and 5 negatives cost a model that knows nothing
 
 
 def positions_of(seed: int, **settings) -> tuple[np.ndarray, Positions]:
