@@ -39,6 +39,25 @@ class Kind(IntEnum):
     SHARE = 41
     SHARED = 42
     GIVEN = 43
+    PARCEL = 60
+    TAKEN = 61
+    REQUEST = 62
+    COPIES = 63
+    RECORDS = 64
+    PROMOTED = 65
+    REFRESH = 66
+    REFUSED = 67
+    DELTAS = 68
+    DROPS = 69
+    MOVED = 70
+    FETCH = 71
+    FETCHED = 72
+    PUSH = 73
+    PUSHED = 74
+    SYNC = 75
+    SYNCED = 76
+    CLOCK = 77
+    REFRESHED = 78
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,22 @@ class Message:
     kind: Kind
     numbers: tuple[int, ...] = ()
     arrays: tuple[np.ndarray, ...] = field(default=())
+
+
+def message_bytes(message: Message) -> int:
+    """Return how many bytes of a buffer a message takes."""
+    words = 3 + len(message.numbers) + sum(2 + array.ndim for array in message.arrays)
+    return words * _WORD + sum(_padded(array.nbytes) for array in message.arrays)
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Return non-negative int64 `numbers` as int32 where they all fit, so that they take half the bytes."""
+    return numbers.astype(np.int32) if not len(numbers) or numbers.max() <= np.iinfo(np.int32).max else numbers
+
+
+def widen(numbers: np.ndarray) -> np.ndarray:
+    """Return what `narrow` gave as int64."""
+    return numbers.astype(np.int64, copy=False)
 
 
 def pack(messages: list[Message]) -> np.ndarray:
