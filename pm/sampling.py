@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -52,6 +51,9 @@ class _Sample:
     left: int
     keys: np.ndarray | None
     pulled: np.ndarray = field(default_factory=lambda: _NONE)
+
+
+_OVER = _Sample(0, 0, _NONE)
 
 
 class Sampling:
@@ -114,7 +116,7 @@ class Sampling:
         self._rng = np.random.default_rng([int(seed) & _MASK64, access.rank, access.stream])
         self._pool = _Pool(self._distribution, self._rng, pool_size, reuse)
         self._samples: dict[int, _Sample] = {}
-        self._handles = itertools.count(1)
+        self._prepared = 0
 
     def prepare(self, n: int, start: int | None = None, end: int | None = None) -> int:
         """Prepare a sample of `n` keys to be pulled while the clock is in [start, end]; return its handle.
@@ -141,24 +143,27 @@ class Sampling:
             keys = self._draw(n, start, end)
             if self._scheme != "naive" and n:
                 self._access.intend(np.unique(keys), start, end)
-        handle = next(self._handles)
-        self._samples[handle] = _Sample(n, n, keys)
-        return handle
+        self._prepared += 1
+        if n:
+            self._samples[self._prepared] = _Sample(n, n, keys)
+        return self._prepared
 
     def pull(self, handle: int, keys_out: np.ndarray, values_out: object) -> None:
         """Take the next keys of a sample: write them to `keys_out` (int64 `[k]`), and their values to `values_out`.
 
-        `values_out` is what the manager's `pull` takes. A sample is over when all its keys were pulled.
+        `values_out` is what the manager's `pull` takes (so that its shape is known, sample from keys of one length). A
+        sample is over when all its keys were pulled.
 
         Raises:
             ValueError: for an unknown handle, or more keys than are left.
             TypeError: if `keys_out` is not a writeable int64 vector. What is left of the sample is then as before.
         """
-        sample = self._samples.get(handle)
-        if sample is None:
-            raise ValueError(f"handle {handle} is of no sample that was prepared here and has keys left")
+        if not 0 < handle <= self._prepared:
+            raise ValueError(f"handle {handle} is of no sample that was prepared here")
         _check_out(keys_out)
-        count = len(keys_out)
+        sample, count = self._samples.get(handle, _OVER), len(keys_out)
+        if sample is _OVER and count:
+            raise ValueError(f"sample {handle} is over; {count} more keys were asked for: prepare more")
         if count > sample.left:
             raise ValueError(
                 f"sample {handle} has {sample.left} keys left of {sample.n}; {count} were asked for: prepare more"
@@ -176,7 +181,7 @@ class Sampling:
         if sample.keys is None and not self._replacement:
             sample.pulled = np.concatenate([sample.pulled, keys])
         if not sample.left:
-            del self._samples[handle]
+            self.discard(handle)
 
     def discard(self, handle: int) -> None:
         """Forget a sample of which no more keys will be pulled; unknown handles are none."""

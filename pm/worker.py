@@ -212,8 +212,9 @@ class Worker:
 
     def pull_sample(self, handle: int, keys: object, out: object) -> None:
         """Take the next keys of a prepared sample: write them to `keys` (int64 `[k]`) and their values to `out`."""
-        array = np.asarray(keys) if not hasattr(keys, "detach") else keys.detach().numpy()
-        self._sampling.pull(handle, array, out)
+        if self._sampling is None:
+            raise ValueError(f"handle {handle} is of no sample: prepare_sample was not called")
+        self._sampling.pull(handle, keys.detach().numpy() if hasattr(keys, "detach") else keys, out)
 
     def close(self) -> None:
         """This worker is done: its intents end, and nobody waits for its clock."""

@@ -377,13 +377,18 @@ def test_more_keys_than_prepared_and_unknown_samples_are_refused(scheme):
         sampling.pull(handle, keys, np.empty((1, VALUES)))
     assert (keys == -1).all()
     pulled(sampling, handle, 3)  # what was refused took nothing
-    with pytest.raises(ValueError, match=f"handle {handle} is of no sample"):
-        pulled(sampling, handle, 1)
+    with pytest.raises(ValueError, match=f"sample {handle} is over; 2 more"):
+        pulled(sampling, handle, 2)
+    pulled(sampling, handle, 0)
     other = sampling.prepare(5)
     sampling.discard(other)
     sampling.discard(other)
-    with pytest.raises(ValueError, match=f"handle {other}"):
+    with pytest.raises(ValueError, match=f"sample {other} is over; 1 more"):
         pulled(sampling, other, 1)
+    for unknown in (0, -1, other + 1):
+        with pytest.raises(ValueError, match=f"handle {unknown} is of no sample"):
+            pulled(sampling, unknown, 0)
+    assert len(pulled(sampling, sampling.prepare(0), 0)) == 0
     with pytest.raises(ValueError, match="n=-1"):
         sampling.prepare(-1)
 
