@@ -70,7 +70,7 @@ def _own_rows_from_rank_0(
             chunk = np.empty((len(rows), width), dtype)
         if manager.ranks > 1:
             chunk = broadcast_array(manager, chunk)
-            mine = np.flatnonzero(manager.directory.owner_of(table.keys(rows)) == manager.rank)
+            mine = np.flatnonzero(np.isin(rows, manager.rows_owned(table, rows)))
             rows, chunk = rows[mine], chunk[mine]
         yield rows, chunk
 

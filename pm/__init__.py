@@ -10,6 +10,7 @@ The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, the
 """
 
 from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop
+from pm.eventual import EventualManager
 from pm.manager import Manager
 from pm.parameter_manager import ParameterManager
 from pm.rules import SGD, Adagrad, Frozen, RowwiseAdagrad, Rule, SparseAdam
@@ -25,6 +26,7 @@ __all__ = [
     "Adam",
     "Adamax",
     "DecayingAdagrad",
+    "EventualManager",
     "Frozen",
     "Manager",
     "MomentumSGD",

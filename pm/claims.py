@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,33 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Intent:
+    """Distinct keys (int64 `[n]`) of a group that a worker will access while its clock is in [start, end].
+
+    `end` None: until it is said to be over. `is_live` from when it is acted on. `generation` counts how often the
+    intents for the group had been forgotten before.
+    """
+
+    group: int
+    keys: np.ndarray
+    start: int
+    end: int | None
+    is_live: bool = False
+    is_over: bool = False
+    generation: int = 0
+
+
+@dataclass
 class Clock:
     """A worker's clock, and its intents: those not acted on yet by start, those that are live by end.
 
-    Entries are (start or end, order of arrival, end, group, keys).
+    Entries are (start or end, order of arrival, intent).
     """
 
     timing: ActionTiming
     now: int = 0
-    waiting: list[tuple[int, int, int, int, np.ndarray]] = field(default_factory=list)
-    live: list[tuple[int, int, int, int, np.ndarray]] = field(default_factory=list)
+    waiting: list[tuple[int, int, Intent]] = field(default_factory=list)
+    live: list[tuple[int, int, Intent]] = field(default_factory=list)
     closed: bool = False
 
 
@@ -43,6 +61,9 @@ class Claims:
         self._node = node
         self._order = itertools.count()
         self.clocks: list[Clock] = []
+        self.is_paused = False
+        self._generations: Counter[int] = Counter()
+        self._finished: list[Intent] = []
         self._wanted: list[tuple[Holdings, np.ndarray]] = []
         self._ending: list[tuple[Holdings, np.ndarray]] = []
         self._leaving: list[tuple[Holdings, np.ndarray]] = []
@@ -59,24 +80,46 @@ class Claims:
         """The rank's clock: that of the slowest of its workers."""
         return min((clock.now for clock in self.clocks if not clock.closed), default=0)
 
-    def intend(self, clock: Clock, group: int, keys: np.ndarray, start: int, end: int) -> None:
-        """A worker will access distinct `keys` while its clock is in [start, end]."""
-        if len(keys) and end >= clock.now and self._node.techniques != "none":
-            heapq.heappush(clock.waiting, (start, next(self._order), end, group, keys))
+    def intend(self, clock: Clock, group: int, keys: np.ndarray, start: int, end: int | None) -> Intent:
+        """A worker will access distinct `keys` while its clock is in [start, end], or from `start` on."""
+        intent = Intent(group, keys, start, end, generation=self._generations[group])
+        if len(keys) and (end is None or end >= clock.now) and self._node.techniques != "none":
+            heapq.heappush(clock.waiting, (start, next(self._order), intent))
+        return intent
+
+    def finish(self, intent: Intent) -> None:
+        """An intent without an end is over."""
+        intent.is_over = True
+        if intent.is_live and intent.generation == self._generations[intent.group]:
+            self._finished.append(intent)
+
+    def forget_group(self, number: int) -> None:
+        """Let all intents for keys of a group end without notice, and forget what was asked for by them."""
+        self._generations[number] += 1
+        for clock in self.clocks:
+            clock.waiting = [entry for entry in clock.waiting if entry[-1].group != number]
+            clock.live = [entry for entry in clock.live if entry[-1].group != number]
+            heapq.heapify(clock.waiting)
+            heapq.heapify(clock.live)
+        self._finished = [intent for intent in self._finished if intent.group != number]
+        for name in ("_wanted", "_ending", "_leaving"):
+            setattr(self, name, [entry for entry in getattr(self, name) if entry[0].group.number != number])
 
     def close(self, clock: Clock) -> None:
         """A worker is done: its intents end, and nobody waits for its clock."""
         clock.closed = True
         clock.waiting.clear()
-        for _, _, _, group, keys in clock.live:
-            self._unregister(self._node.holdings[group], keys)
+        self._finished += [intent for _, _, intent in clock.live]
         clock.live.clear()
 
     @property
     def has_work(self) -> bool:
         changed = any(holdings.copies.changed for holdings in self._node.holdings)
+        if changed or self._leaving:
+            return True
         due = any(clock.live and clock.live[0][0] < clock.now for clock in self.clocks)
-        return bool(changed or due or self._wanted or self._ending or self._leaving or self._has_due_intents())
+        moves = bool(due or self._finished or self._wanted or self._ending or self._has_due_intents())
+        return moves and not self.is_paused
 
     def _has_due_intents(self) -> bool:
         return any(clock.waiting and clock.waiting[0][0] < self._acts_before(clock) for clock in self.clocks)
@@ -88,27 +131,37 @@ class Claims:
         """Act on intents that are due, give up keys whose intents have ended, ask for others, send changes."""
         for clock in self.clocks:
             clock.timing.round_begins(clock.now)
-            self.act(clock)
-            while clock.live and clock.live[0][0] < clock.now:
-                _, _, _, group, keys = heapq.heappop(clock.live)
-                self._unregister(self._node.holdings[group], keys)
         self.settle_leaving()
-        self._end()
-        self._ask()
+        if not self.is_paused:
+            self._move_on()
         for holdings in self._node.holdings:
             self._send_changes(holdings)
 
-    def act(self, clock: Clock) -> None:
+    def _move_on(self) -> None:
+        """Begin the intents that are due, end those that are over, give up and ask for keys."""
+        for clock in self.clocks:
+            self._act(clock)
+            while clock.live and clock.live[0][0] < clock.now:
+                self._finished.append(heapq.heappop(clock.live)[-1])
+        finished, self._finished = self._finished, []
+        for intent in finished:
+            self._unregister(self._node.holdings[intent.group], intent.keys)
+        self._end()
+        self._ask()
+
+    def _act(self, clock: Clock) -> None:
         """Act on the intents of a worker that are due."""
         limit = self._acts_before(clock)
         while clock.waiting and clock.waiting[0][0] < limit:
-            start, order, end, group, keys = heapq.heappop(clock.waiting)
-            if end < clock.now:
+            start, order, intent = heapq.heappop(clock.waiting)
+            if intent.is_over or (intent.end is not None and intent.end < clock.now):
                 continue
-            late = self._register(self._node.holdings[group], keys)
+            intent.is_live = True
+            late = self._register(self._node.holdings[intent.group], intent.keys)
             if start <= clock.now:
                 self._node.counts["late_intents"] += late
-            heapq.heappush(clock.live, (end, order, end, group, keys))
+            if intent.end is not None:
+                heapq.heappush(clock.live, (intent.end, order, intent))
 
     def _register(self, holdings: Holdings, keys: np.ndarray) -> int:
         """Count one more live intent for distinct keys; return how many of them are not here yet."""

@@ -26,12 +26,13 @@ class Grants:
     def __init__(self, node: Node):
         self._node = node
         self._early: list[tuple[int, Message]] = []
-        self._mine = masks.only(node.rank, node.ranks)
-        self._everyone = masks.everyone(node.ranks)
+        self.mine = masks.only(node.rank, node.ranks)
+        self.everyone = masks.everyone(node.ranks)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._early) or any(holdings.owned.changed for holdings in self._node.holdings)
+        early = self._early and not self._node.claims.is_paused
+        return bool(early) or any(holdings.owned.changed for holdings in self._node.holdings)
 
     def find_or_make(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
         """Return the slots of distinct keys that this rank owns, -1 for others; make what was never touched."""
@@ -45,16 +46,19 @@ class Grants:
 
     def changed_here(self, holdings: Holdings, slots: np.ndarray) -> None:
         """A worker of this rank has changed records."""
-        holdings.owned.mark_changed(slots, self._mine)
+        holdings.owned.mark_changed(slots, self.mine)
 
     def changed_from_afar(self, holdings: Holdings, slots: np.ndarray) -> None:
         """A rank without a copy, or one that has set values, has changed records: every copy is to be told."""
-        holdings.owned.mark_changed(slots, self._everyone)
+        holdings.owned.mark_changed(slots, self.everyone)
 
     # Requests
 
     def on_request(self, source: int, message: Message) -> None:
         """REQUEST(group, origin; keys): `origin` has a live intent for keys that it does not have."""
+        if self._node.claims.is_paused:
+            self._early.append((source, message))
+            return
         number, origin = message.numbers
         holdings = self._node.holdings[number]
         keys = widen(message.arrays[0])
@@ -90,7 +94,7 @@ class Grants:
         owned, node = holdings.owned, self._node
         asker = masks.only(origin, node.ranks)
         others = masks.count(owned.holders[slots] & ~asker)
-        moves = moves_to_asker(node.techniques, owned.live[slots] > 0, others)
+        moves = moves_to_asker(self._techniques(holdings), owned.live[slots] > 0, others)
         self._give_away(holdings, slots[moves], origin)
         stay = slots[~moves]
         if not len(stay):
@@ -103,16 +107,23 @@ class Grants:
         else:
             node.emit(origin, Message(Kind.REFUSED, (holdings.group.number,), (keys,)))
 
+    def _techniques(self, holdings: Holdings) -> str:
+        """Return the techniques for a group: records of some never move."""
+        techniques = self._node.techniques
+        if holdings.group.moves:
+            return techniques
+        return "replication" if copies_are_made(techniques) else "none"
+
     # Moves
 
     def intents_ended(self, holdings: Holdings, slots: np.ndarray) -> None:
         """Intents for owned keys have ended, here or elsewhere: move those that only another rank needs."""
         owned, node = holdings.owned, self._node
         slots = slots[(owned.live[slots] == 0) & (owned.holders[slots] != 0).any(axis=1)]
-        if not len(slots):
+        if not len(slots) or node.claims.is_paused:
             return
         holders = owned.holders[slots]
-        moves = moves_to_last(node.techniques, owned.live[slots] > 0, masks.count(holders))
+        moves = moves_to_last(self._techniques(holdings), owned.live[slots] > 0, masks.count(holders))
         target = masks.first(holders[moves])
         for peer in np.unique(target).tolist():
             self._give_away(holdings, slots[moves][target == peer], peer)
@@ -171,9 +182,18 @@ class Grants:
     def _merge(self, holdings: Holdings, source: int, keys: np.ndarray, deltas: np.ndarray) -> None:
         slots = holdings.owned.find(keys)
         mine = slots >= 0
-        holdings.owned.add(slots[mine], deltas if mine.all() else deltas[mine])
-        holdings.owned.mark_changed(slots[mine], masks.only(source, self._node.ranks))
+        self.take_in(
+            holdings, slots[mine], deltas if mine.all() else deltas[mine], masks.only(source, self._node.ranks)
+        )
         self._node.counts["keys_merged"] += int(mine.sum())
+
+    def take_in(self, holdings: Holdings, slots: np.ndarray, deltas: np.ndarray, by: np.ndarray) -> None:
+        """Merge changes by the set of ranks `by` into records."""
+        if holdings.group.take_in is not None:
+            holdings.group.take_in(slots, deltas)
+        else:
+            holdings.owned.add(slots, deltas)
+            holdings.owned.mark_changed(slots, by)
 
     def on_drops(self, source: int, message: Message) -> None:
         """DROPS(group, origin; keys, changed keys, changes): `origin` has no intent for these keys any more."""

@@ -22,17 +22,26 @@ class Group:
         capacity: how many keys there may be.
         record_class: the records' layout.
         make: called with (keys int64 `[n]`, out `[n, width]`): writes the records of keys that nobody has touched.
+        moves: whether records move; else their state stays with the owner, copies have values alone, and what is added
+            to a copy is no change of its value but something that `take_in` of the owner makes one of.
+        made: called with (keys, slots) once records of keys are made, to fill in what does not travel.
+        before_reading: called with the slots of owned records before their values are read.
+        take_in: called with (slots, changes `[n, width]`) that others have sent, in place of adding them to records.
     """
 
     number: int
     capacity: int
     record_class: RecordClass
     make: Callable[[np.ndarray, np.ndarray], None]
+    moves: bool = True
+    made: Callable[[np.ndarray, np.ndarray], None] | None = None
+    before_reading: Callable[[np.ndarray], None] | None = None
+    take_in: Callable[[np.ndarray, np.ndarray], None] | None = None
 
     @property
     def width(self) -> int:
-        """Words of a record that travel: value and state."""
-        return self.record_class.dim + self.record_class.state_words
+        """Words of a record that travel: value and state; where records do not move, the value alone."""
+        return self.record_class.dim + (self.record_class.state_words if self.moves else 0)
 
 
 @unique
@@ -75,9 +84,16 @@ class Owned:
         """Return the slots of keys, -1 where they are not owned: int64 `[n]`."""
         return self.store.index.find(keys)
 
-    def values(self, slots: np.ndarray) -> np.ndarray:
-        """Return the words that travel, `[n, width]`."""
-        return cuda_ops.gather(self.store.words, self.store.stride, slots, width=self.group.width)
+    def values(
+        self, slots: np.ndarray, out: np.ndarray | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the words that travel, `[n, width]`; or write (the first of) them to rows `positions` of `out`."""
+        if self.group.before_reading is not None:
+            self.group.before_reading(slots)
+        store = self.store
+        if out is None:
+            return cuda_ops.gather(store.words, store.stride, slots, width=self.group.width)
+        return cuda_ops.gather(store.words, store.stride, slots, out, positions)
 
     def add_records(self, keys: np.ndarray, values: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
         """Take in records of keys that are not here; return their slots."""
@@ -92,7 +108,10 @@ class Owned:
         """Make records of keys that nobody has touched; return their slots."""
         values = np.empty((len(keys), self.group.width), self.store.words.dtype)
         self.group.make(keys, values)
-        return self.add_records(keys, values, 0)
+        slots = self.add_records(keys, values, 0)
+        if self.group.made is not None:
+            self.group.made(keys, slots)
+        return slots
 
     def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
         """Add `deltas` `[n, width]` to records."""
@@ -140,8 +159,8 @@ class Copies:
     def __init__(self, group: Group, ranks: int):
         self.group = group
         self.width = group.width
-        words = group.record_class.state_words + 2 * group.width
-        self.store = RecordStore(replace(group.record_class, state_words=words), group.capacity)
+        words = 3 * group.width - group.record_class.dim
+        self.store = RecordStore(replace(group.record_class, state_words=words, catches_up=False), group.capacity)
         self.keys = reserve_zeros(group.capacity, np.int64)
         self.states = reserve_zeros(group.capacity, np.int8)
         self.live = reserve_zeros(group.capacity, np.int32)
@@ -175,9 +194,13 @@ class Copies:
     def _put(self, slots: np.ndarray, part: int, values: np.ndarray) -> None:
         cuda_ops.scatter(self.store.words, self.store.stride, slots, values, offset=part * self.width)
 
-    def values(self, slots: np.ndarray) -> np.ndarray:
-        """Return what copies hold now, `[n, width]`."""
-        return self._part(slots, 0)
+    def values(
+        self, slots: np.ndarray, out: np.ndarray | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return what copies hold now, `[n, width]`; or write (the first words of) it to rows `positions` of `out`."""
+        if out is None:
+            return self._part(slots, 0)
+        return cuda_ops.gather(self.store.words, self.store.stride, slots, out, positions)
 
     def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
         """Add `deltas` `[n, width]` to what copies hold."""
@@ -233,13 +256,40 @@ class Copies:
         self._put(slots, 2, np.zeros((len(slots), self.width), self.store.words.dtype))
 
 
+class CopiesOfValues(Copies):
+    """Copies of records that do not move: [value | sum of what was added to the copy | unused].
+
+    What is added (gradients) changes no value here: the owner is sent the sum, and sends back what it made of it.
+    """
+
+    def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
+        cuda_ops.merge(self.store.words, self.store.stride, slots, deltas, offset=self.width)
+        self.mark_changed(slots)
+
+    def install(self, slots: np.ndarray, values: np.ndarray, owner: int) -> None:
+        super().install(slots, values, owner)
+        self._put(slots, 1, np.zeros_like(values))
+
+    def untold(self, slots: np.ndarray, acknowledged: int) -> np.ndarray:
+        return self._part(slots, 1)
+
+    def refresh(self, slots: np.ndarray, values: np.ndarray, acknowledged: int) -> None:
+        self._put(slots, 0, values)
+
+    def take_changes(self, slots: np.ndarray) -> np.ndarray:
+        changes = self._part(slots, 1)
+        self._put(slots, 1, np.zeros_like(changes))
+        self.dirty[slots] = False
+        return changes
+
+
 class Holdings:
     """A group's `owned` records and `copies` on one rank. A key is in one of them at most."""
 
     def __init__(self, group: Group, ranks: int):
         self.group = group
         self.owned = Owned(group, ranks)
-        self.copies = Copies(group, ranks)
+        self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks)
 
     @property
     def memory_bytes(self) -> int:

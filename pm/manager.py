@@ -308,6 +308,9 @@ class Manager:
     def settle(self) -> None:
         """Wait until every step that this rank has handed over is applied (collective)."""
 
+    def epoch_ended(self) -> None:
+        """This rank has had all batches of a pass over its loader."""
+
     # Whole tables
 
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:

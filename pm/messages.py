@@ -58,6 +58,7 @@ class Kind(IntEnum):
     SYNCED = 76
     CLOCK = 77
     REFRESHED = 78
+    EPOCH = 79
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ class Node:
         self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys))
         return self.holdings[-1]
 
+    def replace_group(self, group: Group) -> Holdings:
+        """Give a group another layout (on all ranks, while nothing is under way); its keys stay with their owners."""
+        self.holdings[group.number] = Holdings(group, self.ranks)
+        return self.holdings[group.number]
+
     # Parcels
 
     def emit(self, peer: int, message: Message) -> None:

@@ -32,12 +32,13 @@ class Operation:
     Args:
         action: what it does.
         group: number of the group of its keys.
-        keys: distinct, ascending, int64 `[n]`.
+        keys: distinct, int64 `[n]`.
         values: `[n, width]`: updates or values, or where pulled values go.
         on_done: called when it is done.
         number: of the operation on this rank.
         remaining: how many keys are still to be done.
         local: how many were done without a message.
+        order: that of the keys, once it is needed.
     """
 
     action: Action
@@ -48,10 +49,17 @@ class Operation:
     number: int = 0
     remaining: int = 0
     local: int = 0
+    order: np.ndarray | None = None
 
     @property
     def is_done(self) -> bool:
         return self.remaining == 0
+
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """Return where some of the operation's keys are among them."""
+        if self.order is None:
+            self.order = np.argsort(self.keys)
+        return self.order[np.searchsorted(self.keys, keys, sorter=self.order)]
 
 
 class Operations:
@@ -175,20 +183,26 @@ class Operations:
         owned = holdings.owned
         whole = len(positions) == len(operation.keys)
         if operation.action == Action.PULL:
-            operation.values[positions] = owned.values(slots)
+            owned.values(slots, operation.values, positions)
         else:
             values = operation.values if whole else operation.values[positions]
-            if operation.action == Action.PUSH:
-                owned.add(slots, values)
-                self._node.grants.changed_here(holdings, slots)
-            else:
-                owned.put(slots, values)
-                self._node.grants.changed_from_afar(holdings, slots)
+            self._change(holdings, operation.action, slots, values, self._node.rank)
         self._did(operation, len(positions))
+
+    def _change(self, holdings: Holdings, action: Action, slots: np.ndarray, values: np.ndarray, origin: int) -> None:
+        """Add to records that are owned here, or set them."""
+        grants = self._node.grants
+        if action == Action.PUSH:
+            grants.take_in(holdings, slots, values, grants.mine if origin == self._node.rank else grants.everyone)
+        else:
+            holdings.owned.put(slots, values)
+            if origin != self._node.rank:
+                grants.refresh(holdings, origin, slots)  # before it hears that they are set
+            grants.changed_from_afar(holdings, slots)
 
     def _on_copies(self, operation: Operation, holdings: Holdings, slots: np.ndarray, positions: np.ndarray) -> None:
         if operation.action == Action.PULL:
-            operation.values[positions] = holdings.copies.values(slots)
+            holdings.copies.values(slots, operation.values, positions)
         else:
             holdings.copies.add(slots, operation.values[positions])
         self._did(operation, len(positions))
@@ -207,7 +221,8 @@ class Operations:
         for peer in np.unique(target).tolist():
             some = target == peer
             if is_pull:
-                message = Message(Kind.FETCH, (group, node.rank, operation.number), (narrow(keys[some]),))
+                numbers = (group, node.rank, operation.number, operation.values.shape[1])
+                message = Message(Kind.FETCH, numbers, (narrow(keys[some]),))
             else:
                 numbers = (group, node.rank, operation.number, int(operation.action))
                 arrays = (narrow(keys[some]), operation.values[positions[some]])
@@ -215,8 +230,8 @@ class Operations:
             node.emit(peer, message)
 
     def on_fetch(self, source: int, message: Message) -> None:
-        """FETCH(group, origin, operation; keys): `origin` pulls keys."""
-        group, origin, number = message.numbers
+        """FETCH(group, origin, operation, words; keys): `origin` pulls the first words of keys."""
+        group, origin, number, words = message.numbers
         holdings = self._node.holdings[group]
         keys = widen(message.arrays[0])
         slots = self._node.grants.find_or_make(holdings, keys)
@@ -226,7 +241,8 @@ class Operations:
             group, others, lambda some: Message(Kind.FETCH, message.numbers, (narrow(others[some]),))
         )
         if mine.any():
-            arrays = (narrow(keys[mine]), holdings.owned.values(slots[mine]))
+            values = np.empty((int(mine.sum()), words), holdings.owned.store.words.dtype)
+            arrays = (narrow(keys[mine]), holdings.owned.values(slots[mine], values))
             self._answer(origin, Message(Kind.FETCHED, (group, number), arrays))
 
     def on_fetched(self, source: int, message: Message) -> None:
@@ -234,7 +250,7 @@ class Operations:
         group, number = message.numbers
         keys, values = widen(message.arrays[0]), message.arrays[1]
         operation = self._open[number]
-        operation.values[np.searchsorted(operation.keys, keys)] = values
+        operation.values[operation.places(keys)] = values
         self._done(operation, source, keys)
 
     def on_push(self, source: int, message: Message) -> None:
@@ -249,12 +265,7 @@ class Operations:
             group, others, lambda some: Message(Kind.PUSH, message.numbers, (narrow(others[some]), theirs[some]))
         )
         if mine.any():
-            if action == Action.PUSH:
-                holdings.owned.add(slots[mine], values[mine])
-            else:
-                holdings.owned.put(slots[mine], values[mine])
-                self._node.grants.refresh(holdings, origin, slots[mine])  # before it hears that they are set
-            self._node.grants.changed_from_afar(holdings, slots[mine])
+            self._change(holdings, Action(action), slots[mine], values[mine], origin)
             self._answer(origin, Message(Kind.PUSHED, (group, number), (narrow(keys[mine]),)))
 
     def on_pushed(self, source: int, message: Message) -> None:

@@ -55,11 +55,19 @@ class SynchronousManager(Manager):
         self.transport = Transport(
             comm,
             on_message=self._receive,
-            urgent=lambda: self._waiting.waiters > 0 or self._serving.applied < self.steps,
+            urgent=self._is_urgent,
             on_failure=self._fail,
             while_collective=self._check_collective,
+            after_receiving=self._after_receiving,
         )
         self.transport.start()
+
+    def _is_urgent(self) -> bool:
+        return self._waiting.waiters > 0 or self._serving.applied < self.steps
+
+    def _after_receiving(self) -> bool:
+        """Called on the background thread, again and again; returns whether there was something to do."""
+        return False
 
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = super().add_tables(specs)
