@@ -23,7 +23,7 @@ from kge_data import Entities, Graph, Triples, load_graph, make_synthetic
 from kge_model import ComplEx
 from kge_ranking import Ranking, scores_of
 from ranks import Ranks
-from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, summarise
+from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, sparse_of, summarise
 
 EVALUATION_BATCH = 1024
 
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     ranks = Ranks(alone=args.plain)
     graph = read_graph(args)
     torch.manual_seed(args.seed)
-    sparse = args.plain and args.optimizer != "adam"
-    model = ComplEx(graph.num_entities, graph.num_relations, args.dim, args.penalty, sparse).to(dtype_of(args))
+    model = ComplEx(graph.num_entities, graph.num_relations, args.dim, args.penalty, sparse=sparse_of(args))
+    model = model.to(dtype_of(args))
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # the order of samples must not depend on what building the model drew
     train = Triples(graph.train, graph.num_entities, 0 if args.negatives_in_loop else args.negatives, args.seed)

@@ -20,7 +20,7 @@ import torch
 from mf_data import Entries, load_matrix, make_synthetic, split
 from mf_model import Factors
 from ranks import Ranks
-from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, summarise
+from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, sparse_of, summarise
 
 EVALUATION_BATCH = 8192
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     entries = read_entries(args)
     train, held_out = split(entries, args.seed)
     torch.manual_seed(args.seed)
-    model = Factors(entries.shape, args.dim, args.penalty, sparse=args.plain and args.optimizer != "adam")
+    model = Factors(entries.shape, args.dim, args.penalty, sparse=sparse_of(args))
     model = model.to(dtype_of(args))
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # the order of samples must not depend on what building the model drew

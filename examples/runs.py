@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from counters import intended_lookups, stats_of
 from ranks import Ranks
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
@@ -99,10 +100,18 @@ class Loaders:
         training = {} if self._plain else {"optimizer": self._optimizer}
         return self._make(dataset, batch_size=self._batch_size, shuffle=True, **training)
 
-    def shared(self, dataset: Dataset, batch_size: int) -> Iterable:
-        """Make a loader that shares the samples out among the ranks, in order, for evaluating."""
+    def training_in_order(self, dataset: Dataset, order: Sampler, batch_weight: Callable[[Any], float]) -> Iterable:
+        """Make the loader to train with, of batches of each rank's own, which count as `batch_weight` says."""
+        training = {} if self._plain else {"optimizer": self._optimizer, "batch_weight": batch_weight}
+        return self._make(dataset, batch_sampler=order, **training)
+
+    def shared(self, dataset: Dataset, batch_size: int | None = None) -> Iterable:
+        """Make a loader that shares the samples out among the ranks, in order, for evaluating.
+
+        `batch_size` is that of training if not given.
+        """
         # A generator of its own, so that evaluating does not draw from the one that shuffles the training data.
-        return self._make(dataset, batch_size=batch_size, generator=torch.Generator())
+        return self._make(dataset, batch_size=batch_size or self._batch_size, generator=torch.Generator())
 
     def repeated(self, batches: list) -> Iterable:
         """Make a loader that gives each rank all of `batches`."""
@@ -142,19 +151,29 @@ def summarise(number: int, sums: np.ndarray, scores: Mapping[str, float]) -> Epo
     )
 
 
-def report(args: argparse.Namespace, ranks: Ranks, what: str, epochs: list[Epoch]) -> None:
-    """Print the last line of figures, and write `--json`, on rank 0."""
+def report(args: argparse.Namespace, ranks: Ranks, what: str, epochs: list[Epoch], **more: object) -> None:
+    """Print the last line of figures, and write `--json` with `more` figures, on rank 0."""
     if ranks.rank != 0:
         return
     print(f"{what}, {args.optimizer}, {ranks.size} rank(s), {epochs[-1]}", flush=True)
     if args.json:
-        figures = {"arguments": vars(args), "ranks": ranks.size, "epochs": [epoch.figures() for epoch in epochs]}
+        figures = {
+            "arguments": vars(args),
+            "ranks": ranks.size,
+            "epochs": [epoch.figures() for epoch in epochs],
+            **more,
+        }
         Path(args.json).write_text(json.dumps(figures, indent=2, default=str) + "\n")
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
     """The floating type of the model."""
     return torch.float64 if args.dtype == "float64" else torch.float32
+
+
+def sparse_of(args: argparse.Namespace) -> bool:
+    """Whether the gradients of tables are sparse tensors: in plain PyTorch, where the optimizer takes them."""
+    return args.plain and args.optimizer != "adam"
 
 
 def staleness(text: str) -> int | None:
@@ -179,17 +198,22 @@ def parse(
     epochs: int,
     lr: float,
     at_least_1: tuple[str, ...] = (),
+    smaller_batch_size: int | None = None,
+    has_dtype: bool = True,
 ) -> argparse.Namespace:
     """Read the command line: the options that `parser` has, and those of all examples with these defaults.
 
-    Those named in `at_least_1` are refused below 1.
+    Those named in `at_least_1` are refused below 1. With `--data`, the default of `--batch-size` is
+    `smaller_batch_size`, if there is one. Without `has_dtype`, there is no `--dtype`.
     """
     add = parser.add_argument
-    add("--batch-size", type=int, default=batch_size, help="samples per rank and step (%(default)s)")
+    also = f"; with --data, which is small, {smaller_batch_size}" if smaller_batch_size else ""
+    add("--batch-size", type=int, help=f"samples per rank and step ({batch_size}{also})")
     add("--epochs", type=int, default=epochs, help="(%(default)s)")
     add("--lr", type=float, default=lr, help="(%(default)s)")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="adagrad", help="(%(default)s)")
-    add("--dtype", choices=("float32", "float64"), default="float32", help="(%(default)s)")
+    if has_dtype:
+        add("--dtype", choices=("float32", "float64"), default="float32", help="(%(default)s)")
     add(
         "--staleness",
         type=staleness,
@@ -206,6 +230,8 @@ def parse(
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the figures")
     args = parser.parse_args(arguments)
+    if args.batch_size is None:
+        args.batch_size = smaller_batch_size if smaller_batch_size and args.data else batch_size
     for name in ("epochs", "batch_size", "plain_ranks", *at_least_1):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from ranks import Ranks
-from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, summarise
+from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, sparse_of, summarise
 from word2vec_data import Positions, Text, Words, load_text, make_synthetic
 from word2vec_model import SkipGram
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     text = load_text(args.data, args.min_count) if args.data else make_synthetic(args.words, args.length, args.seed)
     num_words, counts = len(text.words), np.bincount(text.train, minlength=len(text.words))
     torch.manual_seed(args.seed)
-    model = SkipGram(num_words, args.dim, sparse=args.plain and args.optimizer != "adam").to(dtype_of(args))
+    model = SkipGram(num_words, args.dim, sparse=sparse_of(args)).to(dtype_of(args))
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # the order of samples must not depend on what building the model drew
     drawn = 0 if args.negatives_in_loop else args.negatives
