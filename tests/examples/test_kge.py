@@ -27,6 +27,13 @@ def test_one_rank_equals_plain(optimizer):
     assert_same_curve(run_here(kge, *options, "--min-rows", 1), run_here(kge, "--plain", *options))
 
 
+@pytest.mark.parametrize("staleness", ["none", "2"])
+def test_one_rank_is_behind_nobody_and_equals_plain(staleness):
+    options = [*TINY, "--batch-size", "50"]
+    ours = run_here(kge, *options, "--min-rows", 1, "--staleness", staleness, "--techniques", "all")
+    assert_same_curve(ours, run_here(kge, "--plain", *options))
+
+
 @needs_mpi
 def test_two_ranks_equal_plain_with_the_global_batch(tmp_path):
     options = [*TINY, "--batch-size", "37"]  # does not divide: the last batch is uneven

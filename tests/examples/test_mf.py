@@ -17,10 +17,25 @@ def test_one_rank_equals_plain(optimizer):
     assert_same_curve(run_here(mf, *options, "--min-rows", 1), run_here(mf, "--plain", *options))
 
 
+@pytest.mark.parametrize("staleness", ["none", "2"])
+def test_one_rank_is_behind_nobody_and_equals_plain(staleness):
+    options = TINY
+    ours = run_here(mf, *options, "--min-rows", 1, "--staleness", staleness, "--techniques", "all")
+    assert_same_curve(ours, run_here(mf, "--plain", *options))
+
+
 @needs_mpi
 def test_two_ranks_equal_plain_with_the_global_batch(tmp_path):
     figures = run_on(2, mf, tmp_path, *TINY, "--min-rows", 1)
     assert_same_curve(figures, run_here(mf, "--plain", "--plain-ranks", 2, *TINY))
+
+
+@needs_mpi
+def test_two_ranks_without_a_bound_on_staleness_learn_as_well(tmp_path):
+    options = ["--rows", 1000, "--columns", 100, "--entries", 60_000, "--epochs", 4, "--batch-size", 64]
+    figures = run_on(2, mf, tmp_path, *options, "--min-rows", 1, "--staleness", "none")
+    plain = run_here(mf, "--plain", *options)
+    assert figures[-1]["test_rmse"] < 1.1 * plain[-1]["test_rmse"] < 0.5
 
 
 def test_planted_factors_are_found():

@@ -25,6 +25,13 @@ def test_one_rank_equals_plain(optimizer):
     assert_same_curve(run_here(word2vec, *options, "--min-rows", 1), run_here(word2vec, "--plain", *options))
 
 
+@pytest.mark.parametrize("staleness", ["none", "2"])
+def test_one_rank_is_behind_nobody_and_equals_plain(staleness):
+    options = [*TINY, "--batch-size", "50"]
+    ours = run_here(word2vec, *options, "--min-rows", 1, "--staleness", staleness, "--techniques", "all")
+    assert_same_curve(ours, run_here(word2vec, "--plain", *options))
+
+
 @needs_mpi
 @pytest.mark.parametrize(
     "options", [[], ["--window", "1", "--batch-size", "1", "--length", "200"]], ids=["ragged", "no pairs at times"]
