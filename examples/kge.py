@@ -128,7 +128,7 @@ def read_command_line(arguments: list[str] | None) -> argparse.Namespace:
     add("--negatives-in-loop", action="store_true", help="draw them by adaloader.random_ids")
     add("--penalty", type=float, default=0.05, help="of cubed moduli, per triple (%(default)s)")
     add("--held-out", type=int, metavar="N", help="score only the first N of the held-out triples")
-    at_least_1 = ("dim", "negatives")
+    at_least_1 = ("dim", "negatives", "held_out")
     return parse(parser, arguments, batch_size=512, epochs=5, lr=0.1, at_least_1=at_least_1)
 
 

@@ -233,6 +233,6 @@ def parse(
     if args.batch_size is None:
         args.batch_size = smaller_batch_size if smaller_batch_size and args.data else batch_size
     for name in ("epochs", "batch_size", "plain_ranks", *at_least_1):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
     return args

@@ -180,4 +180,6 @@ def test_bad_options_are_named(capsys):
         kge.main(["--plain", "--entities", "39"])
     with pytest.raises(ValueError, match="--triples 39"):
         kge.main(["--plain", "--triples", "39"])
-    assert_options_are_refused(kge, capsys, ["--negatives", "0"], ["--batch-size", "-1"], ["--staleness", "1.5"])
+    assert_options_are_refused(
+        kge, capsys, ["--negatives", "0"], ["--held-out", "0"], ["--batch-size", "-1"], ["--staleness", "1.5"]
+    )
