@@ -8,9 +8,11 @@ in memory.
 """
 
 from cuda_ops.cpu import advance as _advance
+from cuda_ops.cpu import alias as _alias
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import partition as _partition
+from cuda_ops.cpu import places as _places
 from cuda_ops.cpu import renorm as _renorm
 from cuda_ops.cpu import rows as _rows
 from cuda_ops.cpu import schedule as _schedule
@@ -35,6 +37,8 @@ adagrad_update = by_device(_update.adagrad_update)
 sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
 rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
 advance = by_device(_advance.advance)
+moved_places = by_device(_places.moved_places)
+alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 owners = by_device(_partition.owners)
@@ -50,6 +54,7 @@ __all__ = [
     "KeyIndex",
     "adagrad_update",
     "advance",
+    "alias_table",
     "dedup",
     "dedup_counts",
     "delta",
@@ -59,6 +64,7 @@ __all__ = [
     "last_steps",
     "mark_steps",
     "merge",
+    "moved_places",
     "note_touches",
     "owners",
     "partition",

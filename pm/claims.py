@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Intent:
     """Distinct keys (int64 `[n]`) of a group that a worker will access while its clock is in [start, end].
 
-    `end` None: until it is said to be over. `is_live` from when it is acted on. `generation` counts how often the
+    `end` None: until it is said to be over. `places` is where the keys were when last seen (`Holdings.places`),
+    `is_live` from when it is acted on. `generation` counts how often the
     intents for the group had been forgotten before.
     """
 
@@ -31,6 +32,7 @@ class Intent:
     keys: np.ndarray
     start: int
     end: int | None
+    places: np.ndarray | None = None
     is_live: bool = False
     is_over: bool = False
     generation: int = 0
@@ -64,7 +66,7 @@ class Claims:
         self.is_paused = False
         self._generations: Counter[int] = Counter()
         self._finished: list[Intent] = []
-        self._wanted: list[tuple[Holdings, np.ndarray]] = []
+        self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
         self._ending: list[tuple[Holdings, np.ndarray]] = []
         self._leaving: list[tuple[Holdings, np.ndarray]] = []
 
@@ -145,7 +147,7 @@ class Claims:
                 self._finished.append(heapq.heappop(clock.live)[-1])
         finished, self._finished = self._finished, []
         for intent in finished:
-            self._unregister(self._node.holdings[intent.group], intent.keys)
+            self._unregister(self._node.holdings[intent.group], intent)
         self._end()
         self._ask()
 
@@ -157,38 +159,42 @@ class Claims:
             if intent.is_over or (intent.end is not None and intent.end < clock.now):
                 continue
             intent.is_live = True
-            late = self._register(self._node.holdings[intent.group], intent.keys)
+            late = self._register(self._node.holdings[intent.group], intent)
             if start <= clock.now:
-                self._node.counts["late_intents"] += late
+                self._node.count("late_intents", intent.group, late)
             if intent.end is not None:
                 heapq.heappush(clock.live, (intent.end, order, intent))
 
-    def _register(self, holdings: Holdings, keys: np.ndarray) -> int:
-        """Count one more live intent for distinct keys; return how many of them are not here yet."""
-        owned, copies = holdings.owned, holdings.copies
-        slots = self._node.grants.find_or_make(holdings, keys)
-        mine = slots >= 0
-        owned.live[slots[mine]] += 1
-        others = keys[~mine]
-        at, states = copies.find(others)
-        absent = at < 0
-        if absent.any():
-            at[absent] = copies.add_wanted(others[absent])
-            self._wanted.append((holdings, others[absent]))
+    def _register(self, holdings: Holdings, intent: Intent) -> int:
+        """Count an intent for its keys; return how many of them are not here yet."""
+        owned, copies, keys = holdings.owned, holdings.copies, intent.keys
+        places = holdings.places(keys)
+        absent = np.flatnonzero(places == -1)
+        if len(absent):
+            made = self._node.grants.make_unmoved(holdings, keys[absent])
+            places[absent] = made
+            absent = absent[made < 0]
+        if len(absent):
+            made = copies.add_wanted(keys[absent])
+            places[absent] = -2 - made
+            self._wanted.append((holdings, keys[absent], made))
+        owned.live[places[places >= 0]] += 1
+        at = -2 - places[places < 0]
         copies.live[at] += 1
-        return int((states != Copy.ACTIVE).sum())
+        intent.places = places
+        return int((copies.states[at] != Copy.ACTIVE).sum())
 
-    def _unregister(self, holdings: Holdings, keys: np.ndarray) -> None:
+    def _unregister(self, holdings: Holdings, intent: Intent) -> None:
         owned, copies = holdings.owned, holdings.copies
-        slots = owned.find(keys)
-        mine = slots >= 0
-        owned.live[slots[mine]] -= 1
-        self._node.grants.intents_ended(holdings, slots[mine])
-        at, _ = copies.find(keys[~mine])
+        places = holdings.places(intent.keys, intent.places)
+        slots = places[places >= 0]
+        owned.live[slots] -= 1
+        self._node.grants.intents_ended(holdings, slots)
+        at = -2 - places[places < 0]
         copies.live[at] -= 1
-        ended = copies.live[at] == 0
-        if ended.any():
-            self._ending.append((holdings, keys[~mine][ended]))
+        ended = at[copies.live[at] == 0]
+        if len(ended):
+            self._ending.append((holdings, copies.keys[ended]))
 
     # Giving up
 
@@ -248,7 +254,7 @@ class Claims:
             if again.any():
                 copies.states[at[again]] = Copy.WANTED
                 copies.parcels[at[again]] = -1
-                self._wanted.append((holdings, copies.keys[at[again]]))
+                self._wanted.append((holdings, copies.keys[at[again]], at[again]))
             if not known.all():
                 self._leaving.append((holdings, copies.keys[at[~known]]))
             copies.remove(at[known & ~again])
@@ -259,15 +265,14 @@ class Claims:
         """Ask for the wanted keys, but those to which this rank has changes under way by another road."""
         wanted, self._wanted = self._wanted, []
         node = self._node
-        for holdings, keys in wanted:
+        for holdings, keys, at in wanted:
             copies, number = holdings.copies, holdings.group.number
-            at, states = copies.find(keys)
-            still = (at >= 0) & (states == Copy.WANTED) & (copies.live[at] > 0)
+            still = (copies.keys[at] == keys) & (copies.states[at] == Copy.WANTED) & (copies.live[at] > 0)
             keys, at = keys[still], at[still]
             target = node.locations[number].next_hop(keys, guess=True)
             ready = (target != node.rank) & ~node.operations.are_under_way(number, keys)
             if not ready.all():
-                self._wanted.append((holdings, keys[~ready]))
+                self._wanted.append((holdings, keys[~ready], at[~ready]))
             copies.states[at[ready]] = Copy.REQUESTED
             keys, target = keys[ready], target[ready]
             for owner in np.unique(target).tolist():

@@ -78,7 +78,9 @@ class EventualManager(SynchronousManager):
         self._gathered: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._late = Summing()
         self._groups: dict[int, dict[str, object]] = {}
-        self._epochs = dict.fromkeys(range(comm.size), 0)
+        self._epochs = np.zeros((2, comm.size), np.int64)  # by phase and rank, the last pass that it has ended
+        self._ended = 0
+        self._ending: list[tuple[int, int]] = []
         super().__init__(comm, timeout_seconds)
 
     # Tables
@@ -178,17 +180,17 @@ class EventualManager(SynchronousManager):
         """Nothing: intents are acted on when they are due."""
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
-        return self._pull(plan.table, plan.rows, out)
+        return self._pull(plan.table, plan.rows, out, plan.intent)
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
         return self._pull(table, rows, out)
 
-    def _pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def _pull(self, table: Table, rows: np.ndarray, out: np.ndarray, intent: Intent | None = None) -> np.ndarray:
         self._check_open()
         self._wait_for_others_steps()
         started = time.perf_counter()
-        operation = Operation(Action.PULL, table.number, rows, out)
+        operation = Operation(Action.PULL, table.number, rows, out, places=_places_of(intent))
         self._run(operation)
         self.traffic.seconds["gather"] += time.perf_counter() - started
         self._wait_for(operation)
@@ -213,15 +215,16 @@ class EventualManager(SynchronousManager):
                 lambda: syncing.may_go_on(steps),
                 lambda: self.others.missing(syncing.ranks_behind(steps), f"come near step {steps}"),
             )
-        epoch = self._epochs[self.rank]
+        epoch = self._epochs[0, self.rank]
         if self._behind_epoch(epoch):
             self._waiting.until(
                 lambda: not self._behind_epoch(epoch),
                 lambda: self.others.missing(self._behind_epoch(epoch), "end its pass over the loader"),
             )
 
-    def _behind_epoch(self, epoch: int) -> list[int]:
-        return [p for p in self.peers if self._epochs[p] < epoch and p not in self.closed_peers]
+    def _behind_epoch(self, epoch: int, phase: int = 1) -> list[int]:
+        behind = np.flatnonzero(self._epochs[phase] < epoch).tolist()
+        return [p for p in behind if p not in self.closed_peers] if behind else behind
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         holdings = self._holdings(table)
@@ -277,11 +280,12 @@ class EventualManager(SynchronousManager):
             table.spec.dim,
         )
         if self._holdings(table).group.moves:
-            self._apply_here(table, rows, values, scale, group)
+            intent = gradients[0].plan.intent if len(gradients) == 1 and gradients[0].plan is not None else None
+            self._apply_here(table, rows, values, scale, group, _places_of(intent))
         else:
             self._apply_at_home(table, rows, values, scale, group)
 
-    def _apply_here(self, table: Table, rows, values, scale: float, group: dict[str, object]) -> None:
+    def _apply_here(self, table: Table, rows, values, scale: float, group, places: np.ndarray | None) -> None:
         """Apply gradients to records and copies on this rank; rows that are not here are fetched, updated and sent."""
         table.begun = True
         table.gradient_steps += 1
@@ -293,18 +297,18 @@ class EventualManager(SynchronousManager):
             grads = values if some is None else values[some]
             rule.apply(store, slots, grads, scale, group, table.gradient_steps, version)
 
-        slots = self.node.grants.find_or_make(holdings, rows)
-        mine = np.flatnonzero(slots >= 0)
+        places = holdings.places(rows, places)
+        mine = np.flatnonzero(places >= 0)
         if len(mine) == len(rows):
-            apply(holdings.owned.store, slots, None)
-            self.node.grants.changed_here(holdings, slots)
+            apply(holdings.owned.store, places, None)
+            self.node.grants.changed_here(holdings, places)
             return
         if len(mine):
-            apply(holdings.owned.store, slots[mine], mine)
-            self.node.grants.changed_here(holdings, slots[mine])
-        others = np.flatnonzero(slots < 0)
-        at, states = holdings.copies.find(rows[others])
-        active = states == Copy.ACTIVE
+            apply(holdings.owned.store, places[mine], mine)
+            self.node.grants.changed_here(holdings, places[mine])
+        others = np.flatnonzero(places < 0)
+        at = -2 - places[others]
+        active = (at >= 0) & (holdings.copies.states[at] == Copy.ACTIVE)
         if active.any():
             apply(holdings.copies.store, at[active], others[active])
             holdings.copies.mark_changed(at[active])
@@ -397,16 +401,44 @@ class EventualManager(SynchronousManager):
     # Coming to rest
 
     def epoch_ended(self) -> None:
-        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass."""
+        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass.
+
+        First every rank's changes go to their owners; once all ranks have said that theirs are there, owners apply what
+        has gathered, on their background threads, and send it out, and say that they have.
+        """
         self._sync()
-        self._epochs[self.rank] += 1
-        for peer in self.peers:
-            self.transport.send(peer, Message(Kind.EPOCH, (self._epochs[self.rank],)))
+        self._say_epoch(int(self._epochs[0, self.rank]) + 1, 0)
+
+    def _say_epoch(self, epoch: int, phase: int) -> None:
+        for peer in range(self.ranks):
+            self._deliver(peer, Message(Kind.EPOCH, (epoch, phase)))
         self.transport.wake()
+        if phase == 0:
+            self._epochs[0, self.rank] = epoch  # at once: the next lookup waits
 
     def _on_epoch(self, source: int, message: Message) -> None:
-        """EPOCH(number): all that `source` changed in its passes up to this number is everywhere."""
-        self._epochs[source] = message.numbers[0]
+        """EPOCH(number, phase): of passes up to this number, all that `source` changed is with the owners (phase 0), or
+        all that is owned by `source` is everywhere (1)."""
+        epoch, phase = message.numbers
+        self._epochs[phase, source] = epoch
+        self._end_epochs()
+
+    def _on_closed(self, source: int, message: Message) -> None:
+        super()._on_closed(source, message)
+        self._end_epochs()
+
+    def _end_epochs(self) -> None:
+        ended = min(int(self._epochs[0, p]) for p in range(self.ranks) if p not in self.closed_peers)
+        if ended > self._ended:
+            self._ended = ended
+            self._take_what_has_gathered()
+            with self._structure:
+                self._ending.append((ended, self.node.syncing.begin()))
+                self.node.flush()
+
+    def _go_on_ending(self) -> None:
+        while self._ending and self.node.syncing.is_over(self._ending[0][1]):
+            self._say_epoch(self._ending.pop(0)[0], 1)
 
     def _sync(self) -> None:
         """Make what this rank has changed visible everywhere."""
@@ -492,6 +524,7 @@ class EventualManager(SynchronousManager):
                 self.node.round()
                 self._next_round = now + self._round_seconds
                 busy = True
+            self._go_on_ending()
         if busy:
             self._waiting.notify()
         return busy
@@ -509,6 +542,10 @@ class EventualManager(SynchronousManager):
     def explain_row(self, table: Table, row: int) -> int:
         """Return the key of a row of a table."""
         return int(make_keys(table.number, np.array([row]))[0])
+
+
+def _places_of(intent: Intent | None) -> np.ndarray | None:
+    return None if intent is None else intent.places
 
 
 class _Plan(RowPlan):

@@ -41,9 +41,15 @@ class Grants:
         slots = holdings.owned.find(keys)
         absent = np.flatnonzero(slots < 0)
         if len(absent):
-            fresh = absent[self._node.locations[holdings.group.number].is_unmoved_home(keys[absent])]
-            if len(fresh):
-                slots[fresh] = holdings.owned.make(keys[fresh])
+            slots[absent] = self.make_unmoved(holdings, keys[absent])
+        return slots
+
+    def make_unmoved(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
+        """Make records of those keys that are at home here and were never touched; return slots, -1 for the others."""
+        slots = np.full(len(keys), -1, np.int64)
+        fresh = np.flatnonzero(self._node.locations[holdings.group.number].is_unmoved_home(keys))
+        if len(fresh):
+            slots[fresh] = holdings.owned.make(keys[fresh])
         return slots
 
     def changed_here(self, holdings: Holdings, slots: np.ndarray) -> None:
@@ -109,7 +115,7 @@ class Grants:
         owned.holders[stay] |= asker
         keys = narrow(owned.keys[stay])
         if copies_are_made(node.techniques):
-            node.counts["replications"] += len(stay)
+            node.count("replications", holdings.group.number, len(stay))
             node.emit(origin, Message(Kind.COPIES, (holdings.group.number,), (keys, owned.values(stay))))
         else:
             node.emit(origin, Message(Kind.REFUSED, (holdings.group.number,), (keys,)))
@@ -154,8 +160,8 @@ class Grants:
                 arrays = (narrow(keys[some]), owned.values(slots[some]), counters[some], _sets(holders[some]))
                 message = Message(Kind.RECORDS, (number,), arrays)
             node.emit(to, message)
-        node.counts["relocations"] += len(slots)
-        node.counts["promotions"] += int(promoted.sum())
+        node.count("relocations", number, len(slots))
+        node.count("promotions", number, int(promoted.sum()))
         owned.release(slots)
         self._tell_homes(number, keys, to, counters)
         if node.record is not None:
@@ -230,7 +236,7 @@ class Grants:
         """Send `peer` what is in records, as far as it holds copies of them."""
         part = slots[masks.contains(holdings.owned.holders[slots], peer)]
         if len(part) and copies_are_made(self._node.techniques):
-            self._node.counts["replica_steps"] += len(part)
+            self._node.count("replica_steps", holdings.group.number, len(part))
             arrays = (narrow(holdings.owned.keys[part]), holdings.owned.values(part))
             self._node.emit(peer, Message(Kind.REFRESH, (holdings.group.number,), arrays))
 

@@ -12,6 +12,8 @@ import cuda_ops
 from pm import masks
 from pm.store import RecordClass, RecordStore, reserve_zeros
 
+NO_KEY = -1
+
 
 @dataclass(frozen=True)
 class Group:
@@ -145,6 +147,7 @@ class Owned:
         self.live[slots] = 0
         self.holders[slots] = 0
         self.store.release(self.keys[slots])
+        self.keys[slots] = NO_KEY
 
 
 class Copies:
@@ -186,6 +189,7 @@ class Copies:
         """Forget keys that this rank has no copy of any more, or owns now."""
         self.states[slots], self.live[slots], self.dirty[slots] = Copy.FREE, 0, False
         self.store.release(self.keys[slots])
+        self.keys[slots] = NO_KEY
 
     def _part(self, slots: np.ndarray, part: int) -> np.ndarray:
         store = self.store
@@ -295,6 +299,25 @@ class Holdings:
         self.group = group
         self.owned = Owned(group, ranks)
         self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks)
+
+    def places(self, keys: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
+        """Return where keys are: the slot of an owned record, -2 - slot of a copy, or -1; int64 `[n]`.
+
+        `known`: what this returned for the same keys before. Those that are still there cost no search.
+        """
+        if known is None:
+            places = self.owned.find(keys)
+            absent = np.flatnonzero(places < 0)
+        else:
+            places = known.copy()
+            absent = cuda_ops.moved_places(keys, known, self.owned.keys, self.copies.keys)
+            if len(absent):
+                places[absent] = self.owned.find(keys[absent])
+                absent = absent[places[absent] < 0]
+        if len(absent):
+            slots = self.copies.store.index.find(keys[absent])
+            places[absent] = np.where(slots >= 0, -2 - slots, -1)
+        return places
 
     @property
     def memory_bytes(self) -> int:

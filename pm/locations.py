@@ -52,6 +52,22 @@ class RankOfKey:
         self._rank[slots] = ranks
         self._number[slots] = numbers
 
+    def put_newer(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray) -> None:
+        """As `put`, but for keys that are there with a number that is not smaller."""
+        slots = self._index.find(keys)
+        absent = slots < 0
+        if absent.any():
+            self._make_room(int(absent.sum()))
+            cut = len(self._free) - int(absent.sum())
+            made, self._free = self._free[cut:], self._free[:cut]
+            self._index.add(keys[absent], made)
+            slots[absent] = made
+            self._number[made] = -1
+        newer = numbers > self._number[slots]
+        slots = slots[newer]
+        self._rank[slots] = ranks if np.isscalar(ranks) else ranks[newer]
+        self._number[slots] = numbers[newer]
+
     def remove(self, keys: np.ndarray) -> None:
         slots = self._index.remove(keys)
         self._free = np.concatenate([self._free, slots[slots >= 0]])
@@ -100,10 +116,11 @@ class Locations:
 
     def is_unmoved_home(self, keys: np.ndarray) -> np.ndarray:
         """Return, bool `[n]`, which keys are at home here and have never been anywhere else."""
-        at_home = self.home_of(keys) == self._rank
+        unmoved = self.home_of(keys) == self._rank
         if len(self._moved):
-            at_home &= self._moved.get(keys)[0] < 0
-        return at_home
+            at_home = np.flatnonzero(unmoved)
+            unmoved[at_home] = self._moved.get(keys[at_home])[0] < 0
+        return unmoved
 
     def next_hop(self, keys: np.ndarray, *, guess: bool = False) -> np.ndarray:
         """Return where to send a message for keys (int64 `[n]`) that this rank does not own.
@@ -139,8 +156,12 @@ class Locations:
         return coming
 
     def learn(self, keys: np.ndarray, owner: int) -> None:
-        """Remember for later that `owner` owns `keys`."""
+        """Remember for later that `owner` owns `keys` (but for those that it, or this rank, is the home of)."""
         if not self._cache_keys:
+            return
+        home = self.home_of(keys)
+        keys = keys[(home != owner) & (home != self._rank)]
+        if not len(keys):
             return
         if len(self._cache) + len(keys) > self._cache_keys:
             self._cache = RankOfKey()
@@ -148,10 +169,7 @@ class Locations:
 
     def moved(self, keys: np.ndarray, owner: np.ndarray | int, counters: np.ndarray) -> None:
         """Note, as the home of `keys`, where they went; news that is older than what is known is dropped."""
-        _, known = self._moved.get(keys)
-        newer = np.flatnonzero(counters > known)
-        owners = np.broadcast_to(np.asarray(owner), keys.shape)
-        self._moved.put(keys[newer], owners[newer], counters[newer])
+        self._moved.put_newer(keys, owner, counters)
 
     def gave_away(self, keys: np.ndarray, owner: int, parcels: np.ndarray) -> None:
         """Point to the new `owner` of keys that were ours until their homes have taken in the `parcels` that say so."""
@@ -161,8 +179,6 @@ class Locations:
         """Keys have come here: this rank owns them now."""
         if len(self._given_away):
             self._given_away.remove(keys)
-        if len(self._cache):
-            self._cache.remove(keys)
         mine = np.flatnonzero(self.home_of(keys) == self._rank)
         if len(mine):
             self.moved(keys[mine], self._rank, counters[mine])

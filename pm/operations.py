@@ -39,6 +39,7 @@ class Operation:
         remaining: how many keys are still to be done.
         local: how many were done without a message.
         order: that of the keys, once it is needed.
+        places: where the keys were when last seen (`Holdings.places`), if known.
     """
 
     action: Action
@@ -50,12 +51,13 @@ class Operation:
     remaining: int = 0
     local: int = 0
     order: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     @property
     def is_done(self) -> bool:
         return self.remaining == 0
 
-    def places(self, keys: np.ndarray) -> np.ndarray:
+    def positions(self, keys: np.ndarray) -> np.ndarray:
         """Return where some of the operation's keys are among them."""
         if self.order is None:
             self.order = np.argsort(self.keys)
@@ -153,20 +155,26 @@ class Operations:
             return
         holdings = self._node.holdings[operation.group]
         keys = operation.keys[positions]
-        slots = self._node.grants.find_or_make(holdings, keys)
-        mine = slots >= 0
+        places = holdings.places(keys, None if operation.places is None else operation.places[positions])
+        absent = np.flatnonzero(places == -1)
+        if len(absent):
+            places[absent] = self._node.grants.make_unmoved(holdings, keys[absent])
+        mine = places >= 0
         under_way = self.are_under_way(operation.group, keys, sets_only=operation.action == Action.PUSH)
         mine &= ~under_way  # the record may have come here after this rank's changes left for its former owner
         if mine.any():
-            self._on_owned(operation, holdings, slots[mine], positions[mine])
-            keys, positions, under_way = keys[~mine], positions[~mine], under_way[~mine]
-        if not len(positions):
-            return
-        at, states = holdings.copies.find(keys)
+            self._on_owned(operation, holdings, places[mine], positions[mine])
+            if mine.all():
+                return
+            keys, positions, under_way, places = keys[~mine], positions[~mine], under_way[~mine], places[~mine]
+        at = np.where(places < -1, -2 - places, -1)  # an owned record that waits for our own changes is no copy
+        states = np.where(at >= 0, holdings.copies.states[at], Copy.FREE)
         active = (states == Copy.ACTIVE) & (operation.action != Action.SET)
         active &= ~self.are_under_way(operation.group, keys, sets_only=True)
         if active.any():
             self._on_copies(operation, holdings, at[active], positions[active])
+            if active.all():
+                return
         elsewhere = ~active
         waits = under_way | np.isin(states, (Copy.WANTED, Copy.REQUESTED, Copy.LEAVING))
         target = self._node.locations[operation.group].next_hop(keys, guess=True)
@@ -253,7 +261,7 @@ class Operations:
         group, number = message.numbers
         keys, values = widen(message.arrays[0]), message.arrays[1]
         operation = self._open[number]
-        operation.values[operation.places(keys)] = values
+        operation.values[operation.positions(keys)] = values
         self._done(operation, source, keys)
 
     def on_push(self, source: int, message: Message) -> None:
