@@ -18,6 +18,8 @@ from pm.messages import Kind, Message, narrow, widen
 if TYPE_CHECKING:
     from pm.node import Node
 
+_FOR_EVER = 1 << 62
+
 
 @dataclass
 class Intent:
@@ -81,6 +83,11 @@ class Claims:
     def now(self) -> int:
         """The rank's clock: that of the slowest of its workers."""
         return min((clock.now for clock in self.clocks if not clock.closed), default=0)
+
+    @property
+    def slowest(self) -> int:
+        """The clock that others may have to wait for: a rank whose workers are all done keeps nobody waiting."""
+        return self.now if any(not clock.closed for clock in self.clocks) else _FOR_EVER
 
     def intend(self, clock: Clock, group: int, keys: np.ndarray, start: int, end: int | None) -> Intent:
         """A worker will access distinct `keys` while its clock is in [start, end], or from `start` on."""
