@@ -173,7 +173,9 @@ class Run:
 
     def _push(self, worker: pm.Worker, keys: np.ndarray, amounts: np.ndarray) -> int:
         place, owner = self._words(keys)
-        return worker.push(keys, self._given(np.where(owner == self.rank, amounts[place], 0).astype(self._room(keys).dtype)))
+        return worker.push(
+            keys, self._given(np.where(owner == self.rank, amounts[place], 0).astype(self._room(keys).dtype))
+        )
 
     def _read(self, worker: pm.Worker, clock: int, keys: np.ndarray, only_if_local: bool = False) -> None:
         """Pull keys and check what comes: own changes, what was seen before, and what staleness demands."""

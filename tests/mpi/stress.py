@@ -1,7 +1,7 @@
 """Random programs on a `pm.ParameterManager`, one after the other, for as long as is asked.
 
-    mpirun -n 3 python -m tests.mpi.stress --minutes 10
-    mpirun -n 3 python -m tests.mpi.stress --seed 17          one program again
+mpirun -n 3 python -m tests.mpi.stress --minutes 10
+mpirun -n 3 python -m tests.mpi.stress --seed 17          one program again
 """
 
 from __future__ import annotations
