@@ -1,7 +1,7 @@
 """Random programs on a `pm.ParameterManager`, whose every read can be checked.
 
-What each thread of each rank pushes follows from a shared seed, so all ranks know the sums. Word w of a value belongs to
-rank w modulo the number of ranks, and updates are positive: what is read says, rank by rank, how much of it is there.
+What each thread of each rank pushes follows from a shared seed, so all ranks know the sums. Word w of a value belongs
+to rank w modulo the number of ranks, and updates are positive: what is read says, rank by rank, how much is there.
 """
 
 from __future__ import annotations
