@@ -58,6 +58,10 @@ class AdaLoader(StatefulDataLoader):
         strategy: by name of a parameter, "managed" (a table, however few rows it has) or "dense" (an ordinary
             parameter). By default a table that is used as a whole, with its gradient, becomes dense by itself (on
             several ranks in its first step; later that is an error).
+        techniques: how rows come to the ranks that need them, for comparison; results are the same to the bit. "all": a
+            row moves to a rank while no other needs it, and is copied to each that does otherwise. "relocation": rows
+            move, and are copied only on demand. "replication": they are copied from where they have always been.
+            "none": every lookup fetches its rows.
 
     Raises:
         ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
@@ -95,6 +99,7 @@ class AdaLoader(StatefulDataLoader):
         batch_weight: Callable[[Any], float] | None = None,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         strategy: Mapping[str, str] | None = None,
+        techniques: str = "all",
         **kwargs,
     ):
         orders = (
@@ -119,7 +124,9 @@ class AdaLoader(StatefulDataLoader):
         self._session: Session | None = None
         self._place = None
         self._accelerated: Accelerated | None = None
-        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy)
+        settings = Settings(
+            lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy, techniques
+        )
         if model is None:
             _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
             return
@@ -160,6 +167,7 @@ class AdaLoader(StatefulDataLoader):
         batch_weight: Callable[[Any], float] | None = None,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         strategy: Mapping[str, str] | None = None,
+        techniques: str = "all",
     ) -> WrappedLoader:
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
@@ -167,7 +175,9 @@ class AdaLoader(StatefulDataLoader):
         Collective. Keywords as for `AdaLoader`. A rank that runs out of batches first contributes zero until the
         others have finished theirs.
         """
-        settings = Settings(lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy)
+        settings = Settings(
+            lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy, techniques
+        )
         return WrappedLoader(iterable, model, optimizer, settings)
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ in memory.
 from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
+from cuda_ops.cpu import holds as _holds
 from cuda_ops.cpu import partition as _partition
 from cuda_ops.cpu import renorm as _renorm
 from cuda_ops.cpu import rows as _rows
@@ -37,6 +38,8 @@ rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
 advance = by_device(_advance.advance)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
+add_holds = by_device(_holds.add_holds)
+held_by_one = by_device(_holds.held_by_one)
 owners = by_device(_partition.owners)
 partition = by_device(_partition.partition)
 renorm = by_device(_renorm.renorm)
@@ -49,12 +52,14 @@ __all__ = [
     "DedupScratch",
     "KeyIndex",
     "adagrad_update",
+    "add_holds",
     "advance",
     "dedup",
     "dedup_counts",
     "delta",
     "expand",
     "gather",
+    "held_by_one",
     "history_columns",
     "last_steps",
     "mark_steps",

@@ -3,7 +3,7 @@
 A `Manager` serves one rank; a `SynchronousManager` several, over MPI, with results that equal one process's. Records
 live in `store.py`, who owns a key is asked of `directory.py`, and one background thread per rank (`transport.py`) moves
 typed messages (`messages.py`). The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then
-`synchronous.py` (asking for rows) and `serving.py` (owning them).
+`synchronous.py`, `asking.py` (intents), `serving.py` (owning rows) and `moving.py` (giving them away).
 """
 
 from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop
@@ -11,6 +11,7 @@ from pm.manager import Manager
 from pm.rules import SGD, Adagrad, Frozen, RowwiseAdagrad, Rule, SparseAdam
 from pm.synchronous import SynchronousManager
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.techniques import techniques_named
 from pm.waiting import PeerError
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "Table",
     "TableGradient",
     "TableSpec",
+    "techniques_named",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,9 +26,19 @@ _CHUNK_ROWS = 1 << 16
 
 @dataclass
 class Traffic:
-    """What the manager has counted; seconds are those that the trainer's thread waited for rows."""
+    """What the manager has counted; seconds are those that the trainer's thread waited for rows.
+
+    By number of table: `relocations` are rows that this rank gave to another, `replications` rows that it copied to one
+    for a plan, `replica_steps` copies that it sent again because they had changed. `hops` are rows asked for that it
+    passed on to another rank, `late_intents` rows asked for when they might already have been needed.
+    """
 
     on_demand_pulls: int = 0
+    relocations: Counter[int] = field(default_factory=Counter)
+    replications: Counter[int] = field(default_factory=Counter)
+    replica_steps: Counter[int] = field(default_factory=Counter)
+    hops: int = 0
+    late_intents: int = 0
     wait_seconds: float = 0.0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("keys", "exchange", "gather", "backward", "update", "waiting"), 0.0)
@@ -50,7 +62,7 @@ class Manager:
         self._stores: list[tuple[RecordStore, int]] = []
         self._plan_numbers = itertools.count()
         self._summing = Summing()
-        self._structure = threading.RLock()  # guards indices and slot allocation
+        self.structure = threading.RLock()  # guards indices and slot allocation
         self._values = threading.Lock()  # held to write values while they may be read, and to read them then
 
     # Tables
@@ -92,7 +104,7 @@ class Manager:
                 f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
                 "moved all its rows; it cannot be given another rule"
             )
-        with self._structure:
+        with self.structure:
             held_keys, held_slots = table.store.index.items()
             mine = table_of(held_keys) == table.number
             keys, slots = held_keys[mine], held_slots[mine]
@@ -118,14 +130,18 @@ class Manager:
             if used or kept is not store
         ]
 
+    def still(self) -> contextlib.AbstractContextManager[None]:
+        """Keep every row where it is inside (collective): one rank owns each, and no step is under way."""
+        return contextlib.nullcontext()
+
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        """Return those of `rows` (int64 `[n]`) whose main copy belongs on this rank."""
+        """Return those of `rows` (int64 `[n]`) whose main copy is on this rank; ranks agree inside `still()`."""
         return rows
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
         """Return the slots (int64 `[n]`) of distinct `rows` (int64 `[n]`) owned by this rank; make absent ones."""
         keys = table.keys(rows)
-        with self._structure:
+        with self.structure:
             slots = table.store.index.find(keys)
             absent = np.flatnonzero(slots < 0)
             if len(absent):
@@ -170,7 +186,7 @@ class Manager:
         This bounds what a lookup after a long gap costs where rows never come to rest by themselves (coupled weight
         decay, momentum near 1). A row of a deferred table that is made late still takes all steps since the first.
         """
-        with self._structure:  # no record is being made meanwhile
+        with self.structure:  # no record is being made meanwhile
             in_use = table.store.slots_in_use
             share = -(-in_use // SWEPT_STEPS)
             start = table.swept if table.swept < in_use else 0
@@ -197,14 +213,14 @@ class Manager:
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         """Say that distinct `rows` (int64 `[U]`, in range) will be looked up at about version `expected`."""
-        with self._structure:
+        with self.structure:
             return RowPlan(next(self._plan_numbers), table, rows, expected, self.touch(table, rows), table.store)
 
     def slots_of(self, plan: RowPlan) -> np.ndarray:
         """Return the slots of the plan's rows here; they change when its table is given another rule."""
         if plan.store is not plan.table.store:
-            with self._structure:
-                plan.slots = self.touch(plan.table, plan.rows if plan.own is None else plan.rows[plan.own])
+            with self.structure:
+                plan.slots = self.touch(plan.table, plan.rows)
                 plan.store = plan.table.store
         return plan.slots
 
@@ -311,7 +327,10 @@ class Manager:
     # Whole tables
 
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
-        """Set values and, where given, optimizer state of distinct `rows` of which this rank is the owner."""
+        """Set values and, where given, optimizer state of distinct `rows` of which this rank is the owner.
+
+        With several ranks this is called inside `still()`, as are `load_states` and `held_rows`.
+        """
         slots = self.touch(table, rows)
         self.catch_up(table, slots)
         table.store.set_values(slots, values)
@@ -327,7 +346,7 @@ class Manager:
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (rows, values, states) of the records of `table` that this rank owns, in chunks."""
-        with self._structure:
+        with self.structure:
             keys, slots = table.store.index.items()
         mine = table_of(keys) == table.number
         keys, slots = keys[mine], slots[mine]
@@ -350,6 +369,11 @@ class Manager:
         """Bytes of the rows that this rank holds, with their state and index, and of tables' histories."""
         histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
         return histories + sum(store.memory_bytes for store, _ in self._stores)
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes sent, by kind of message."""
+        return {}
 
     @property
     def bytes_sent(self) -> int:

@@ -9,6 +9,7 @@ from enum import IntEnum, unique
 import numpy as np
 
 _WORD = 8
+_MOST_NARROW = np.iinfo(np.int32).max
 _DTYPES = (np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8), np.dtype(np.int32))
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
@@ -35,6 +36,13 @@ class Kind(IntEnum):
     LAST = 16
     WHERE = 17
     HERE = 18
+    FORWARD = 19
+    FORWARDED = 20
+    HOLDS = 21
+    RECORDS = 22
+    MOVED = 23
+    LOCATE = 24
+    LOCATED = 25
     PRESENT = 40
     SHARE = 41
     SHARED = 42
@@ -48,6 +56,22 @@ class Message:
     kind: Kind
     numbers: tuple[int, ...] = ()
     arrays: tuple[np.ndarray, ...] = field(default=())
+
+
+def narrowed(ids: np.ndarray) -> np.ndarray:
+    """Return non-negative `ids` (int64 `[n]`) as int32 where they fit, for the wire; `widened` undoes it."""
+    return ids.astype(np.int32) if int(ids.max(initial=0)) <= _MOST_NARROW else ids
+
+
+def widened(ids: np.ndarray) -> np.ndarray:
+    """Return `ids` from a message (int32 or int64 `[n]`) as int64."""
+    return ids.astype(np.int64, copy=False)
+
+
+def message_bytes(message: Message) -> int:
+    """Return how many bytes of a buffer `message` takes."""
+    words = 3 + len(message.numbers) + sum(2 + array.ndim for array in message.arrays)
+    return words * _WORD + sum(_padded(array.nbytes) for array in message.arrays)
 
 
 def pack(messages: list[Message]) -> np.ndarray:
