@@ -107,6 +107,8 @@ class Iteration:
             self.following.gradient_was_not_stepped = self._gradient_was_not_stepped
             handed_out = self._next_handed > self._start
             self.following.ended(reason, handed_out=handed_out, later=has_work_left)
+        if reason == "exhausted" and self.trains:
+            model.epoch_ended(later=has_work_left)
 
     def end_if_over(self) -> None:
         """The loader is iterated again, or closed: a loop that has worked on its last batch need not have asked for

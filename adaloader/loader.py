@@ -21,6 +21,7 @@ from adaloader.sampling import GlobalBatchSampler, Shares
 from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
 from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
 from adaloader.wrapped_loader import WrappedLoader
+from pm.eventual import DEFAULT_ROUNDS_PER_SECOND
 
 Keys = str | None | Mapping[object, Callable[[Any], Any]]
 
@@ -46,7 +47,9 @@ class AdaLoader(StatefulDataLoader):
             torch.optim's SGD, Adagrad, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adadelta, SparseAdam (with
             sparse=True) and adaloader.RowwiseAdagrad; anything may train the rest of the model.
         lookahead: batches to read ahead of the loop (0: none).
-        staleness: steps that a rank may be behind the others' updates; 0 (synchronous and exact) is what there is.
+        staleness: how many optimizer steps a rank's lookups may be behind the others' updates of tables: 0 (every
+            lookup sees every step before it: exact), s, or None (no bound: a rank sees its own updates at once, others'
+            as they arrive; all see the same when a pass over the loader is over).
         keys: "auto" derives which rows a batch needs by watching a step; a mapping from table (its name, parameter or
             module) to a function batch -> ids replaces that for the tables in it, and is called on another thread; None
             fetches all rows on demand.
@@ -58,10 +61,13 @@ class AdaLoader(StatefulDataLoader):
         strategy: by name of a parameter, "managed" (a table, however few rows it has) or "dense" (an ordinary
             parameter). By default a table that is used as a whole, with its gradient, becomes dense by itself (on
             several ranks in its first step; later that is an error).
-        techniques: how rows come to the ranks that need them, for comparison; results are the same to the bit. "all": a
-            row moves to a rank while no other needs it, and is copied to each that does otherwise. "relocation": rows
-            move, and are copied only on demand. "replication": they are copied from where they have always been.
-            "none": every lookup fetches its rows.
+        techniques: how rows come to the ranks that need them: "all" (a row moves to a rank while no other needs it, and
+            is copied to each that does otherwise), or for comparison "relocation" (rows move, and are copied only on
+            demand), "replication" (they are copied from where they have always been) or "none" (fetched when they are
+            looked up). With staleness 0 results are the same to the bit.
+        update_threshold: with staleness: changes of copies that are smaller than this in every value are held back
+            until they have added up to it, or a pass is over.
+        max_rounds_per_second: with staleness: how often ranks exchange updates, at most.
 
     Raises:
         ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
@@ -100,6 +106,8 @@ class AdaLoader(StatefulDataLoader):
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         strategy: Mapping[str, str] | None = None,
         techniques: str = "all",
+        update_threshold: float | None = None,
+        max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
         **kwargs,
     ):
         orders = (
@@ -125,7 +133,17 @@ class AdaLoader(StatefulDataLoader):
         self._place = None
         self._accelerated: Accelerated | None = None
         settings = Settings(
-            lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy, techniques
+            lookahead,
+            staleness,
+            keys,
+            min_rows,
+            comm,
+            batch_weight,
+            timeout_seconds,
+            strategy,
+            techniques,
+            update_threshold,
+            max_rounds_per_second,
         )
         if model is None:
             _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
@@ -168,6 +186,8 @@ class AdaLoader(StatefulDataLoader):
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         strategy: Mapping[str, str] | None = None,
         techniques: str = "all",
+        update_threshold: float | None = None,
+        max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
     ) -> WrappedLoader:
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
@@ -176,7 +196,17 @@ class AdaLoader(StatefulDataLoader):
         others have finished theirs.
         """
         settings = Settings(
-            lookahead, staleness, keys, min_rows, comm, batch_weight, timeout_seconds, strategy, techniques
+            lookahead,
+            staleness,
+            keys,
+            min_rows,
+            comm,
+            batch_weight,
+            timeout_seconds,
+            strategy,
+            techniques,
+            update_threshold,
+            max_rounds_per_second,
         )
         return WrappedLoader(iterable, model, optimizer, settings)
 

@@ -84,6 +84,7 @@ class ManagedModel:
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
         self._hook_handles: list[object] = []
         self._share_of_backward: float | None = None
+        self._epoch_end_is_due = False
 
     @property
     def ranks(self) -> int:
@@ -139,6 +140,18 @@ class ManagedModel:
             table.last_mismatch = describe_mismatch(table, batch, ids)
         if batch is not None and not all_intended:
             self.watch.not_foreseen(batch, table.name, ids)
+
+    def epoch_ended(self, *, later: bool) -> None:
+        """A pass over a loader is over; `later`: the loop still works on a batch of it, and it is when another
+        begins."""
+        self._epoch_end_is_due = later
+        if not later:
+            self.manager.epoch_ended()
+
+    def pass_begins(self) -> None:
+        """A loader is iterated again."""
+        if self._epoch_end_is_due:
+            self.epoch_ended(later=False)
 
     # Gradients
 

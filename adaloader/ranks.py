@@ -17,59 +17,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pm import PeerError
+from pm.launch import default_comm, launched
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# (size, rank) variables that launchers set for each process: MPICH's Hydra and PMI-2, Open MPI, MVAPICH, Slurm's srun.
-_LAUNCHERS = (
-    ("PMI_SIZE", "PMI_RANK"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-)
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 # A launcher that is told to end the job may drop what it has not yet read of the ranks' output.
 _SECONDS_TO_SPEAK = 0.3
 # How long the trainer's thread may take to meet what ended a background thread.
 _SECONDS_TO_MEET = 3.0
-
-
-def _launched() -> tuple[int, int]:
-    """Return (number of processes, number of this one) as the launcher says, (1, 0) where there was none."""
-    for size, rank in _LAUNCHERS:
-        if size in os.environ and rank in os.environ:
-            return int(os.environ[size]), int(os.environ[rank])
-    return 1, 0
-
-
-def launched_ranks() -> int:
-    """Return how many processes the launcher (mpirun or srun) started, 1 where there was none."""
-    return _launched()[0]
-
-
-def default_comm() -> MPI.Comm | None:
-    """Return MPI.COMM_WORLD when a launcher started several processes, None for a process that is alone.
-
-    Raises:
-        RuntimeError: if several were started but mpi4py is absent, or belongs to another MPI than the launcher.
-    """
-    launched = launched_ranks()
-    if launched == 1:
-        return None
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # the latter where mpi4py finds no MPI library
-        raise RuntimeError(
-            f"a launcher started {launched} processes, but mpi4py cannot be imported ({error}), so that each would "
-            "train alone; install it with: pip install 'adaloader[mpi]'"
-        ) from error
-    if MPI.COMM_WORLD.size != launched:
-        raise RuntimeError(
-            f"the launcher started {launched} processes, but mpi4py sees {MPI.COMM_WORLD.size}: it was built for "
-            f"another MPI ({MPI.Get_library_version().splitlines()[0][:60]}); launch with that library's own mpirun"
-        )
-    return MPI.COMM_WORLD
 
 
 def same_comm(one: MPI.Comm | None, other: MPI.Comm | None) -> bool:
@@ -146,7 +103,7 @@ def end_job(kind: type[BaseException]) -> None:
     """End the whole job with a non-zero code, after a line that names this rank and `kind`."""
     mpi = sys.modules.get("mpi4py.MPI")
     begun = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    ranks, rank = (mpi.COMM_WORLD.size, mpi.COMM_WORLD.rank) if begun else _launched()
+    ranks, rank = (mpi.COMM_WORLD.size, mpi.COMM_WORLD.rank) if begun else launched()
     print(f"adaloader: rank {rank} of {ranks} failed ({kind.__name__}); ending the job", file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
+import pm.eventual
 from adaloader import adoption
 from adaloader.agreement import broadcast
 from adaloader.candidate import decide_now, find_candidates, watch_candidates
@@ -34,11 +35,9 @@ from adaloader.optimizers import group_of, rule_for
 from adaloader.process_group import process_group
 from adaloader.random_ids import Passes
 from adaloader.ranks import (
-    default_comm,
     end_job_if_failed,
     end_job_on_failure,
     end_job_unless,
-    launched_ranks,
     same_comm,
 )
 from adaloader.sampling import random_state, set_random_state
@@ -47,6 +46,8 @@ from adaloader.strategy import check_strategy, resolve_strategy
 from adaloader.table_values import all_numbers
 from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
+from pm.decision import check_techniques
+from pm.launch import default_comm, launched_ranks
 
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_MIN_ROWS = 1000
@@ -73,14 +74,28 @@ class Settings:
     timeout_seconds: float
     strategy: Mapping[str, str] | None = None
     techniques: str = "all"
+    update_threshold: float | None = None
+    max_rounds_per_second: float = pm.eventual.DEFAULT_ROUNDS_PER_SECOND
 
     def __post_init__(self):
         check_strategy(self.strategy)
-        pm.techniques_named(self.techniques)
         if not _is_int(self.lookahead) or self.lookahead < 0:
             raise ValueError(f"lookahead must be a number of batches, 0 or more; got {self.lookahead!r}")
-        if self.staleness != 0 or isinstance(self.staleness, bool):
-            raise ValueError(f"staleness={self.staleness!r} is not available; only 0 (synchronous, exact) is")
+        if self.staleness is not None and (not _is_int(self.staleness) or self.staleness < 0):
+            raise ValueError(
+                f"staleness must be 0 (synchronous, exact), a number of steps, or None (no bound); got "
+                f"{self.staleness!r}"
+            )
+        check_techniques(self.techniques)
+        if self.update_threshold is not None and not (_is_number(self.update_threshold) and self.update_threshold >= 0):
+            raise ValueError(f"update_threshold must be 0 or more; got {self.update_threshold!r}")
+        if self.update_threshold and self.staleness == 0:
+            raise ValueError(
+                f"update_threshold={self.update_threshold!r} holds changes back, which staleness=0 does not allow; "
+                "leave one of them out"
+            )
+        if not _is_number(self.max_rounds_per_second) or not self.max_rounds_per_second > 0:
+            raise ValueError(f"max_rounds_per_second must be positive; got {self.max_rounds_per_second!r}")
         if not _is_int(self.min_rows) or self.min_rows < 1:
             raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
         if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:
@@ -94,12 +109,8 @@ class Settings:
 
     def shared(self) -> dict[str, object]:
         """What all loaders of one model must agree on."""
-        return {
-            "min_rows": self.min_rows,
-            "staleness": self.staleness,
-            "techniques": self.techniques,
-            "comm": self.comm,
-        }
+        names = ("min_rows", "staleness", "comm", "techniques", "update_threshold", "max_rounds_per_second")
+        return {name: getattr(self, name) for name in names}
 
 
 class Session:
@@ -154,6 +165,7 @@ class Session:
                 iteration.leave()
         if self.managed.follower is not None:
             self.managed.follower.finish()
+        self.managed.pass_begins()
 
     def iteration(
         self,
@@ -286,6 +298,10 @@ class _Unwatched(Iterator):
             return next(self._inner)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -327,7 +343,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         manager = pm.Manager()
     else:
         end_job_on_failure()
-        manager = pm.SynchronousManager(comm, settings.timeout_seconds, settings.techniques)
+        manager = _manager_of_ranks(comm, settings)
         manager.on_failure = partial(end_job_unless, partial(getattr, manager, "failure_is_known"))
         _open_managers.add(manager)
     managed = ManagedModel(model, manager, settings.shared(), strategy)
@@ -353,6 +369,19 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
+
+
+def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
+    if settings.staleness == 0:
+        return pm.SynchronousManager(comm, settings.timeout_seconds, settings.techniques)
+    return pm.EventualManager(
+        comm,
+        settings.timeout_seconds,
+        staleness=settings.staleness,
+        techniques=settings.techniques,
+        update_threshold=settings.update_threshold or 0.0,
+        max_rounds_per_second=settings.max_rounds_per_second,
+    )
 
 
 def _describe(model, found, optimizers, settings, strategy) -> str:

@@ -12,6 +12,7 @@ from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import holds as _holds
 from cuda_ops.cpu import partition as _partition
+from cuda_ops.cpu import places as _places
 from cuda_ops.cpu import renorm as _renorm
 from cuda_ops.cpu import rows as _rows
 from cuda_ops.cpu import schedule as _schedule
@@ -36,6 +37,7 @@ adagrad_update = by_device(_update.adagrad_update)
 sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
 rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
 advance = by_device(_advance.advance)
+moved_places = by_device(_places.moved_places)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 add_holds = by_device(_holds.add_holds)
@@ -64,6 +66,7 @@ __all__ = [
     "last_steps",
     "mark_steps",
     "merge",
+    "moved_places",
     "note_touches",
     "owners",
     "partition",

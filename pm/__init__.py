@@ -1,18 +1,24 @@
 """The parameter manager: keeps tables' rows as records on the ranks that own them, and brings them where needed.
 
-A `Manager` serves one rank; a `SynchronousManager` several, over MPI, with results that equal one process's. Records
-live in `store.py`, who owns a key is asked of `directory.py`, and one background thread per rank (`transport.py`) moves
-typed messages (`messages.py`). The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then
-`synchronous.py`, `asking.py` (intents), `serving.py` (owning rows) and `moving.py` (giving them away).
+A `Manager` serves one rank; a `SynchronousManager` several, over MPI, with results that equal one process's. Where
+ranks need not wait for each other, a `Node` (`node.py`: the protocol without input or output) is run by a `Runtime`, on
+which `ParameterManager`, the manager by hand, stands. Records live in `store.py`, who owns a key is asked of
+`directory.py` (`locations.py` of a node), and one background thread per rank (`transport.py`) moves typed messages
+(`messages.py`).
+The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then `synchronous.py`,
+`asking.py` (intents), `serving.py` (owning rows) and `moving.py` (giving them away); for the asynchronous protocol
+`node.py`.
 """
 
 from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop
+from pm.eventual import EventualManager
 from pm.manager import Manager
+from pm.parameter_manager import ParameterManager
 from pm.rules import SGD, Adagrad, Frozen, RowwiseAdagrad, Rule, SparseAdam
 from pm.synchronous import SynchronousManager
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
-from pm.techniques import techniques_named
 from pm.waiting import PeerError
+from pm.worker import Worker
 
 __all__ = [
     "SGD",
@@ -21,10 +27,12 @@ __all__ = [
     "Adam",
     "Adamax",
     "DecayingAdagrad",
+    "EventualManager",
     "Frozen",
     "Manager",
     "MomentumSGD",
     "NAdam",
+    "ParameterManager",
     "PeerError",
     "RAdam",
     "RMSprop",
@@ -36,5 +44,5 @@ __all__ = [
     "Table",
     "TableGradient",
     "TableSpec",
-    "techniques_named",
+    "Worker",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
-from pm.messages import Kind, Message, widened
+from pm.messages import Kind, Message, widen
 from pm.requests import ask
 from pm.tables import RowPlan, Table
 
@@ -195,7 +195,7 @@ class Asking:
             return
         tickets, values = message.arrays
         if len(values):
-            tickets = widened(tickets) if len(tickets) else np.flatnonzero(plan.where == source)
+            tickets = widen(tickets) if len(tickets) else np.flatnonzero(plan.where == source)
             cuda_ops.scatter(plan.staging.reshape(-1), plan.table.spec.dim, tickets, values)
         if answer:
             plan.answered.add(source)
@@ -204,14 +204,14 @@ class Asking:
         """FORWARDED(plan; tickets): `source` does not have these rows; who has them says HOLDS, or has said so."""
         plan = self._plans.get(message.numbers[0])
         if plan is not None:
-            tickets = widened(message.arrays[0])
+            tickets = widen(message.arrays[0])
             self._place(plan, tickets[plan.where[tickets] == source], _NOBODY)
 
     def on_holds(self, source: int, message: Message) -> None:
         """HOLDS(plan; tickets): `source` serves these rows, from its next READY on."""
         plan, manager = self._plans.get(message.numbers[0]), self._manager
         if plan is not None:
-            tickets = widened(message.arrays[0])
+            tickets = widen(message.arrays[0])
             plan.late.add(source)
             plan.promised.add(source)
             self._promised[source].append(plan)

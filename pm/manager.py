@@ -62,8 +62,13 @@ class Manager:
         self._stores: list[tuple[RecordStore, int]] = []
         self._plan_numbers = itertools.count()
         self._summing = Summing()
-        self.structure = threading.RLock()  # guards indices and slot allocation
+        self._structure = threading.RLock()  # guards indices and slot allocation
         self._values = threading.Lock()  # held to write values while they may be read, and to read them then
+
+    @property
+    def structure(self) -> threading.RLock:
+        """The lock of indices and of which slots are in use, for the other files that a manager is made of."""
+        return self._structure
 
     # Tables
 
@@ -104,7 +109,7 @@ class Manager:
                 f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
                 "moved all its rows; it cannot be given another rule"
             )
-        with self.structure:
+        with self._structure:
             held_keys, held_slots = table.store.index.items()
             mine = table_of(held_keys) == table.number
             keys, slots = held_keys[mine], held_slots[mine]
@@ -141,7 +146,7 @@ class Manager:
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
         """Return the slots (int64 `[n]`) of distinct `rows` (int64 `[n]`) owned by this rank; make absent ones."""
         keys = table.keys(rows)
-        with self.structure:
+        with self._structure:
             slots = table.store.index.find(keys)
             absent = np.flatnonzero(slots < 0)
             if len(absent):
@@ -186,7 +191,7 @@ class Manager:
         This bounds what a lookup after a long gap costs where rows never come to rest by themselves (coupled weight
         decay, momentum near 1). A row of a deferred table that is made late still takes all steps since the first.
         """
-        with self.structure:  # no record is being made meanwhile
+        with self._structure:  # no record is being made meanwhile
             in_use = table.store.slots_in_use
             share = -(-in_use // SWEPT_STEPS)
             start = table.swept if table.swept < in_use else 0
@@ -213,13 +218,13 @@ class Manager:
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         """Say that distinct `rows` (int64 `[U]`, in range) will be looked up at about version `expected`."""
-        with self.structure:
+        with self._structure:
             return RowPlan(next(self._plan_numbers), table, rows, expected, self.touch(table, rows), table.store)
 
     def slots_of(self, plan: RowPlan) -> np.ndarray:
         """Return the slots of the plan's rows here; they change when its table is given another rule."""
         if plan.store is not plan.table.store:
-            with self.structure:
+            with self._structure:
                 plan.slots = self.touch(plan.table, plan.rows)
                 plan.store = plan.table.store
         return plan.slots
@@ -324,6 +329,9 @@ class Manager:
     def settle(self) -> None:
         """Wait until every step that this rank has handed over is applied (collective)."""
 
+    def epoch_ended(self) -> None:
+        """This rank has had all batches of a pass over its loader."""
+
     # Whole tables
 
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
@@ -346,7 +354,7 @@ class Manager:
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (rows, values, states) of the records of `table` that this rank owns, in chunks."""
-        with self.structure:
+        with self._structure:
             keys, slots = table.store.index.items()
         mine = table_of(keys) == table.number
         keys, slots = keys[mine], slots[mine]

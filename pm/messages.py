@@ -9,7 +9,6 @@ from enum import IntEnum, unique
 import numpy as np
 
 _WORD = 8
-_MOST_NARROW = np.iinfo(np.int32).max
 _DTYPES = (np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8), np.dtype(np.int32))
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
@@ -39,14 +38,32 @@ class Kind(IntEnum):
     FORWARD = 19
     FORWARDED = 20
     HOLDS = 21
-    RECORDS = 22
-    MOVED = 23
-    LOCATE = 24
-    LOCATED = 25
+    LOCATE = 22
+    LOCATED = 23
     PRESENT = 40
     SHARE = 41
     SHARED = 42
     GIVEN = 43
+    PARCEL = 60
+    TAKEN = 61
+    REQUEST = 62
+    COPIES = 63
+    RECORDS = 64
+    PROMOTED = 65
+    REFRESH = 66
+    REFUSED = 67
+    DELTAS = 68
+    DROPS = 69
+    MOVED = 70
+    FETCH = 71
+    FETCHED = 72
+    PUSH = 73
+    PUSHED = 74
+    SYNC = 75
+    SYNCED = 76
+    CLOCK = 77
+    REFRESHED = 78
+    EPOCH = 79
 
 
 @dataclass(frozen=True)
@@ -58,20 +75,20 @@ class Message:
     arrays: tuple[np.ndarray, ...] = field(default=())
 
 
-def narrowed(ids: np.ndarray) -> np.ndarray:
-    """Return non-negative `ids` (int64 `[n]`) as int32 where they fit, for the wire; `widened` undoes it."""
-    return ids.astype(np.int32) if int(ids.max(initial=0)) <= _MOST_NARROW else ids
-
-
-def widened(ids: np.ndarray) -> np.ndarray:
-    """Return `ids` from a message (int32 or int64 `[n]`) as int64."""
-    return ids.astype(np.int64, copy=False)
-
-
 def message_bytes(message: Message) -> int:
-    """Return how many bytes of a buffer `message` takes."""
+    """Return how many bytes of a buffer a message takes."""
     words = 3 + len(message.numbers) + sum(2 + array.ndim for array in message.arrays)
     return words * _WORD + sum(_padded(array.nbytes) for array in message.arrays)
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Return non-negative int64 `numbers` as int32 where they all fit, so that they take half the bytes."""
+    return numbers.astype(np.int32) if not len(numbers) or numbers.max() <= np.iinfo(np.int32).max else numbers
+
+
+def widen(numbers: np.ndarray) -> np.ndarray:
+    """Return what `narrow` gave as int64."""
+    return numbers.astype(np.int64, copy=False)
 
 
 def pack(messages: list[Message]) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 import cuda_ops
 from pm.asked import AskedPlan
-from pm.messages import Kind, Message, narrowed, widened
+from pm.messages import Kind, Message, narrow, widen
 from pm.tables import Table
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ ALL_TICKETS = np.empty(0, np.int32)
 class Moving:
     """Gives rows away and takes them in. On the background thread alone.
 
-    A row moves to a rank that has it in a live plan, when no other rank has (see `Ledger`), nothing of a step under way
-    is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient for a row
-    knows who owns it. A record carries its version with it; a rank that is not so far takes it in when it is.
+    A row moves to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step under
+    way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient for a
+    row knows who owns it. A record carries its version with it; a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.
@@ -41,9 +41,9 @@ class Moving:
             positions: in what is left of the plan, those that stay.
         """
         manager, table = self._manager, plan.table
-        ledger = manager.serving.ledger_of(table.store)
+        notes = manager.serving.notes_of(table.store)
         with manager.structure:
-            free = ledger.only_held_by(plan.slots[positions], peer)
+            free = notes.only_held_by(plan.slots[positions], peer)
             if not free.any():
                 return positions
             kept = np.ones(len(plan.slots), bool)
@@ -57,11 +57,11 @@ class Moving:
     def _send(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> None:
         """RECORDS(plan, table, version; tickets, rows, moves, records, other plans and their tickets)."""
         manager, table, store = self._manager, plan.table, plan.table.store
-        ledger = manager.serving.ledger_of(store)
+        notes = manager.serving.notes_of(store)
         slots, rows = plan.slots[positions], plan.rows[positions]
-        keys, moves = table.keys(rows), ledger.moves(slots) + 1
-        sole = int(ledger.holds(slots).sum()) == len(slots)
-        ledger.clear(slots)
+        keys, moves = table.keys(rows), notes.moves(slots) + 1
+        sole = int(notes.holds(slots).sum()) == len(slots)
+        notes.clear(slots)
         others, their_tickets = ([], []) if sole else self._take_from_others(peer, plan, slots)
         records = cuda_ops.gather(
             store.words, store.stride, slots, np.empty((len(slots), store.stride), store.words.dtype)
@@ -70,36 +70,36 @@ class Moving:
         told = manager.directory.gave(keys, peer, moves)
         whole = len(positions) == len(plan.slots)
         arrays = (
-            ALL_TICKETS if whole else narrowed(plan.tickets[positions]),
-            narrowed(rows),
+            ALL_TICKETS if whole else narrow(plan.tickets[positions]),
+            narrow(rows),
             moves,
             records,
             np.array(others, np.int64),
-            narrowed(np.concatenate([np.empty(0, np.int64), *their_tickets])),
+            narrow(np.concatenate([np.empty(0, np.int64), *their_tickets])),
         )
         send = manager.transport.send
         send(peer, Message(Kind.RECORDS, (plan.number, table.number, manager.applied), arrays))
         for home, part in enumerate(told):
             if len(part):
-                send(home, Message(Kind.MOVED, (table.number, peer), (narrowed(rows[part]), moves[part])))
+                send(home, Message(Kind.MOVED, (table.number, peer), (narrow(rows[part]), moves[part])))
         manager.directory.await_homes(keys, manager.steps)  # read after sending: no STEP of it has left before
         manager.traffic.relocations[table.number] += len(rows)
 
     def _take_from_others(self, peer: int, plan: AskedPlan, slots: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
         """Remove rows that leave from the other plans of `peer`; return (numbers and counts in turn, tickets)."""
         serving = self._manager.serving
-        ledger = serving.ledger_of(plan.table.store)
-        ledger.mark(slots)
+        notes = serving.notes_of(plan.table.store)
+        notes.mark(slots)
         numbers, tickets = [], []
         for other in serving.plans_of(peer):
             if other is plan or other.table is not plan.table:
                 continue
-            leaves = ledger.is_marked(other.slots)
+            leaves = notes.is_marked(other.slots)
             if leaves.any():
                 tickets.append(other.tickets[leaves])
                 numbers += [other.number, len(tickets[-1])]
                 other.keep(~leaves)
-        ledger.clear(slots)
+        notes.clear(slots)
         return numbers, tickets
 
     # In
@@ -110,13 +110,13 @@ class Moving:
         number, table_number, _ = message.numbers
         tickets, rows, moves, records, others, their_tickets = message.arrays
         table = manager.tables[table_number]
-        rows = widened(rows)
+        rows = widen(rows)
         slots = self._install(table, rows, moves, records)
         asking = manager.asking
-        asking.took_over(number, asking.tickets_of(number, source) if not len(tickets) else widened(tickets), slots)
+        asking.took_over(number, asking.tickets_of(number, source) if not len(tickets) else widen(tickets), slots)
         start = 0
         for other, count in others.reshape(-1, 2).tolist():
-            some = widened(their_tickets[start : start + count])
+            some = widen(their_tickets[start : start + count])
             asking.took_over(other, some, None)
             start += count
         manager.requests.retry()
@@ -128,7 +128,7 @@ class Moving:
             slots = store.allocate(len(rows))
             cuda_ops.scatter(store.words, store.stride, slots, records)
             store.index.add(keys, slots)
-            manager.serving.ledger_of(store).set_moves(slots, moves)
+            manager.serving.notes_of(store).set_moves(slots, moves)
             manager.directory.arrived(keys)
         return slots
 
@@ -136,7 +136,7 @@ class Moving:
         """MOVED(table, to; rows, moves): `source` has given rows of which this rank is the home to another."""
         manager = self._manager
         table = manager.tables[message.numbers[0]]
-        keys = table.keys(widened(message.arrays[0]))
+        keys = table.keys(widen(message.arrays[0]))
         with manager.structure:
             held = table.store.index.find(keys) >= 0
             manager.directory.moved(keys, message.numbers[1], message.arrays[1], held)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
-from pm.messages import Kind, Message, widened
+from pm.messages import Kind, Message, widen
 from pm.requests import ask
 from pm.tables import Table
 
@@ -114,6 +114,6 @@ class OnDemand:
     def _found(self, source: int, message: Message, values: np.ndarray | None) -> None:
         search = self._searches.get(message.numbers[0])
         if search is not None:  # else nobody waits any more
-            tickets = widened(message.arrays[0])
+            tickets = widen(message.arrays[0])
             search.answers.append((source, tickets, values))
             search.missing -= len(tickets)

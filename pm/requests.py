@@ -9,7 +9,7 @@ import numpy as np
 import cuda_ops
 from pm.asked import Request
 from pm.directory import NOBODY
-from pm.messages import Kind, Message, narrowed, widened
+from pm.messages import Kind, Message, narrow, widen
 from pm.tables import Table
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Requests:
     def on_asked(self, source: int, message: Message) -> None:
         """INTENT, PULL or LOCATE(number, table, version, first ticket; rows): `source` asks for rows."""
         number, table_number, version, first = message.numbers
-        rows = widened(message.arrays[0])
+        rows = widen(message.arrays[0])
         tickets = np.arange(first, first + len(rows), dtype=np.int64)
         table = self._manager.tables[table_number]
         request = Request(message.kind, source, number, table, version, tickets, rows)
@@ -43,7 +43,7 @@ class Requests:
     def on_forward(self, source: int, message: Message) -> None:
         """FORWARD(what, asker, number, table, version; tickets, rows): `source` does not have these rows."""
         what, asker, number, table_number, version = message.numbers
-        tickets, rows = (widened(array) for array in message.arrays)
+        tickets, rows = (widen(array) for array in message.arrays)
         table = self._manager.tables[table_number]
         request = Request(Kind(what), asker, number, table, version, tickets, rows)
         self._take(source, request, forwarded=True)
@@ -85,7 +85,7 @@ class Requests:
             self._kept.append((source, request.part(kept)))
         if request.what == Kind.INTENT and not forwarded:
             manager.transport.send(
-                request.asker, Message(Kind.FORWARDED, (request.number,), (narrowed(request.tickets),))
+                request.asker, Message(Kind.FORWARDED, (request.number,), (narrow(request.tickets),))
             )
         manager.traffic.hops += len(keys) - len(kept)
         going = np.flatnonzero(ranks != NOBODY)
@@ -93,7 +93,7 @@ class Requests:
         numbers = (int(request.what), request.asker, request.number, request.table.number, request.version)
         for peer, part in enumerate(np.split(going[order], np.cumsum(counts)[:-1])):
             if len(part):
-                arrays = narrowed(request.tickets[part]), narrowed(request.rows[part])
+                arrays = narrow(request.tickets[part]), narrow(request.rows[part])
                 manager.transport.send(peer, Message(Kind.FORWARD, numbers, arrays))
 
 
@@ -101,4 +101,4 @@ def ask(
     manager: SynchronousManager, what: Kind, peer: int, number: int, table: Table, version: int, first: int, rows
 ) -> None:
     """Ask `peer` for `rows` (int64 `[n]`), whose tickets begin with `first`; see `Requests.on_asked`. Any thread."""
-    manager.transport.send(peer, Message(what, (number, table.number, version, first), (narrowed(rows),)))
+    manager.transport.send(peer, Message(what, (number, table.number, version, first), (narrow(rows),)))

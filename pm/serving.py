@@ -20,9 +20,9 @@ import numpy as np
 import cuda_ops
 from pm.agreement import check_same_step
 from pm.asked import AskedPlan, AskedRows, Request
-from pm.ledger import Ledger
-from pm.messages import Kind, Message, narrowed, widened
+from pm.messages import Kind, Message, narrow, widen
 from pm.pieces import Piece
+from pm.slot_notes import SlotNotes
 from pm.store import RecordStore
 from pm.tables import Table
 
@@ -45,7 +45,7 @@ class Round:
     pieces: dict[int, dict[int, list[Piece]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     stepped: dict[int, np.ndarray] = field(default_factory=dict)
     optimizer: dict[int, int] = field(default_factory=dict)
-    pinned: list[tuple[Ledger, np.ndarray]] = field(default_factory=list)
+    pinned: list[tuple[SlotNotes, np.ndarray]] = field(default_factory=list)
     released: list[tuple[int, AskedPlan]] = field(default_factory=list)
 
 
@@ -65,7 +65,7 @@ class Serving:
         self.groups: dict[int, Mapping[int, dict[str, object]]] = {}
         self._rounds: dict[int, Round] = {}
         self._asked = [AskedRows() for _ in range(manager.ranks)]
-        self._ledgers: dict[RecordStore, Ledger] = {}
+        self._notes: dict[RecordStore, SlotNotes] = {}
         self._ended: set[int] = set()
         self._early_is_posted = False
         self._stillness = 0
@@ -79,26 +79,26 @@ class Serving:
     @property
     def memory_bytes(self) -> int:
         """Bytes of what is noted of the slots that are in use."""
-        return sum(Ledger.BYTES_PER_SLOT * len(store) for store in list(self._ledgers))
+        return sum(SlotNotes.BYTES_PER_SLOT * len(store) for store in list(self._notes))
 
-    def ledger_of(self, store: RecordStore) -> Ledger:
-        ledger = self._ledgers.get(store)
-        if ledger is None:
+    def notes_of(self, store: RecordStore) -> SlotNotes:
+        notes = self._notes.get(store)
+        if notes is None:
             with self._manager.structure:
-                ledger = self._ledgers.setdefault(store, Ledger(store.capacity, self._manager.ranks))
-        return ledger
+                notes = self._notes.setdefault(store, SlotNotes(store.capacity, self._manager.ranks))
+        return notes
 
     def hold(self, table: Table, slots: np.ndarray, rank: int) -> None:
         """Keep `slots` of `table` here for a plan of `rank`, of which `note` tells more later."""
         with self._manager.structure:
-            self.ledger_of(table.store).hold(slots, rank)
+            self.notes_of(table.store).hold(slots, rank)
 
-    def pin(self, table: Table, slots: np.ndarray) -> tuple[Ledger, np.ndarray]:
+    def pin(self, table: Table, slots: np.ndarray) -> tuple[SlotNotes, np.ndarray]:
         """Keep `slots` of `table` here; `unpin_after` says until when."""
-        ledger = self.ledger_of(table.store)
+        notes = self.notes_of(table.store)
         with self._manager.structure:
-            ledger.pin(slots)
-        return ledger, slots
+            notes.pin(slots)
+        return notes, slots
 
     # Intents
 
@@ -125,7 +125,7 @@ class Serving:
             self._send_pulled(request, slots)
         else:
             self.unpin_after(request.version, *self.pin(request.table, slots))
-            located = Message(Kind.LOCATED, (request.number,), (narrowed(request.tickets),))
+            located = Message(Kind.LOCATED, (request.number,), (narrow(request.tickets),))
             manager.deliver(asker, located)
 
     def _note(self, request: Request, slots: np.ndarray, forwarded: bool) -> None:
@@ -134,10 +134,10 @@ class Serving:
         table, asked = request.table, self._asked[asker]
         if request.version <= self.applied:
             manager.traffic.late_intents += len(slots)
-        due = self.ledger_of(table.store).touch(slots, request.version)
+        due = self.notes_of(table.store).touch(slots, request.version)
         plan = AskedPlan.of(number, table, request.rows, slots, request.tickets, request.version, due)
         if forwarded:
-            manager.transport.send(asker, Message(Kind.HOLDS, (number,), (narrowed(request.tickets),)))
+            manager.transport.send(asker, Message(Kind.HOLDS, (number,), (narrow(request.tickets),)))
             asked.plans[number].extend(plan)
             plan = asked.plans[number]
         else:
@@ -155,7 +155,7 @@ class Serving:
 
     def note_own(self, number: int, table: Table, rows: np.ndarray, slots: np.ndarray, expected: int) -> None:
         """This rank has a plan of its own; its rows here are held already."""
-        due = self.ledger_of(table.store).touch(slots, expected)
+        due = self.notes_of(table.store).touch(slots, expected)
         tickets = np.full(len(rows), -1, np.int64)
         self._asked[self._manager.rank].add(AskedPlan.of(number, table, rows, slots, tickets, expected, due))
         self._post_early()
@@ -166,7 +166,7 @@ class Serving:
         if plan is None:
             return False
         self.hold(plan.table, slots, self._manager.rank)
-        due = self.ledger_of(plan.table.store).touch(slots, plan.expected)
+        due = self.notes_of(plan.table.store).touch(slots, plan.expected)
         tickets = np.full(len(rows), -1, np.int64)
         plan.extend(AskedPlan.of(number, plan.table, rows, slots, tickets, plan.expected, due))
         return True
@@ -190,14 +190,14 @@ class Serving:
             self._let_go(source, plan)
 
     def _let_go(self, source: int, plan: AskedPlan) -> None:
-        ledger = self.ledger_of(plan.table.store)
+        notes = self.notes_of(plan.table.store)
         with self._manager.structure:
-            ledger.hold(plan.slots, source, -1)
-            ledger.pin(plan.slots[plan.copied], -1)
+            notes.hold(plan.slots, source, -1)
+            notes.pin(plan.slots[plan.copied], -1)
 
-    def unpin_after(self, step: int, ledger: Ledger, slots: np.ndarray) -> None:
+    def unpin_after(self, step: int, notes: SlotNotes, slots: np.ndarray) -> None:
         """Take back a pin of `slots` when `step` is applied."""
-        self._round(step).pinned.append((ledger, slots))
+        self._round(step).pinned.append((notes, slots))
 
     def on_want(self, source: int, message: Message) -> None:
         """WANT(plan): `source` looks a plan up earlier than it had expected, or when nothing is copied ahead."""
@@ -213,17 +213,17 @@ class Serving:
         """The records of `table` are in another store; `rows` are here and had `moves`."""
         manager = self._manager
         stores = {table.store for table in manager.tables}
-        self._ledgers = {store: ledger for store, ledger in self._ledgers.items() if store in stores}
-        ledger = self.ledger_of(table.store)
+        self._notes = {store: notes for store, notes in self._notes.items() if store in stores}
+        notes = self.notes_of(table.store)
         with manager.structure:
-            ledger.set_moves(manager.touch(table, rows), moves)
+            notes.set_moves(manager.touch(table, rows), moves)
             for rank, asked in enumerate(self._asked):
                 for plan in asked.plans.values():
                     if plan.table is table:
                         plan.slots = manager.touch(table, plan.rows)
                         plan.sent_at[:] = -1  # the new records do not say when they last changed
-                        ledger.hold(plan.slots, rank)
-                        ledger.pin(plan.slots[plan.copied])
+                        notes.hold(plan.slots, rank)
+                        notes.pin(plan.slots[plan.copied])
 
     def ended(self, source: int) -> None:
         """`source` has closed: it needs no rows any more, and no one need wait for its intents."""
@@ -271,7 +271,7 @@ class Serving:
         self._count_copies(plan, positions, slots)
         manager.catch_up(table, slots)
         values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
-        arrays = (ALL_ROWS if whole else narrowed(plan.tickets[positions]), values)
+        arrays = (ALL_ROWS if whole else narrow(plan.tickets[positions]), values)
         manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
 
     def _count_copies(self, plan: AskedPlan, positions: np.ndarray, slots: np.ndarray) -> None:
@@ -282,7 +282,7 @@ class Serving:
         traffic.replica_steps[number] += len(slots) - len(fresh)
         if len(fresh):
             with self._manager.structure:
-                self.ledger_of(plan.table.store).pin(fresh)
+                self.notes_of(plan.table.store).pin(fresh)
             plan.copied[positions] = True
 
     def _send_ready(self, peer: int) -> None:
@@ -311,7 +311,7 @@ class Serving:
         if number >= 0:
             slots = self._asked[source].plans[number].slots
         else:
-            slots = self._manager.touch(self._manager.tables[table_number], widened(rows))
+            slots = self._manager.touch(self._manager.tables[table_number], widen(rows))
         piece = Piece(slots, values, float(scale[0]), ordinal, counts if counted else None)
         self.take_piece(source, step, table_number, number, piece)
 
@@ -343,8 +343,8 @@ class Serving:
             manager.apply(manager.tables[number], pieces, groups[number])
         del self._rounds[step]
         with manager.structure:
-            for ledger, slots in arrived.pinned:
-                ledger.pin(slots, -1)
+            for notes, slots in arrived.pinned:
+                notes.pin(slots, -1)
         for rank, plan in arrived.released:
             self._let_go(rank, plan)
         self.applied = step + 1
@@ -362,9 +362,9 @@ class Serving:
         manager, table = self._manager, request.table
         manager.catch_up(table, slots)
         values = table.store.values(slots, np.empty((len(slots), table.spec.dim), table.spec.dtype))
-        manager.deliver(request.asker, Message(Kind.PULLED, (request.number,), (narrowed(request.tickets), values)))
+        manager.deliver(request.asker, Message(Kind.PULLED, (request.number,), (narrow(request.tickets), values)))
 
     def on_renorm(self, source: int, message: Message) -> None:
         """RENORM(table; rows, (max_norm, norm_type)): a lookup of `source` scales down rows that are too long."""
-        rows, limits = widened(message.arrays[0]), message.arrays[1]
+        rows, limits = widen(message.arrays[0]), message.arrays[1]
         self._manager.renorm_own(self._manager.tables[message.numbers[0]], rows, float(limits[0]), float(limits[1]))

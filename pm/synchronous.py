@@ -20,7 +20,7 @@ from pm.asking import Asking
 from pm.directory import Directory
 from pm.keys import rows_of, table_of
 from pm.manager import Manager
-from pm.messages import Kind, Message, narrowed
+from pm.messages import Kind, Message, narrow
 from pm.moving import Moving
 from pm.on_demand import OnDemand
 from pm.peers import Peers
@@ -82,11 +82,19 @@ class SynchronousManager(Manager):
         self.transport = Transport(
             comm,
             on_message=self._receive,
-            urgent=lambda: self._waiting.waiters > 0 or self.serving.applied < self.steps,
+            urgent=self._is_urgent,
             on_failure=self._fail,
             while_collective=self._check_collective,
+            after_receiving=self._after_receiving,
         )
         self.transport.start()
+
+    def _is_urgent(self) -> bool:
+        return self._waiting.waiters > 0 or self.serving.applied < self.steps
+
+    def _after_receiving(self) -> bool:
+        """Called on the background thread, again and again; returns whether there was something to do."""
+        return False
 
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = super().add_tables(specs)
@@ -99,12 +107,12 @@ class SynchronousManager(Manager):
 
     def _replace_rule(self, table: Table, spec: TableSpec) -> None:
         with self.structure:
-            ledger = self.serving.ledger_of(table.store)
+            notes = self.serving.notes_of(table.store)
             keys, slots = table.store.index.items()
             mine = table_of(keys) == table.number
-            moves = ledger.moves(slots[mine])
+            moves = notes.moves(slots[mine])
             super().replace_rule(table, spec)
-            ledger.clear(slots[mine])
+            notes.clear(slots[mine])
             self.serving.replaced(table, rows_of(keys[mine]), moves)
 
     @contextlib.contextmanager
@@ -213,7 +221,7 @@ class SynchronousManager(Manager):
         parts = self._by_rank(owners)
         for peer in self.peers:
             if len(parts[peer]):
-                self.transport.send(peer, Message(Kind.RENORM, (table.number,), (narrowed(rows[parts[peer]]), limits)))
+                self.transport.send(peer, Message(Kind.RENORM, (table.number,), (narrow(rows[parts[peer]]), limits)))
         self.transport.wake()
         own = rows[parts[self.rank]]
         if len(own):
@@ -271,7 +279,7 @@ class SynchronousManager(Manager):
             if peer == self.rank:
                 self._take_own_piece(gradient, number, part, values, counts if counted else None)
             else:
-                rows = narrowed(gradient.rows[part]) if number < 0 else NO_ROWS
+                rows = narrow(gradient.rows[part]) if number < 0 else NO_ROWS
                 self.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
 
     def _take_own_piece(

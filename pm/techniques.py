@@ -1,8 +1,10 @@
-"""Which ways of bringing rows to a rank may be used: all of them, or fewer, to see what each is worth."""
+"""Which ways of bringing rows to a rank a synchronous manager may use: all, or fewer, to see what each is worth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pm.decision import check_techniques
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Techniques:
     copies_ahead: bool
 
 
-TECHNIQUES = {
+_BY_NAME = {
     "all": Techniques(plans=True, moves=True, copies_ahead=True),
     "relocation": Techniques(plans=True, moves=True, copies_ahead=False),
     "replication": Techniques(plans=True, moves=False, copies_ahead=True),
@@ -34,7 +36,5 @@ def techniques_named(name: object) -> Techniques:
     Raises:
         ValueError: if there are none; names those that there are.
     """
-    if not isinstance(name, str) or name not in TECHNIQUES:
-        names = ", ".join(f'"{known}"' for known in TECHNIQUES)
-        raise ValueError(f"techniques must be one of {names}; got {name!r}")
-    return TECHNIQUES[name]
+    check_techniques(name)
+    return _BY_NAME[name]

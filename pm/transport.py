@@ -41,6 +41,8 @@ class Transport:
         on_failure: called once on the thread with the exception that ended it.
         while_collective: called now and then, with the ranks that have not come, by whoever waits in `collective`; may
             raise.
+        after_receiving: called on the thread, again and again, before what is queued is sent; returns whether it did
+            anything.
 
     The thread runs from `start()` to `close()`. Closing ranks part in order: each sends what it had queued and LAST,
     answers a LAST with its own, and sends that rank nothing after it, so that no message is left in the network.
@@ -54,6 +56,7 @@ class Transport:
         urgent: Callable[[], bool],
         on_failure: Callable[[BaseException], None],
         while_collective: Callable[[Sequence[int]], None],
+        after_receiving: Callable[[], bool] = lambda: False,
     ):
         from mpi4py import MPI  # only where there are ranks to talk to
 
@@ -64,6 +67,7 @@ class Transport:
         self._urgent = urgent
         self._on_failure = on_failure
         self._while_collective = while_collective
+        self._after_receiving = after_receiving
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._outbox: list[deque[Message]] = [deque() for _ in range(self.ranks)]
         self._posted: deque[Callable[[], None]] = deque()
@@ -177,6 +181,7 @@ class Transport:
         while True:
             busy = self._run_posted()
             busy |= self._receive()
+            busy |= self._after_receiving()
             if self._closing and deadline is None:
                 deadline = time.monotonic() + _FAREWELL_SECONDS
                 self._part()

@@ -1,0 +1,374 @@
+"""The asking side: the intents of a rank's workers, the keys that it claims by them, and its copies."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import cuda_ops
+from intents.timing import ActionTiming
+from pm.holdings import Copy, Holdings
+from pm.messages import Kind, Message, narrow, widen
+
+if TYPE_CHECKING:
+    from pm.node import Node
+
+
+@dataclass
+class Intent:
+    """Distinct keys (int64 `[n]`) of a group that a worker will access while its clock is in [start, end].
+
+    `end` None: until it is said to be over. `places` is where the keys were when last seen (`Holdings.places`),
+    `is_live` from when it is acted on. `generation` counts how often the
+    intents for the group had been forgotten before.
+    """
+
+    group: int
+    keys: np.ndarray
+    start: int
+    end: int | None
+    places: np.ndarray | None = None
+    is_live: bool = False
+    is_over: bool = False
+    generation: int = 0
+
+
+@dataclass
+class Clock:
+    """A worker's clock, and its intents: those not acted on yet by start, those that are live by end.
+
+    Entries are (start or end, order of arrival, intent).
+    """
+
+    timing: ActionTiming
+    now: int = 0
+    waiting: list[tuple[int, int, Intent]] = field(default_factory=list)
+    live: list[tuple[int, int, Intent]] = field(default_factory=list)
+    closed: bool = False
+
+
+class Claims:
+    """What this rank intends, and what it has got for it.
+
+    Invariant: a key with a live intent here is owned, or it is in `copies`; there it is asked for in the next round,
+    has been asked for, is active, or was refused; unless it is LEAVING, and will be WANTED again once the owner knows.
+    """
+
+    def __init__(self, node: Node):
+        self._node = node
+        self._order = itertools.count()
+        self.clocks: list[Clock] = []
+        self.is_paused = False
+        self._generations: Counter[int] = Counter()
+        self._finished: list[Intent] = []
+        self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
+        self._ending: list[tuple[Holdings, np.ndarray]] = []
+        self._leaving: list[tuple[Holdings, np.ndarray]] = []
+
+    # Clocks and intents
+
+    def add_clock(self) -> Clock:
+        """Return the clock of another worker."""
+        self.clocks.append(Clock(ActionTiming(enabled=self._node.acts_late), self.now))
+        return self.clocks[-1]
+
+    @property
+    def now(self) -> int:
+        """The rank's clock: that of the slowest of its workers."""
+        return min((clock.now for clock in self.clocks if not clock.closed), default=0)
+
+    def intend(self, clock: Clock, group: int, keys: np.ndarray, start: int, end: int | None) -> Intent:
+        """A worker will access distinct `keys` while its clock is in [start, end], or from `start` on."""
+        intent = Intent(group, keys, start, end, generation=self._generations[group])
+        if len(keys) and (end is None or end >= clock.now) and self._node.techniques != "none":
+            heapq.heappush(clock.waiting, (start, next(self._order), intent))
+        return intent
+
+    def finish(self, intent: Intent) -> None:
+        """An intent without an end is over."""
+        intent.is_over = True
+        if intent.is_live and intent.generation == self._generations[intent.group]:
+            self._finished.append(intent)
+
+    def forget_group(self, number: int) -> None:
+        """Let all intents for keys of a group end without notice, and forget what was asked for by them."""
+        self._generations[number] += 1
+        for clock in self.clocks:
+            clock.waiting = [entry for entry in clock.waiting if entry[-1].group != number]
+            clock.live = [entry for entry in clock.live if entry[-1].group != number]
+            heapq.heapify(clock.waiting)
+            heapq.heapify(clock.live)
+        self._finished = [intent for intent in self._finished if intent.group != number]
+        for name in ("_wanted", "_ending", "_leaving"):
+            setattr(self, name, [entry for entry in getattr(self, name) if entry[0].group.number != number])
+
+    def close(self, clock: Clock) -> None:
+        """A worker is done: its intents end, and nobody waits for its clock."""
+        clock.closed = True
+        clock.waiting.clear()
+        self._finished += [intent for _, _, intent in clock.live]
+        clock.live.clear()
+
+    @property
+    def has_work(self) -> bool:
+        changed = any(holdings.copies.changed for holdings in self._node.holdings)
+        if changed or self._leaving:
+            return True
+        due = any(clock.live and clock.live[0][0] < clock.now for clock in self.clocks)
+        moves = bool(due or self._finished or self._wanted or self._ending or self._has_due_intents())
+        return moves and not self.is_paused
+
+    def _has_due_intents(self) -> bool:
+        return any(clock.waiting and clock.waiting[0][0] < self._acts_before(clock) for clock in self.clocks)
+
+    def _acts_before(self, clock: Clock) -> float:
+        return clock.timing.acts_before(clock.now)
+
+    def round(self) -> None:
+        """Act on intents that are due, give up keys whose intents have ended, ask for others, send changes."""
+        for clock in self.clocks:
+            clock.timing.round_begins(clock.now)
+        self.settle_leaving()
+        if not self.is_paused:
+            self._move_on()
+        for holdings in self._node.holdings:
+            self._send_changes(holdings)
+
+    def _move_on(self) -> None:
+        """Begin the intents that are due, end those that are over, give up and ask for keys."""
+        for clock in self.clocks:
+            self._act(clock)
+            while clock.live and clock.live[0][0] < clock.now:
+                self._finished.append(heapq.heappop(clock.live)[-1])
+        finished, self._finished = self._finished, []
+        for intent in finished:
+            self._unregister(self._node.holdings[intent.group], intent)
+        self._end()
+        self._ask()
+
+    def _act(self, clock: Clock) -> None:
+        """Act on the intents of a worker that are due."""
+        limit = self._acts_before(clock)
+        while clock.waiting and clock.waiting[0][0] < limit:
+            start, order, intent = heapq.heappop(clock.waiting)
+            if intent.is_over or (intent.end is not None and intent.end < clock.now):
+                continue
+            intent.is_live = True
+            late = self._register(self._node.holdings[intent.group], intent)
+            if start <= clock.now:
+                self._node.counts["late_intents"] += late
+            if intent.end is not None:
+                heapq.heappush(clock.live, (intent.end, order, intent))
+
+    def _register(self, holdings: Holdings, intent: Intent) -> int:
+        """Count an intent for its keys; return how many of them are not here yet."""
+        owned, copies, keys = holdings.owned, holdings.copies, intent.keys
+        places = holdings.places(keys)
+        absent = np.flatnonzero(places == -1)
+        if len(absent):
+            made = self._node.grants.make_unmoved(holdings, keys[absent])
+            places[absent] = made
+            absent = absent[made < 0]
+        if len(absent):
+            made = copies.add_wanted(keys[absent])
+            places[absent] = -2 - made
+            self._wanted.append((holdings, keys[absent], made))
+        owned.live[places[places >= 0]] += 1
+        at = -2 - places[places < 0]
+        copies.live[at] += 1
+        intent.places = places
+        return int((copies.states[at] != Copy.ACTIVE).sum())
+
+    def _unregister(self, holdings: Holdings, intent: Intent) -> None:
+        owned, copies = holdings.owned, holdings.copies
+        places = holdings.places(intent.keys, intent.places)
+        slots = places[places >= 0]
+        owned.live[slots] -= 1
+        self._node.grants.intents_ended(holdings, slots)
+        at = -2 - places[places < 0]
+        copies.live[at] -= 1
+        ended = at[copies.live[at] == 0]
+        if len(ended):
+            self._ending.append((holdings, copies.keys[ended]))
+
+    # Giving up
+
+    def _end(self) -> None:
+        """Give up keys without live intents, but those whose owner has not taken in changes that are under way."""
+        ending, self._ending = self._ending, []
+        for holdings, keys in ending:
+            copies = holdings.copies
+            at, states = copies.find(keys)
+            idle = (at >= 0) & (copies.live[at] == 0)
+            copies.remove(at[idle & (states == Copy.WANTED)])
+            self._drop_refused(holdings, at[idle & (states == Copy.REFUSED)])
+            active = idle & (states == Copy.ACTIVE)
+            taken_in = copies.parcels[at] <= self._node.acknowledged[copies.owners[at]]
+            self._drop(holdings, at[active & taken_in])
+            later = active & ~taken_in
+            if later.any():
+                self._ending.append((holdings, keys[later]))
+
+    def _drop(self, holdings: Holdings, slots: np.ndarray) -> None:
+        """Tell owners that active copies are gone, with their last changes."""
+        node, copies, group = self._node, holdings.copies, holdings.group.number
+        for owner in np.unique(copies.owners[slots]).tolist():
+            part = slots[copies.owners[slots] == owner]
+            changed = part[copies.dirty[part]]
+            clean = part[~copies.dirty[part]]
+            copies.forget_changes_under_way(clean)
+            deltas = copies.take_changes(changed)
+            copies.states[part] = Copy.LEAVING
+            copies.parcels[part] = node.next_parcel(owner)
+            arrays = (narrow(copies.keys[clean]), narrow(copies.keys[changed]), deltas)
+            node.emit(owner, Message(Kind.DROPS, (group, node.rank), arrays))
+            self._leaving.append((holdings, copies.keys[part]))
+
+    def _drop_refused(self, holdings: Holdings, slots: np.ndarray) -> None:
+        copies = holdings.copies
+        for owner in np.unique(copies.owners[slots]).tolist():
+            part = slots[copies.owners[slots] == owner]
+            self._emit_drops(holdings, owner, copies.keys[part])
+        copies.remove(slots)
+
+    def _emit_drops(self, holdings: Holdings, owner: int, keys: np.ndarray) -> None:
+        """Say that this rank wants nothing of keys any more, of which it has no changes."""
+        none = np.empty((0, holdings.group.width), holdings.copies.store.words.dtype)
+        arrays = (narrow(keys), narrow(keys[:0]), none)
+        self._node.emit(owner, Message(Kind.DROPS, (holdings.group.number, self._node.rank), arrays))
+
+    def settle_leaving(self) -> None:
+        """Forget copies that owners know to be gone; ask again for those that are wanted again."""
+        leaving, self._leaving = self._leaving, []
+        for holdings, keys in leaving:
+            copies = holdings.copies
+            at, states = copies.find(keys)
+            at = at[states == Copy.LEAVING]  # the others have come here as records meanwhile
+            known = copies.parcels[at] <= self._node.acknowledged[copies.owners[at]]
+            again = known & (copies.live[at] > 0)
+            if again.any():
+                copies.states[at[again]] = Copy.WANTED
+                copies.parcels[at[again]] = -1
+                self._wanted.append((holdings, copies.keys[at[again]], at[again]))
+            if not known.all():
+                self._leaving.append((holdings, copies.keys[at[~known]]))
+            copies.remove(at[known & ~again])
+
+    # Asking
+
+    def _ask(self) -> None:
+        """Ask for the wanted keys, but those to which this rank has changes under way by another road."""
+        wanted, self._wanted = self._wanted, []
+        node = self._node
+        for holdings, keys, at in wanted:
+            copies, number = holdings.copies, holdings.group.number
+            still = (copies.keys[at] == keys) & (copies.states[at] == Copy.WANTED) & (copies.live[at] > 0)
+            keys, at = keys[still], at[still]
+            target = node.locations[number].next_hop(keys, guess=True)
+            ready = (target != node.rank) & ~node.operations.are_under_way(number, keys)
+            if not ready.all():
+                self._wanted.append((holdings, keys[~ready], at[~ready]))
+            copies.states[at[ready]] = Copy.REQUESTED
+            keys, target = keys[ready], target[ready]
+            for owner in np.unique(target).tolist():
+                part = keys[target == owner]
+                node.emit(owner, Message(Kind.REQUEST, (number, node.rank), (narrow(part),)))
+
+    def on_copies(self, source: int, message: Message) -> None:
+        """COPIES(group; keys, values): copies of what `source` owns."""
+        holdings = self._node.holdings[message.numbers[0]]
+        keys, values = widen(message.arrays[0]), message.arrays[1]
+        at, states = holdings.copies.find(keys)
+        asked = (states == Copy.REQUESTED) | (states == Copy.REFUSED)
+        holdings.copies.install(at[asked], values[asked], source)
+        self._note(holdings, "copied", keys[asked], source)
+        self._node.locations[holdings.group.number].learn(keys, source)
+        self._ended_on_the_way(holdings, keys[asked], at[asked])
+
+    def _ended_on_the_way(self, holdings: Holdings, keys: np.ndarray, at: np.ndarray) -> None:
+        idle = holdings.copies.live[at] == 0
+        if idle.any():
+            self._ending.append((holdings, keys[idle]))
+
+    def on_refused(self, source: int, message: Message) -> None:
+        """REFUSED(group; keys): `source` owns them, knows of the intent, and makes no copies."""
+        holdings = self._node.holdings[message.numbers[0]]
+        keys = widen(message.arrays[0])
+        at, states = holdings.copies.find(keys)
+        asked = states == Copy.REQUESTED
+        holdings.copies.states[at[asked]] = Copy.REFUSED
+        holdings.copies.owners[at[asked]] = source
+        self._node.locations[holdings.group.number].learn(keys, source)
+        self._ended_on_the_way(holdings, keys[asked], at[asked])
+
+    def on_refresh(self, source: int, message: Message) -> None:
+        """REFRESH(group; keys, values): what `source` holds now of keys that this rank has copies of."""
+        holdings = self._node.holdings[message.numbers[0]]
+        at, states = holdings.copies.find(widen(message.arrays[0]))
+        active = (states == Copy.ACTIVE) | (states == Copy.LEAVING)  # one that leaves may yet be promoted
+        holdings.copies.refresh(at[active], message.arrays[1][active], int(self._node.acknowledged[source]))
+
+    def on_records(self, source: int, message: Message) -> None:
+        """RECORDS(group; keys, values, counters, holders): this rank owns them from now on."""
+        holdings = self._node.holdings[message.numbers[0]]
+        keys, values, counters, holders = message.arrays
+        keys, values = widen(keys), values.copy()
+        at, states = holdings.copies.find(keys)
+        copied = np.flatnonzero((states == Copy.ACTIVE) | (states == Copy.LEAVING))
+        values[copied] += holdings.copies.untold(at[copied], int(self._node.acknowledged[source]))
+        self._own(holdings, source, keys, at, values, counters, holders)
+
+    def on_promoted(self, source: int, message: Message) -> None:
+        """PROMOTED(group; keys, counters): this rank owns them from now on, and its copies are what the records are."""
+        holdings = self._node.holdings[message.numbers[0]]
+        keys, counters = message.arrays
+        keys = widen(keys)
+        at, _ = holdings.copies.find(keys)
+        values = holdings.copies.values(at)
+        self._own(holdings, source, keys, at, values, counters, holders=np.empty(0, np.int64))
+
+    def _own(self, holdings, source, keys, at, values, counters, holders) -> None:
+        owned, copies, node = holdings.owned, holdings.copies, self._node
+        here = at >= 0
+        live = np.where(here, copies.live[at], 0)
+        copies.remove(at[here])
+        slots = owned.add_records(keys, values, counters)
+        owned.live[slots] = live
+        if len(holders):
+            owned.holders[slots] = holders.view(np.uint64).reshape(len(keys), -1)
+        node.locations[holdings.group.number].arrived(keys, counters.astype(np.int64))
+        self._note(holdings, "moved here", keys, source)
+        node.grants.intents_ended(holdings, slots)
+
+    def _note(self, holdings: Holdings, what: str, keys: np.ndarray, source: int) -> None:
+        if self._node.record is not None:
+            self._node.record(what, holdings.group.number, keys, source)
+
+    # Changes
+
+    def _send_changes(self, holdings: Holdings) -> None:
+        """Send owners what has changed in copies, but what is held back, or waits for earlier changes to arrive."""
+        copies, node = holdings.copies, self._node
+        if not copies.changed:
+            return
+        slots, _ = cuda_ops.dedup(np.concatenate(copies.changed))
+        slots = slots[copies.dirty[slots] & (copies.states[slots] == Copy.ACTIVE)]
+        ready = copies.parcels[slots] <= node.acknowledged[copies.owners[slots]]
+        later = [slots[~ready]]
+        slots = slots[ready]
+        if node.update_threshold > 0 and not node.syncing.is_flushing and len(slots):
+            large = np.abs(copies.untold(slots, np.iinfo(np.int64).max)).max(axis=1) >= node.update_threshold
+            later.append(slots[~large])
+            slots = slots[large]
+        copies.changed = [part for part in later if len(part)]
+        for owner in np.unique(copies.owners[slots]).tolist():
+            part = slots[copies.owners[slots] == owner]
+            deltas = copies.take_changes(part)
+            copies.parcels[part] = node.next_parcel(owner)
+            arrays = (narrow(copies.keys[part]), deltas)
+            node.emit(owner, Message(Kind.DELTAS, (holdings.group.number,), arrays))

@@ -1,0 +1,524 @@
+"""The manager of several ranks with staleness: nobody waits for the others' steps, or not for the last s of them.
+
+Rows are moved and copied as the asynchronous protocol decides (`node.py`). A rank's clock is the number of its
+optimizer steps. What a step does with its gradients depends on the table's rule:
+
+- Where the state is additive (SGD, Adagrad and its rowwise form), each rank applies its own gradients at once to the
+  records and copies that it has, state included; what that changed is added up at the owner.
+- For every other rule the rows stay with their home. Copies have values alone; gradients for them are summed and sent
+  there, and the owner applies what has come together with its own next step, and sends values back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+import cuda_ops
+from pm import rules
+from pm.agreement import check_same_step
+from pm.claims import Intent
+from pm.holdings import Copy, Group, Holdings
+from pm.keys import make_keys
+from pm.messages import Kind, Message
+from pm.node import Node
+from pm.operations import Action, Operation
+from pm.pieces import Piece, Summing
+from pm.serving import Round
+from pm.store import RecordStore
+from pm.synchronous import SynchronousManager
+from pm.tables import RowPlan, Table, TableGradient, TableSpec
+
+_ADDITIVE = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad, rules.Frozen)
+DEFAULT_ROUNDS_PER_SECOND = 500.0
+_CHUNK_ROWS = 1 << 16
+_NEVER = 1 << 60
+
+
+class EventualManager(SynchronousManager):
+    """A `SynchronousManager` whose ranks do not wait for each other's steps, or for those alone that are too old.
+
+    Args:
+        comm, timeout_seconds: as there.
+        staleness: None, or how many steps a rank may be behind the others' updates (above 0).
+        techniques: "all", "relocation", "replication" or "none".
+        update_threshold: changes of copies that are smaller in every value are held back.
+        max_rounds_per_second: how often ranks exchange what has come together.
+        acts_late: whether intents are acted on as late as is safe.
+    """
+
+    def __init__(
+        self,
+        comm,
+        timeout_seconds: float,
+        *,
+        staleness: int | None,
+        techniques: str = "all",
+        update_threshold: float = 0.0,
+        max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
+        acts_late: bool = True,
+    ):
+        self.node = Node(
+            comm.rank,
+            comm.size,
+            [],
+            lambda peer, message: self.transport.send(peer, message),
+            techniques=techniques,
+            acts_late=acts_late,
+            update_threshold=update_threshold,
+            staleness=staleness,
+        )
+        self._clock = self.node.claims.add_clock()
+        self._round_seconds = 1.0 / max_rounds_per_second
+        self._next_round = 0.0
+        self._has_received = False
+        self._arrived: dict[int, Round] = {}
+        self._gathered: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._late = Summing()
+        self._groups: dict[int, dict[str, object]] = {}
+        self._epochs = dict.fromkeys(range(comm.size), 0)
+        super().__init__(comm, timeout_seconds)
+
+    # Tables
+
+    def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
+        added = []
+        with self._structure:
+            for spec in specs:
+                table = Table(spec, len(self.tables), None)
+                table.begin_history()
+                table.store = self.node.add_group(self._group_of(table)).owned.store
+                self.tables.append(table)
+                added.append(table)
+        self.barrier()  # nobody asks for rows of a table that another rank does not know yet
+        return added
+
+    def _group_of(self, table: Table) -> Group:
+        spec = table.spec
+        moves = isinstance(spec.rule, _ADDITIVE)
+
+        def make(rows: np.ndarray, out: np.ndarray) -> None:
+            values = np.empty((len(rows), spec.dim), spec.dtype)
+            spec.fill(rows, values)
+            out[:, : spec.dim] = values
+            if out.shape[1] > spec.dim:
+                out[:, spec.dim :] = self._initial_states(table, rows)
+
+        def made(rows: np.ndarray, slots: np.ndarray) -> None:
+            self._initialise_state(table, rows, slots)
+
+        def take_in(slots: np.ndarray, gradients: np.ndarray) -> None:
+            self._gathered.setdefault(table.number, []).append((slots, np.array(gradients)))
+
+        return Group(
+            table.number,
+            spec.rows,
+            spec.record_class,
+            make,
+            moves,
+            None if moves else made,
+            None if table.history is None else lambda slots: self.catch_up(table, slots),
+            None if moves else take_in,
+        )
+
+    def _holdings(self, table: Table) -> Holdings:
+        return self.node.holdings[table.number]
+
+    def replace_rule(self, table: Table, spec: TableSpec) -> None:
+        if table.history is not None and len(table.history):
+            raise ValueError(
+                f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
+                "moved all its rows; it cannot be given another rule"
+            )
+        self.settle()
+        with self._structure:
+            old = self._holdings(table)
+            keys, slots = old.owned.store.index.items()
+            values = old.owned.values(slots)[:, : spec.dim]
+            counters = old.owned.counters[slots]
+            table.spec = spec
+            table.begin_history()
+            self.node.claims.forget_group(table.number)
+            new = self.node.replace_group(self._group_of(table))
+            table.store = new.owned.store
+            records = np.empty((len(keys), new.group.width), spec.dtype)
+            records[:, : spec.dim] = values
+            if new.group.moves:
+                records[:, spec.dim :] = self._initial_states(table, keys)
+            made = new.owned.add_records(keys, records, counters)
+            if new.group.made is not None:
+                new.group.made(keys, made)
+        self.barrier()
+
+    def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        with self._structure:
+            return rows[self.node.grants.find_or_make(self._holdings(table), rows) >= 0]
+
+    def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        with self._structure:
+            return self.node.grants.find_or_make(self._holdings(table), rows)
+
+    # Rows
+
+    def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
+        self._check_open()
+        with self._structure:
+            intent = self.node.claims.intend(self._clock, table.number, rows, expected, None)
+        return _Plan(next(self._plan_numbers), table, rows, expected, rows[:0], table.store, intent=intent)
+
+    def release(self, plan: RowPlan) -> None:
+        if not plan.released:
+            plan.released = True
+            with self._structure:
+                self.node.claims.finish(plan.intent)
+
+    def flush_intents(self) -> None:
+        """Nothing: intents are acted on when they are due."""
+
+    def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
+        return self._pull(plan.table, plan.rows, out, plan.intent)
+
+    def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        self.traffic.on_demand_pulls += 1
+        return self._pull(table, rows, out)
+
+    def _pull(self, table: Table, rows: np.ndarray, out: np.ndarray, intent: Intent | None = None) -> np.ndarray:
+        self._check_open()
+        self._wait_for_others_steps()
+        started = time.perf_counter()
+        operation = Operation(Action.PULL, table.number, rows, out, places=_places_of(intent))
+        self._run(operation)
+        self.traffic.seconds["gather"] += time.perf_counter() - started
+        self._wait_for(operation)
+        return out
+
+    def _run(self, operation: Operation) -> None:
+        with self._structure:
+            self.node.claims.is_paused = False
+            self.node.operations.run(operation)
+            sent = self.node.flush()
+        if sent or operation.remaining:
+            self.transport.wake()
+
+    def _wait_for(self, operation: Operation) -> None:
+        self.wait_for_rows(lambda: operation.is_done, self.peers) if operation.remaining else None
+
+    def _wait_for_others_steps(self) -> None:
+        """Wait as long as the bound on staleness demands, and for the end of an epoch that has ended here."""
+        syncing, steps = self.node.syncing, self.steps
+        if not syncing.may_go_on(steps):
+            self._waiting.until(
+                lambda: syncing.may_go_on(steps),
+                lambda: self.others.missing(syncing.ranks_behind(steps), f"come near step {steps}"),
+            )
+        epoch = self._epochs[self.rank]
+        if self._behind_epoch(epoch):
+            self._waiting.until(
+                lambda: not self._behind_epoch(epoch),
+                lambda: self.others.missing(self._behind_epoch(epoch), "end its pass over the loader"),
+            )
+
+    def _behind_epoch(self, epoch: int) -> list[int]:
+        return [p for p in self.peers if self._epochs[p] < epoch and p not in self.closed_peers]
+
+    def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
+        holdings = self._holdings(table)
+        values = self._pull(table, rows, np.empty((len(rows), table.spec.dim), table.spec.dtype))
+        before = values.copy()
+        changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
+        if not len(changed):
+            return
+        if holdings.group.moves:
+            updates = np.zeros((len(changed), holdings.group.width), values.dtype)
+            updates[:, : table.spec.dim] = values[changed] - before[changed]
+            operation = Operation(Action.PUSH, table.number, rows[changed], updates)
+        else:
+            operation = Operation(Action.SET, table.number, rows[changed], values[changed])
+        self._run(operation)
+        self._wait_for(operation)
+
+    # Steps
+
+    def submit(
+        self,
+        gradients: Sequence[TableGradient],
+        groups: Mapping[int, dict[str, object]],
+        *,
+        finished: Sequence[RowPlan] = (),
+        optimizer: int = 0,
+        vector: np.ndarray | None = None,
+    ) -> None:
+        self._check_open()
+        started = time.perf_counter()
+        by_table: dict[int, list[TableGradient]] = {}
+        for gradient in gradients:
+            by_table.setdefault(gradient.table.number, []).append(gradient)
+        with self._structure:
+            self.node.claims.is_paused = False
+            self._groups.update(groups)
+            for number in sorted(set(by_table) | (set(groups) & set(self._gathered))):
+                self._apply_own(self.tables[number], by_table.get(number, []), groups[number])
+            self.steps += 1
+            self._clock.now = self.steps
+            for plan in finished:
+                self.release(plan)
+            if self.node.staleness is not None:
+                self.node.syncing.clock_advanced(self.steps)
+                self.node.flush()
+        self._say_step(optimizer, np.empty(0) if vector is None else vector)
+        self.traffic.seconds["update"] += time.perf_counter() - started
+
+    def _apply_own(self, table: Table, gradients: Sequence[TableGradient], group: dict[str, object]) -> None:
+        rows, values, scale = self._late.combine(
+            [Piece(g.rows, g.values, g.scale, g.ordinal, g.counts) for g in gradients]
+            or [Piece(np.empty(0, np.int64), np.empty((0, table.spec.dim), table.spec.dtype), 1.0, 0, None)],
+            table.spec.dim,
+        )
+        if self._holdings(table).group.moves:
+            intent = gradients[0].plan.intent if len(gradients) == 1 and gradients[0].plan is not None else None
+            self._apply_here(table, rows, values, scale, group, _places_of(intent))
+        else:
+            self._apply_at_home(table, rows, values, scale, group)
+
+    def _apply_here(self, table: Table, rows, values, scale: float, group, places: np.ndarray | None) -> None:
+        """Apply gradients to records and copies on this rank; rows that are not here are fetched, updated and sent."""
+        table.begun = True
+        table.gradient_steps += 1
+        if not len(rows):
+            return
+        holdings, rule, version = self._holdings(table), table.spec.rule, self.steps + 1
+
+        def apply(store: RecordStore, slots: np.ndarray, some: np.ndarray | None) -> None:
+            grads = values if some is None else values[some]
+            rule.apply(store, slots, grads, scale, group, table.gradient_steps, version)
+
+        places = holdings.places(rows, places)
+        mine = np.flatnonzero(places >= 0)
+        if len(mine) == len(rows):
+            apply(holdings.owned.store, places, None)
+            self.node.grants.changed_here(holdings, places)
+            return
+        if len(mine):
+            apply(holdings.owned.store, places[mine], mine)
+            self.node.grants.changed_here(holdings, places[mine])
+        others = np.flatnonzero(places < 0)
+        at = -2 - places[others]
+        active = (at >= 0) & (holdings.copies.states[at] == Copy.ACTIVE)
+        if active.any():
+            apply(holdings.copies.store, at[active], others[active])
+            holdings.copies.mark_changed(at[active])
+        away = others[~active]
+        if len(away):
+            self._apply_away(table, rows[away], lambda store, slots: apply(store, slots, away))
+
+    def _apply_away(self, table: Table, rows: np.ndarray, apply: Callable[[RecordStore, np.ndarray], None]) -> None:
+        """Update rows that are not here: by what a record, pulled for this, changes, their owners' records change."""
+        width = self._holdings(table).group.width
+        before = np.empty((len(rows), width), table.spec.dtype)
+        pulling = Operation(Action.PULL, table.number, rows, before)
+        self._structure.release()  # what is waited for comes with messages, which need the lock
+        try:
+            self._run(pulling)
+            self._wait_for(pulling)
+        finally:
+            self._structure.acquire()
+        scratch = RecordStore(table.spec.record_class, len(rows))
+        slots = scratch.allocate(len(rows))
+        scratch.set_values(slots, before)
+        apply(scratch, slots)
+        after = cuda_ops.gather(scratch.words, scratch.stride, slots, width=width)
+        self._run(Operation(Action.PUSH, table.number, rows, after - before))
+
+    def _apply_at_home(self, table: Table, rows, values, scale: float, group: dict[str, object]) -> None:
+        """Sum gradients for rows of others, and take a step with what has come together for our own."""
+        holdings = self._holdings(table)
+        slots = self.node.grants.find_or_make(holdings, rows)
+        mine = slots >= 0
+        if not mine.all():
+            away = np.ascontiguousarray(values[~mine] * values.dtype.type(scale))
+            self._run(Operation(Action.PUSH, table.number, rows[~mine], away))
+        pieces = [Piece(slots[mine], np.ascontiguousarray(values[mine]), scale, 0, None)]
+        self._take_step(table, pieces, group)
+
+    def _take_step(self, table: Table, pieces: list[Piece], group: dict[str, object]) -> None:
+        """Apply what others have sent, and `pieces`, as one step."""
+        pieces = pieces + [Piece(at, sums, 1.0, 0, None) for at, sums in self._gathered.pop(table.number, ())]
+        self.apply(table, pieces, group)
+        touched = [piece.slots for piece in pieces if len(piece.slots)]
+        if touched:
+            self.node.grants.changed_from_afar(self._holdings(table), np.unique(np.concatenate(touched)))
+
+    def _take_what_has_gathered(self) -> None:
+        """Nobody steps for a while: owners take a step of their own with gradients that others have sent."""
+        with self._structure:
+            for number in list(self._gathered):
+                self._take_step(self.tables[number], [], self._groups[number])
+
+    def _version_after_step(self) -> int:
+        return self.steps + 1
+
+    @property
+    def applied(self) -> int:
+        return self.steps
+
+    def _say_step(self, optimizer: int, vector: np.ndarray) -> None:
+        """Tell the others of a step: to follow it where they have run out of batches, and to compare."""
+        message = Message(Kind.STEP, (self.steps - 1, optimizer), (vector,))
+        for peer in range(self.ranks):
+            self.deliver(peer, message)
+
+    def _on_step(self, source: int, message: Message) -> None:
+        """STEP(step, optimizer; hyperparameters): `source` has taken this step."""
+        step, optimizer = message.numbers
+        arrived = self._arrived.setdefault(step, Round())
+        arrived.optimizer[source], arrived.stepped[source] = optimizer, message.arrays[0]
+        if len(arrived.stepped) == self.ranks:
+            check_same_step(step, self.rank, arrived.optimizer, arrived.stepped, self.describe_hyperparameter())
+            del self._arrived[step]
+
+    def step_of_others(self) -> tuple[int, np.ndarray] | None:
+        arrived = self._arrived.get(self.steps)
+        if arrived is None or not arrived.stepped:
+            return None
+        source = next(iter(list(arrived.stepped)))
+        return arrived.optimizer[source], arrived.stepped[source]
+
+    def _is_urgent(self) -> bool:
+        return self._waiting.waiters > 0
+
+    def close(self, *, linger: bool = False) -> None:
+        if not self._shut and self.node.staleness is not None:
+            with self._structure:  # nobody need wait for the steps of a rank that takes no more
+                self.node.syncing.clock_advanced(_NEVER)
+                self.node.flush()
+        super().close(linger=linger)
+
+    # Coming to rest
+
+    def epoch_ended(self) -> None:
+        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass."""
+        self._sync()
+        self._epochs[self.rank] += 1
+        for peer in self.peers:
+            self.transport.send(peer, Message(Kind.EPOCH, (self._epochs[self.rank],)))
+        self.transport.wake()
+
+    def _on_epoch(self, source: int, message: Message) -> None:
+        """EPOCH(number): all that `source` changed in its passes up to this number is everywhere."""
+        self._epochs[source] = message.numbers[0]
+
+    def _sync(self) -> None:
+        """Make what this rank has changed visible everywhere."""
+        with self._structure:
+            token = self.node.syncing.begin()
+            self.node.flush()
+        self.transport.wake()
+        self._waiting.until(
+            lambda: self.node.syncing.is_over(token),
+            lambda: "other ranks to take in this rank's changes",
+            lambda: self.others.why_gone(self.peers, "an answer"),
+        )
+
+    def settle(self) -> None:
+        """Wait until all ranks are here and see all changes, and let nothing move until the next step or lookup
+        (collective)."""
+        self._check_open()
+        with self._structure:
+            self.node.claims.is_paused = True
+        self._sync()
+        self.barrier()
+        self._take_what_has_gathered()
+        self._sync()  # nor is anything under way that was asked for before
+        self.barrier()
+
+    def rewrite_ended(self) -> None:
+        self._sync()
+        self.barrier()
+
+    # Whole tables
+
+    def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
+        with self._structure:
+            slots = self.touch(table, rows)
+            self.catch_up(table, slots)
+            table.store.set_values(slots, values)
+            if states is not None:
+                table.store.set_states(slots, states)
+            self.node.grants.changed_from_afar(self._holdings(table), slots)
+
+    def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
+        with self._structure:
+            slots = self.touch(table, rows)
+            self.catch_up(table, slots)
+            table.store.set_states(slots, states)
+            self.node.grants.changed_from_afar(self._holdings(table), slots)
+
+    def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        with self._structure:
+            rows, slots = table.store.index.items()
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            part = slots[start : start + _CHUNK_ROWS]
+            self.catch_up(table, part)
+            values = table.store.values(part, np.empty((len(part), table.spec.dim), table.spec.dtype))
+            yield rows[start : start + _CHUNK_ROWS], values, table.store.states(part)
+
+    # The background thread
+
+    def _receive(self, source: int, message: Message) -> None:
+        with self._structure:
+            if self.node.handle(source, message):
+                self._has_received = True
+                return
+        super()._receive(source, message)
+
+    def _message_handlers(self) -> dict[Kind, Callable[[int, Message], None]]:
+        of_steps = {Kind.STEP: self._on_step, Kind.EPOCH: self._on_epoch}
+        shared = (Kind.SHARD, Kind.CLOSED, Kind.LAST)
+        handlers = super()._message_handlers()
+        return {kind: handlers[kind] for kind in shared} | of_steps
+
+    def _after_receiving(self) -> bool:
+        now = time.perf_counter()
+        begins = now >= self._next_round
+        if not (self._has_received or begins):
+            return False
+        busy = self._has_received
+        with self._structure:
+            if self._has_received:
+                self._has_received = False
+                self.node.after_messages()
+            if begins and self.node.needs_round:
+                self.node.round()
+                self._next_round = now + self._round_seconds
+                busy = True
+        if busy:
+            self._waiting.notify()
+        return busy
+
+    @property
+    def memory_bytes(self) -> int:
+        histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
+        return histories + self.node.memory_bytes
+
+    def counts(self) -> dict[str, object]:
+        """Return what the node has counted (see `ParameterManager.stats`)."""
+        with self._structure:
+            return {**self.node.counts, "bytes_by_kind": dict(self.node.bytes_by_kind)}
+
+    def explain_row(self, table: Table, row: int) -> int:
+        """Return the key of a row of a table."""
+        return int(make_keys(table.number, np.array([row]))[0])
+
+
+def _places_of(intent: Intent | None) -> np.ndarray | None:
+    return None if intent is None else intent.places
+
+
+class _Plan(RowPlan):
+    """A `RowPlan` with the intent that stands for it."""
+
+    def __init__(self, *args, intent: Intent):
+        super().__init__(*args)
+        self.intent = intent

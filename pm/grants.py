@@ -1,0 +1,259 @@
+"""The owner's side: what a rank does with the keys that it owns, and with questions for those that it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pm import masks
+from pm.decision import copies_are_made, moves_to_asker, moves_to_last
+from pm.holdings import Holdings
+from pm.messages import Kind, Message, narrow, widen
+
+if TYPE_CHECKING:
+    from pm.node import Node
+
+_NOBODY = -1
+
+
+class Grants:
+    """Answers intents with records or copies, merges changes, and keeps copies up to date.
+
+    Invariant: a key has one owner, but for the time that its record travels; the ranks in `holders` are those whose
+    intent has arrived here and whose DROPS have not. A change that a holder of a copy sends either finds its owner
+    here, or the record has gone to that very holder meanwhile, which has kept the change: then it is not merged.
+    """
+
+    def __init__(self, node: Node):
+        self._node = node
+        self._early: list[tuple[int, Message]] = []
+        self.mine = masks.only(node.rank, node.ranks)
+        self.everyone = masks.everyone(node.ranks)
+
+    @property
+    def has_work(self) -> bool:
+        early = self._early and not self._node.claims.is_paused
+        return bool(early) or any(holdings.owned.changed for holdings in self._node.holdings)
+
+    def find_or_make(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
+        """Return the slots of distinct keys that this rank owns, -1 for others; make what was never touched."""
+        slots = holdings.owned.find(keys)
+        absent = np.flatnonzero(slots < 0)
+        if len(absent):
+            slots[absent] = self.make_unmoved(holdings, keys[absent])
+        return slots
+
+    def make_unmoved(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
+        """Make records of those keys that are at home here and were never touched; return slots, -1 for the others."""
+        slots = np.full(len(keys), -1, np.int64)
+        fresh = np.flatnonzero(self._node.locations[holdings.group.number].is_unmoved_home(keys))
+        if len(fresh):
+            slots[fresh] = holdings.owned.make(keys[fresh])
+        return slots
+
+    def changed_here(self, holdings: Holdings, slots: np.ndarray) -> None:
+        """A worker of this rank has changed records."""
+        holdings.owned.mark_changed(slots, self.mine)
+
+    def changed_from_afar(self, holdings: Holdings, slots: np.ndarray) -> None:
+        """A rank without a copy, or one that has set values, has changed records: every copy is to be told."""
+        holdings.owned.mark_changed(slots, self.everyone)
+
+    # Requests
+
+    def on_request(self, source: int, message: Message) -> None:
+        """REQUEST(group, origin; keys): `origin` has a live intent for keys that it does not have."""
+        if self._node.claims.is_paused:
+            self._early.append((source, message))
+            return
+        number, origin = message.numbers
+        holdings = self._node.holdings[number]
+        keys = widen(message.arrays[0])
+        slots = self.find_or_make(holdings, keys)
+        mine = slots >= 0
+        others = keys[~mine]
+        self.forward(
+            source, number, others, lambda some: Message(Kind.REQUEST, (number, origin), (narrow(others[some]),))
+        )
+        if origin != self._node.rank:
+            self._grant(holdings, origin, slots[mine])
+
+    def forward(self, source: int, number: int, keys: np.ndarray, message_of) -> None:
+        """Send on what `source` asks about keys that are not here: `message_of(positions)` makes the message for some.
+
+        A question that has overtaken the record, which is on its way here, waits for it.
+        """
+        if not len(keys):
+            return
+        node = self._node
+        target = node.locations[number].next_hop(keys)
+        target[node.locations[number].are_coming(keys, source)] = node.rank
+        for peer in np.unique(target).tolist():
+            message = message_of(np.flatnonzero(target == peer))
+            if peer == node.rank:
+                self._early.append((source, message))
+            else:
+                node.counts["hops"] += int((target == peer).sum())
+                node.emit(peer, message)
+
+    def retry(self) -> None:
+        """Look again at questions that came before the records that they are about."""
+        early, self._early = self._early, []
+        for source, message in early:
+            self._node.handle(source, message)
+
+    def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray) -> None:
+        owned, node = holdings.owned, self._node
+        asker = masks.only(origin, node.ranks)
+        others = masks.count(owned.holders[slots] & ~asker)
+        moves = moves_to_asker(self._techniques(holdings), owned.live[slots] > 0, others)
+        self._give_away(holdings, slots[moves], origin)
+        stay = slots[~moves]
+        if not len(stay):
+            return
+        owned.holders[stay] |= asker
+        keys = narrow(owned.keys[stay])
+        if copies_are_made(node.techniques):
+            node.counts["replications"] += len(stay)
+            node.emit(origin, Message(Kind.COPIES, (holdings.group.number,), (keys, owned.values(stay))))
+        else:
+            node.emit(origin, Message(Kind.REFUSED, (holdings.group.number,), (keys,)))
+
+    def _techniques(self, holdings: Holdings) -> str:
+        """Return the techniques for a group: records of some never move."""
+        techniques = self._node.techniques
+        if holdings.group.moves:
+            return techniques
+        return "replication" if copies_are_made(techniques) else "none"
+
+    # Moves
+
+    def intents_ended(self, holdings: Holdings, slots: np.ndarray) -> None:
+        """Intents for owned keys have ended, here or elsewhere: move those that only another rank needs."""
+        owned, node = holdings.owned, self._node
+        slots = slots[(owned.live[slots] == 0) & (owned.holders[slots] != 0).any(axis=1)]
+        if not len(slots) or node.claims.is_paused:
+            return
+        holders = owned.holders[slots]
+        moves = moves_to_last(self._techniques(holdings), owned.live[slots] > 0, masks.count(holders))
+        target = masks.first(holders[moves])
+        for peer in np.unique(target).tolist():
+            self._give_away(holdings, slots[moves][target == peer], peer)
+
+    def _give_away(self, holdings: Holdings, slots: np.ndarray, to: int) -> None:
+        """Move records to `to`, and tell their homes. A holder whose copy is what the record is gets no values."""
+        if not len(slots):
+            return
+        node, owned, number = self._node, holdings.owned, holdings.group.number
+        keys, counters = owned.keys[slots], owned.counters[slots] + 1
+        receiver = masks.only(to, node.ranks)
+        holders = owned.holders[slots] & ~receiver
+        is_known = (owned.changed_by[slots] & ~receiver == 0).all(axis=1)
+        promoted = masks.contains(owned.holders[slots], to) & is_known & copies_are_made(node.techniques)
+        for some in (promoted, ~promoted):
+            if not some.any():
+                continue
+            if some is promoted:
+                message = Message(Kind.PROMOTED, (number,), (narrow(keys[some]), counters[some]))
+            else:
+                arrays = (narrow(keys[some]), owned.values(slots[some]), counters[some], _sets(holders[some]))
+                message = Message(Kind.RECORDS, (number,), arrays)
+            node.emit(to, message)
+        node.counts["relocations"] += len(slots)
+        node.counts["promotions"] += int(promoted.sum())
+        owned.release(slots)
+        self._tell_homes(number, keys, to, counters)
+        if node.record is not None:
+            node.record("moved away", number, keys, to)
+
+    def _tell_homes(self, number: int, keys: np.ndarray, owner: int, counters: np.ndarray) -> None:
+        node = self._node
+        locations = node.locations[number]
+        home = locations.home_of(keys)
+        for peer in np.unique(home).tolist():
+            part = keys[home == peer]
+            if peer == node.rank:
+                locations.moved(part, owner, counters[home == peer].astype(np.int64))
+                continue
+            locations.gave_away(part, owner, int(node.next_parcel(peer)))
+            if peer != owner:
+                node.emit(peer, Message(Kind.MOVED, (number, owner), (narrow(part), counters[home == peer])))
+
+    def on_moved(self, source: int, message: Message) -> None:
+        """MOVED(group, owner; keys, counters): keys that are at home here have gone to `owner`."""
+        number, owner = message.numbers
+        keys, counters = message.arrays
+        self._node.locations[number].moved(widen(keys), owner, counters.astype(np.int64))
+
+    # Changes
+
+    def on_deltas(self, source: int, message: Message) -> None:
+        """DELTAS(group; keys, changes): what the workers of `source` have added to their copies."""
+        holdings = self._node.holdings[message.numbers[0]]
+        self._merge(holdings, source, widen(message.arrays[0]), message.arrays[1])
+
+    def _merge(self, holdings: Holdings, source: int, keys: np.ndarray, deltas: np.ndarray) -> None:
+        slots = holdings.owned.find(keys)
+        mine = slots >= 0
+        self.take_in(
+            holdings, slots[mine], deltas if mine.all() else deltas[mine], masks.only(source, self._node.ranks)
+        )
+        self._node.counts["keys_merged"] += int(mine.sum())
+
+    def take_in(self, holdings: Holdings, slots: np.ndarray, deltas: np.ndarray, by: np.ndarray) -> None:
+        """Merge changes by the set of ranks `by` into records."""
+        if holdings.group.take_in is not None:
+            holdings.group.take_in(slots, deltas)
+        else:
+            holdings.owned.add(slots, deltas)
+            holdings.owned.mark_changed(slots, by)
+
+    def on_drops(self, source: int, message: Message) -> None:
+        """DROPS(group, origin; keys, changed keys, changes): `origin` has no intent for these keys any more."""
+        number, origin = message.numbers
+        holdings = self._node.holdings[number]
+        clean, changed, deltas = message.arrays
+        clean, changed = widen(clean), widen(changed)
+        self._merge(holdings, origin, changed, deltas)
+        keys = np.concatenate([clean, changed])
+        slots = holdings.owned.find(keys)
+        mine = slots >= 0
+        if not copies_are_made(self._node.techniques):  # the key, and who waits for it, may have gone on
+            gone = keys[~mine]
+            none = deltas[:0]
+            self.forward(
+                source if source != origin else _NOBODY,  # whom `origin` believes may be long past
+                number,
+                gone,
+                lambda some: Message(Kind.DROPS, (number, origin), (narrow(gone[some]), narrow(gone[:0]), none)),
+            )
+        slots = slots[mine]
+        holdings.owned.holders[slots] &= ~masks.only(origin, self._node.ranks)
+        self.intents_ended(holdings, slots)
+
+    def refresh(self, holdings: Holdings, peer: int, slots: np.ndarray) -> None:
+        """Send `peer` what is in records, as far as it holds copies of them."""
+        part = slots[masks.contains(holdings.owned.holders[slots], peer)]
+        if len(part) and copies_are_made(self._node.techniques):
+            self._node.counts["replica_steps"] += len(part)
+            arrays = (narrow(holdings.owned.keys[part]), holdings.owned.values(part))
+            self._node.emit(peer, Message(Kind.REFRESH, (holdings.group.number,), arrays))
+
+    def round(self) -> None:
+        """Send the holders of copies what others have changed."""
+        node = self._node
+        for holdings in node.holdings:
+            owned = holdings.owned
+            slots, changed_by = owned.take_changed()
+            if not len(slots):
+                continue
+            for peer in node.peers:
+                receiver = masks.only(peer, node.ranks)
+                self.refresh(holdings, peer, slots[(changed_by & ~receiver != 0).any(axis=1)])
+
+
+def _sets(holders: np.ndarray) -> np.ndarray:
+    """Return sets of ranks as they travel: nothing where all are empty."""
+    flat = holders.view(np.int64).reshape(-1)
+    return flat if flat.any() else flat[:0]

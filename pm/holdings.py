@@ -1,0 +1,332 @@
+"""What one rank holds of one group of keys: records that it owns, and copies of records that others own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import IntEnum, unique
+
+import numpy as np
+
+import cuda_ops
+from pm import masks
+from pm.store import RecordClass, RecordStore, reserve_zeros
+
+NO_KEY = -1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keys whose records have one layout.
+
+    Args:
+        number: the group's number, the same on all ranks.
+        capacity: how many keys there may be.
+        record_class: the records' layout.
+        make: called with (keys int64 `[n]`, out `[n, width]`): writes the records of keys that nobody has touched.
+        moves: whether records move; else their state stays with the owner, copies have values alone, and what is added
+            to a copy is no change of its value but something that `take_in` of the owner makes one of.
+        made: called with (keys, slots) once records of keys are made, to fill in what does not travel.
+        before_reading: called with the slots of owned records before their values are read.
+        take_in: called with (slots, changes `[n, width]`) that others have sent, in place of adding them to records.
+    """
+
+    number: int
+    capacity: int
+    record_class: RecordClass
+    make: Callable[[np.ndarray, np.ndarray], None]
+    moves: bool = True
+    made: Callable[[np.ndarray, np.ndarray], None] | None = None
+    before_reading: Callable[[np.ndarray], None] | None = None
+    take_in: Callable[[np.ndarray, np.ndarray], None] | None = None
+
+    @property
+    def width(self) -> int:
+        """Words of a record that travel: value and state; where records do not move, the value alone."""
+        return self.record_class.dim + (self.record_class.state_words if self.moves else 0)
+
+
+@unique
+class Copy(IntEnum):
+    """What a slot of a copy is at.
+
+    WANTED: an intent is live and its owner has not been asked yet; REQUESTED: it has; ACTIVE: the copy is here;
+    REFUSED: the owner gives no copy, and knows of the intent; LEAVING: the owner has been told that the copy is gone,
+    with its last changes, and has not said yet that it knows.
+    """
+
+    FREE = 0
+    WANTED = 1
+    REQUESTED = 2
+    ACTIVE = 3
+    REFUSED = 4
+    LEAVING = 5
+
+
+class Owned:
+    """The records that this rank owns.
+
+    By slot: `keys`; `live` counts the intents of this rank's workers; `holders` is the set of ranks with a live intent
+    (which hold a copy, where copies are made); `counters` how often the key has moved; `changed_by` the set of ranks
+    whose changes the holders have not been sent, with `changed` the slots where it is not empty.
+    """
+
+    def __init__(self, group: Group, ranks: int):
+        self.group = group
+        self.store = RecordStore(group.record_class, group.capacity)
+        words = masks.words_for(ranks)
+        self.keys = reserve_zeros(group.capacity, np.int64)
+        self.live = reserve_zeros(group.capacity, np.int32)
+        self.counters = reserve_zeros(group.capacity, np.int32)
+        self.holders = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
+        self.changed_by = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
+        self.changed: list[np.ndarray] = []
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the slots of keys, -1 where they are not owned: int64 `[n]`."""
+        return self.store.index.find(keys)
+
+    def values(
+        self, slots: np.ndarray, out: np.ndarray | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the words that travel, `[n, width]`; or write (the first of) them to rows `positions` of `out`."""
+        if self.group.before_reading is not None:
+            self.group.before_reading(slots)
+        store = self.store
+        if out is None:
+            return cuda_ops.gather(store.words, store.stride, slots, width=self.group.width)
+        return cuda_ops.gather(store.words, store.stride, slots, out, positions)
+
+    def add_records(self, keys: np.ndarray, values: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
+        """Take in records of keys that are not here; return their slots."""
+        slots = self.store.allocate(len(keys))
+        cuda_ops.scatter(self.store.words, self.store.stride, slots, values)
+        self.keys[slots], self.live[slots], self.counters[slots] = keys, 0, counters
+        self.holders[slots], self.changed_by[slots] = 0, 0
+        self.store.index.add(keys, slots)
+        return slots
+
+    def make(self, keys: np.ndarray) -> np.ndarray:
+        """Make records of keys that nobody has touched; return their slots."""
+        values = np.empty((len(keys), self.group.width), self.store.words.dtype)
+        self.group.make(keys, values)
+        slots = self.add_records(keys, values, 0)
+        if self.group.made is not None:
+            self.group.made(keys, slots)
+        return slots
+
+    def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
+        """Add `deltas` `[n, width]` to records."""
+        cuda_ops.merge(self.store.words, self.store.stride, slots, deltas)
+
+    def put(self, slots: np.ndarray, values: np.ndarray) -> None:
+        """Set records to `values` `[n, width]`."""
+        cuda_ops.scatter(self.store.words, self.store.stride, slots, values)
+
+    def mark_changed(self, slots: np.ndarray, by: np.ndarray) -> None:
+        """Note that the set of ranks `by` has changed records; copies elsewhere are to be told."""
+        held = slots[(self.holders[slots] != 0).any(axis=1)]
+        if len(held):
+            self.changed_by[held] |= by
+            self.changed.append(held)
+
+    def take_changed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (slots, who changed them) of what has changed since the last call."""
+        if not self.changed:
+            return np.empty(0, np.int64), self.changed_by[:0]
+        slots, _ = cuda_ops.dedup(np.concatenate(self.changed))
+        self.changed = []
+        slots = slots[(self.changed_by[slots] != 0).any(axis=1)]  # those that have left since are not ours to tell
+        changed_by = self.changed_by[slots]
+        self.changed_by[slots] = 0
+        return slots, changed_by
+
+    def release(self, slots: np.ndarray) -> None:
+        """Forget records, which another rank owns now."""
+        self.changed_by[slots] = 0
+        self.live[slots] = 0
+        self.holders[slots] = 0
+        self.store.release(self.keys[slots])
+        self.keys[slots] = NO_KEY
+
+
+class Copies:
+    """Copies of records that others own, and keys that this rank waits for.
+
+    A copy's record is [what it holds now | what it held when changes were last taken from it | changes on their way to
+    the owner], `width` words each. By slot: `keys`; `states` (a `Copy`); `live` counts the intents of this rank's
+    workers; `owners` is who has made the copy, `parcels` the number of the parcel to the owner that carries the changes
+    on their way (-1: none are), `dirty` whether there may be changes to take.
+    """
+
+    def __init__(self, group: Group, ranks: int):
+        self.group = group
+        self.width = group.width
+        words = 3 * group.width - group.record_class.dim
+        self.store = RecordStore(replace(group.record_class, state_words=words, catches_up=False), group.capacity)
+        self.keys = reserve_zeros(group.capacity, np.int64)
+        self.states = reserve_zeros(group.capacity, np.int8)
+        self.live = reserve_zeros(group.capacity, np.int32)
+        self.owners = reserve_zeros(group.capacity, np.int32)
+        self.parcels = reserve_zeros(group.capacity, np.int64)
+        self.dirty = reserve_zeros(group.capacity, np.bool_)
+        self.changed: list[np.ndarray] = []
+
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (slots, states) of keys, -1 and FREE where they are not here."""
+        slots = self.store.index.find(keys)
+        return slots, np.where(slots >= 0, self.states[slots], Copy.FREE)
+
+    def add_wanted(self, keys: np.ndarray) -> np.ndarray:
+        """Make room for keys that this rank is going to ask for; return their slots."""
+        slots = self.store.allocate(len(keys))
+        self.store.index.add(keys, slots)
+        self.keys[slots], self.states[slots], self.live[slots] = keys, Copy.WANTED, 0
+        self.owners[slots], self.parcels[slots], self.dirty[slots] = -1, -1, False
+        return slots
+
+    def remove(self, slots: np.ndarray) -> None:
+        """Forget keys that this rank has no copy of any more, or owns now."""
+        self.states[slots], self.live[slots], self.dirty[slots] = Copy.FREE, 0, False
+        self.store.release(self.keys[slots])
+        self.keys[slots] = NO_KEY
+
+    def _part(self, slots: np.ndarray, part: int) -> np.ndarray:
+        store = self.store
+        return cuda_ops.gather(store.words, store.stride, slots, width=self.width, offset=part * self.width)
+
+    def _put(self, slots: np.ndarray, part: int, values: np.ndarray) -> None:
+        cuda_ops.scatter(self.store.words, self.store.stride, slots, values, offset=part * self.width)
+
+    def values(
+        self, slots: np.ndarray, out: np.ndarray | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return what copies hold now, `[n, width]`; or write (the first words of) it to rows `positions` of `out`."""
+        if out is None:
+            return self._part(slots, 0)
+        return cuda_ops.gather(self.store.words, self.store.stride, slots, out, positions)
+
+    def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
+        """Add `deltas` `[n, width]` to what copies hold."""
+        cuda_ops.merge(self.store.words, self.store.stride, slots, deltas)
+        self.mark_changed(slots)
+
+    def mark_changed(self, slots: np.ndarray) -> None:
+        """Note that copies hold changes that their owners do not know of."""
+        fresh = slots[~self.dirty[slots]]
+        if len(fresh):
+            self.dirty[fresh] = True
+            self.changed.append(fresh)
+
+    def install(self, slots: np.ndarray, values: np.ndarray, owner: int) -> None:
+        """Begin active copies of what `owner` holds."""
+        self._put(slots, 0, values)
+        self._put(slots, 1, values)
+        self.states[slots], self.owners[slots] = Copy.ACTIVE, owner
+        self.parcels[slots], self.dirty[slots] = -1, False
+
+    def untold(self, slots: np.ndarray, acknowledged: int) -> np.ndarray:
+        """Return the changes, `[n, width]`, that an owner which has taken in parcels up to `acknowledged` lacks."""
+        changes = self._part(slots, 0)
+        changes -= self._part(slots, 1)
+        under_way = np.flatnonzero(self.parcels[slots] > acknowledged)
+        if len(under_way):
+            changes[under_way] += self._part(slots[under_way], 2)
+        return changes
+
+    def refresh(self, slots: np.ndarray, values: np.ndarray, acknowledged: int) -> None:
+        """The owner holds `values` `[n, width]`, and has taken in parcels up to `acknowledged`."""
+        changes = self._part(slots, 0)
+        changes -= self._part(slots, 1)
+        base = values.copy()
+        under_way = np.flatnonzero(self.parcels[slots] > acknowledged)
+        if len(under_way):
+            base[under_way] += self._part(slots[under_way], 2)
+        changes += base
+        self._put(slots, 0, changes)
+        self._put(slots, 1, base)
+
+    def take_changes(self, slots: np.ndarray) -> np.ndarray:
+        """Return what has changed in copies since this was last asked, `[n, width]`, and keep it as under way."""
+        now = self._part(slots, 0)
+        changes = now - self._part(slots, 1)
+        self._put(slots, 1, now)
+        self._put(slots, 2, changes)
+        self.dirty[slots] = False
+        return changes
+
+    def forget_untaken(self, slots: np.ndarray) -> None:
+        """What has changed in copies since changes were last taken is of no concern to owners."""
+        self._put(slots, 1, self._part(slots, 0))
+        self.dirty[slots] = False
+
+    def forget_changes_under_way(self, slots: np.ndarray) -> None:
+        """The owner has taken in what was under way."""
+        self._put(slots, 2, np.zeros((len(slots), self.width), self.store.words.dtype))
+
+
+class CopiesOfValues(Copies):
+    """Copies of records that do not move: [value | sum of what was added to the copy | unused].
+
+    What is added (gradients) changes no value here: the owner is sent the sum, and sends back what it made of it.
+    """
+
+    def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
+        cuda_ops.merge(self.store.words, self.store.stride, slots, deltas, offset=self.width)
+        self.mark_changed(slots)
+
+    def install(self, slots: np.ndarray, values: np.ndarray, owner: int) -> None:
+        super().install(slots, values, owner)
+        self._put(slots, 1, np.zeros_like(values))
+
+    def untold(self, slots: np.ndarray, acknowledged: int) -> np.ndarray:
+        return self._part(slots, 1)
+
+    def refresh(self, slots: np.ndarray, values: np.ndarray, acknowledged: int) -> None:
+        self._put(slots, 0, values)
+
+    def take_changes(self, slots: np.ndarray) -> np.ndarray:
+        changes = self._part(slots, 1)
+        self._put(slots, 1, np.zeros_like(changes))
+        self.dirty[slots] = False
+        return changes
+
+
+class Holdings:
+    """A group's `owned` records and `copies` on one rank. A key is in one of them at most."""
+
+    def __init__(self, group: Group, ranks: int):
+        self.group = group
+        self.owned = Owned(group, ranks)
+        self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks)
+
+    def places(self, keys: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
+        """Return where keys are: the slot of an owned record, -2 - slot of a copy, or -1; int64 `[n]`.
+
+        `known`: what this returned for the same keys before. Those that are still there cost no search.
+        """
+        if known is None:
+            places = self.owned.find(keys)
+            absent = np.flatnonzero(places < 0)
+        else:
+            places = known.copy()
+            absent = cuda_ops.moved_places(keys, known, self.owned.keys, self.copies.keys)
+            if len(absent):
+                places[absent] = self.owned.find(keys[absent])
+                absent = absent[places[absent] < 0]
+        if len(absent):
+            slots = self.copies.store.index.find(keys[absent])
+            places[absent] = np.where(slots >= 0, -2 - slots, -1)
+        return places
+
+    @property
+    def memory_bytes(self) -> int:
+        owned, copies = self.owned, self.copies
+        per_owned = 16 + owned.holders.shape[1] * 16
+        per_copy = 8 + 1 + 4 + 4 + 8 + 1
+        return (
+            owned.store.memory_bytes
+            + copies.store.memory_bytes
+            + per_owned * owned.store.slots_in_use
+            + per_copy * copies.store.slots_in_use
+        )

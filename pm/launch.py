@@ -1,0 +1,54 @@
+"""How many processes a launcher (mpirun or srun) has started, and the communicator of all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# (size, rank) variables that launchers set for each process: MPICH's Hydra and PMI-2, Open MPI, MVAPICH, Slurm's srun.
+_LAUNCHERS = (
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+
+
+def launched() -> tuple[int, int]:
+    """Return (number of processes, number of this one) as the launcher says, (1, 0) where there was none."""
+    for size, rank in _LAUNCHERS:
+        if size in os.environ and rank in os.environ:
+            return int(os.environ[size]), int(os.environ[rank])
+    return 1, 0
+
+
+def launched_ranks() -> int:
+    """Return how many processes the launcher (mpirun or srun) started, 1 where there was none."""
+    return launched()[0]
+
+
+def default_comm() -> MPI.Comm | None:
+    """Return MPI.COMM_WORLD when a launcher started several processes, None for a process that is alone.
+
+    Raises:
+        RuntimeError: if several were started but mpi4py is absent, or belongs to another MPI than the launcher.
+    """
+    started = launched_ranks()
+    if started == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the latter where mpi4py finds no MPI library
+        raise RuntimeError(
+            f"a launcher started {started} processes, but mpi4py cannot be imported ({error}), so that each would "
+            "train alone; install it with: pip install 'adaloader[mpi]'"
+        ) from error
+    if MPI.COMM_WORLD.size != started:
+        raise RuntimeError(
+            f"the launcher started {started} processes, but mpi4py sees {MPI.COMM_WORLD.size}: it was built for "
+            f"another MPI ({MPI.Get_library_version().splitlines()[0][:60]}); launch with that library's own mpirun"
+        )
+    return MPI.COMM_WORLD

@@ -1,0 +1,218 @@
+"""One rank's part in the asynchronous protocol, without any input or output of its own.
+
+A node is told what happens (`handle` a message, begin a `round`, run an operation) and emits messages; who carries them
+is not its business. `ParameterManager` puts it on MPI, `simulator.py` on a virtual network. The asking side is in
+`claims.py`, the owner's in `grants.py`, operations on keys in `operations.py`, waiting for the others in `syncing.py`.
+Of the network it expects that nothing is lost and that messages from one rank to another arrive in order; those that
+travel over different ranks may overtake each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pm.claims import Claims
+from pm.decision import check_techniques
+from pm.grants import Grants
+from pm.holdings import Group, Holdings
+from pm.locations import DEFAULT_CACHE_KEYS, Locations
+from pm.messages import Kind, Message, message_bytes
+from pm.operations import Operations
+from pm.syncing import Syncing
+
+_CHANGES = (Kind.DELTAS, Kind.DROPS)
+
+
+class Node:
+    """The state of one rank. For one thread at a time.
+
+    Messages to a peer leave in parcels, which are numbered; each parcel, and TAKEN where there is nothing else to send,
+    says how many of the other side's have been taken in. By that a rank knows what an owner has merged of its changes.
+
+    Args:
+        rank, ranks: of this node.
+        groups: the groups of keys, the same on all ranks.
+        send: called with (peer, message) for what leaves.
+        techniques: "all", "relocation", "replication" or "none".
+        acts_late: whether intents are acted on as late as is safe (`intents.timing`); False: at once.
+        cache_keys: size of the location cache of each group.
+        update_threshold: changes to a copy that are smaller than this in every word are held back.
+        staleness: how many clocks a rank may be behind the others' updates; None: any number.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        groups: Sequence[Group],
+        send: Callable[[int, Message], None],
+        *,
+        techniques: str = "all",
+        acts_late: bool = True,
+        cache_keys: int = DEFAULT_CACHE_KEYS,
+        update_threshold: float = 0.0,
+        staleness: int | None = None,
+    ):
+        check_techniques(techniques)
+        self.rank, self.ranks = rank, ranks
+        self.peers = [p for p in range(ranks) if p != rank]
+        self.techniques = techniques
+        self.acts_late = acts_late
+        self.update_threshold = update_threshold
+        self.staleness = staleness
+        self.counts: Counter[str] = Counter()
+        self.bytes_by_kind: Counter[str] = Counter()
+        self.record: Callable[[str, int, np.ndarray, int], None] | None = None
+        self._send = send
+        self._cache_keys = cache_keys
+        self._out: list[list[Message]] = [[] for _ in range(ranks)]
+        self._sent = np.zeros(ranks, np.int64)
+        self._received = np.zeros(ranks, np.int64)
+        self._told = np.zeros(ranks, np.int64)
+        self.acknowledged = np.zeros(ranks, np.int64)
+        self.holdings: list[Holdings] = []
+        self.locations: list[Locations] = []
+        self.claims = Claims(self)
+        self.grants = Grants(self)
+        self.operations = Operations(self)
+        self.syncing = Syncing(self)
+        for group in groups:
+            self.add_group(group)
+        self._handlers = {
+            Kind.PARCEL: self._on_parcel,
+            Kind.TAKEN: self._on_taken,
+            Kind.REQUEST: self.grants.on_request,
+            Kind.DELTAS: self.grants.on_deltas,
+            Kind.DROPS: self.grants.on_drops,
+            Kind.MOVED: self.grants.on_moved,
+            Kind.COPIES: self.claims.on_copies,
+            Kind.RECORDS: self.claims.on_records,
+            Kind.PROMOTED: self.claims.on_promoted,
+            Kind.REFRESH: self.claims.on_refresh,
+            Kind.REFUSED: self.claims.on_refused,
+            Kind.FETCH: self.operations.on_fetch,
+            Kind.FETCHED: self.operations.on_fetched,
+            Kind.PUSH: self.operations.on_push,
+            Kind.PUSHED: self.operations.on_pushed,
+            Kind.SYNC: self.syncing.on_sync,
+            Kind.SYNCED: self.syncing.on_synced,
+            Kind.CLOCK: self.syncing.on_clock,
+            Kind.REFRESHED: self.syncing.on_refreshed,
+        }
+
+    def add_group(self, group: Group) -> Holdings:
+        """Declare another group (on all ranks, before any of them names its keys)."""
+        self.holdings.append(Holdings(group, self.ranks))
+        self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys))
+        return self.holdings[-1]
+
+    def replace_group(self, group: Group) -> Holdings:
+        """Give a group another layout (on all ranks, while nothing is under way); its keys stay with their owners."""
+        self.holdings[group.number] = Holdings(group, self.ranks)
+        return self.holdings[group.number]
+
+    # Parcels
+
+    def emit(self, peer: int, message: Message) -> None:
+        """Put a message into the next parcel for `peer`."""
+        self._out[peer].append(message)
+
+    def next_parcel(self, peer: int | np.ndarray) -> int | np.ndarray:
+        """Return the number of the parcel that takes what is emitted now."""
+        return self._sent[peer] + 1
+
+    @property
+    def parcels_sent(self) -> np.ndarray:
+        """Return, by rank, the number of the last parcel sent: int64 `[ranks]`, a copy."""
+        return self._sent.copy()
+
+    def last_parcels(self) -> np.ndarray:
+        """Return, by rank, the number of the parcel that has, or will have, what was emitted last: int64 `[ranks]`."""
+        return self._sent + np.array([bool(messages) for messages in self._out])
+
+    def flush(self) -> bool:
+        """Send off what has been emitted; return whether there was anything."""
+        return any([self._flush_to(peer) for peer in self.peers])
+
+    def _flush_to(self, peer: int) -> bool:
+        """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them."""
+        messages = self._out[peer]
+        if not messages:
+            return False
+        self._out[peer] = []
+        self._sent[peer] += 1
+        self._told[peer] = self._received[peer]
+        self._deliver(peer, Message(Kind.PARCEL, (int(self._sent[peer]), int(self._received[peer]))))
+        for message in sorted(messages, key=lambda message: message.kind not in _CHANGES):
+            self._deliver(peer, message)
+        return True
+
+    def _deliver(self, peer: int, message: Message) -> None:
+        self.bytes_by_kind[message.kind.name] += message_bytes(message)
+        self._send(peer, message)
+
+    def _acknowledge(self) -> None:
+        for peer in self.peers:
+            if self._received[peer] > self._told[peer] and not self._out[peer]:
+                self._told[peer] = self._received[peer]
+                self._deliver(peer, Message(Kind.TAKEN, (int(self._received[peer]),)))
+
+    def _on_parcel(self, source: int, message: Message) -> None:
+        """PARCEL(number, taken in): what follows from `source` is its parcel of this number."""
+        self._flush_to(source)  # it does not know yet of the changes that are in this parcel
+        self._received[source], self.acknowledged[source] = message.numbers
+
+    def _on_taken(self, source: int, message: Message) -> None:
+        """TAKEN(number): `source` has taken in our parcels up to this number."""
+        self.acknowledged[source] = message.numbers[0]
+
+    # What happens
+
+    def handle(self, source: int, message: Message) -> bool:
+        """Take in a message; return whether it is one of this protocol."""
+        handler = self._handlers.get(message.kind)
+        if handler is not None:
+            handler(source, message)
+        return handler is not None
+
+    def after_messages(self) -> None:
+        """Go on with what may have become possible, and answer (call it when some messages have been handled)."""
+        self.claims.settle_leaving()
+        self.grants.retry()
+        self.operations.retry()
+        self.syncing.go_on()
+        self.flush()
+
+    def round(self) -> None:
+        """Exchange what has come together since the last round: intents, changes, and what they lead to."""
+        self.counts["rounds"] += 1
+        self.grants.retry()  # before pointers go that a question here may need
+        for locations in self.locations:
+            locations.confirm(self.acknowledged)
+        self.claims.round()
+        self.grants.retry()
+        self.operations.retry()
+        self.grants.round()
+        self.syncing.round_ends()
+        self.flush()
+        self._acknowledge()
+
+    @property
+    def needs_round(self) -> bool:
+        """Whether a round would have something to do."""
+        return (
+            self.claims.has_work
+            or self.grants.has_work
+            or self.syncing.has_work
+            or bool(self.operations.waiting)
+            or bool((self._received > self._told).any())
+            or any(locations.waits_for_homes for locations in self.locations)
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of records, copies and what is known of locations."""
+        return sum(h.memory_bytes for h in self.holdings) + sum(known.memory_bytes for known in self.locations)

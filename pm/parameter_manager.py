@@ -1,0 +1,165 @@
+"""The parameter manager by hand, for programs without a loader: AdaPM's primitives (arXiv 2206.00470) over MPI."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+
+from pm.holdings import Group
+from pm.launch import default_comm
+from pm.lengths import Lengths
+from pm.locations import DEFAULT_CACHE_KEYS
+from pm.runtime import DEFAULT_ROUNDS_PER_SECOND, Runtime
+from pm.store import RecordClass
+from pm.worker import Worker
+
+
+class ParameterManager(Worker, contextlib.AbstractContextManager):
+    """Holds `num_keys` values over all ranks, and brings each to where it is intended to be used (collective).
+
+    Values start as zeros, made when a key is first touched. The manager is its own first worker; `worker()` gives one
+    for each further thread. By default nothing waits for anybody (`staleness=None`): a rank sees its own changes at
+    once, and others' with the rounds that exchange them; after `barrier()` all ranks see the same. With `staleness=s` a
+    worker at clock c sees all changes that any worker made in clocks below c - s. As a context manager it closes
+    itself.
+
+    AdaPM's channels are left out: what it does per key over several channels is done here for all keys of a round at
+    once, on arrays.
+
+    Args:
+        num_keys: how many keys there are: 0 to `num_keys` - 1.
+        value_length: values per key: an int, or an integer array `[num_keys]` with one length for each.
+        comm: mpi4py communicator, which is duplicated; all processes by default, one rank without a launcher.
+        dtype: "float32" or "float64".
+        staleness: None, or how many clocks a worker may be behind the others' changes.
+        techniques: "all" (the manager decides per key and over time whether to move it or copy it), or for comparison
+            "relocation", "replication" or "none" (neither).
+        update_threshold: changes to copies that are smaller in every value are held back until they have added up to
+            it, or a barrier (not with `staleness=0`).
+        act_late: whether intents are acted on as late as is safe, whatever their start; False: at once.
+        max_rounds_per_second: how often ranks exchange what has come together.
+        cache_keys: how many keys' locations a rank remembers beyond those that it needs.
+        seed: of samples.
+        record: path of a file to which this rank writes its moves and copies, one JSON object per line.
+        timeout_seconds: how long to wait for another rank.
+
+    Raises:
+        ValueError, TypeError: if an argument is not as described; before other ranks are spoken to.
+    """
+
+    def __init__(
+        self,
+        num_keys: int,
+        value_length: object,
+        *,
+        comm=None,
+        dtype: str = "float32",
+        staleness: int | None = None,
+        techniques: str = "all",
+        update_threshold: float | None = None,
+        act_late: bool = True,
+        max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
+        cache_keys: int = DEFAULT_CACHE_KEYS,
+        seed: int = 0,
+        record: object = None,
+        timeout_seconds: float = 300.0,
+    ):
+        lengths, of_values = Lengths(num_keys, value_length), _check_dtype(dtype)
+        _check_staleness(staleness, update_threshold)
+        if cache_keys < 0:
+            raise ValueError(f"cache_keys must be 0 or more; got {cache_keys}")
+        groups = [
+            Group(number, lengths.keys_in(number), RecordClass(length, of_values.name, "additive", 0), _zeros)
+            for number, length in enumerate(lengths.by_group)
+        ]
+        runtime = Runtime(
+            default_comm() if comm is None else comm,
+            groups,
+            max_rounds_per_second=max_rounds_per_second,
+            record=record,
+            timeout_seconds=timeout_seconds,
+            techniques=techniques,
+            acts_late=act_late,
+            cache_keys=cache_keys,
+            update_threshold=update_threshold or 0.0,
+            staleness=staleness,
+        )
+        super().__init__(runtime, lengths, of_values, seed, number=0)
+        self._workers = 1
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self._runtime.rank
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return self._runtime.ranks
+
+    def worker(self) -> Worker:
+        """Return access for another thread, with a clock of its own, which starts where the slowest other one is."""
+        self._workers += 1
+        return Worker(self._runtime, self.lengths, self.dtype, self._seed, number=self._workers - 1)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here, and see all changes that any of them has made before (collective)."""
+        self.wait_sync()
+        self._runtime.all_are_here()
+
+    def stats(self) -> dict[str, object]:
+        """Return what this rank has counted.
+
+        relocations: keys that moved away from here (promotions: of these, to a rank whose copy became the record, so
+        that no value travelled). replications: copies given out. replica_steps: refreshes of copies sent. hops: keys
+        in questions that were passed on. late_intents: keys that were not here when their intent began. remote_pulls,
+        remote_pushes: keys. rounds, rounds_per_second. wait_seconds. bytes_sent, bytes_received; bytes_by_kind of
+        message. owned, copies: keys held. memory_bytes.
+        """
+        return self._runtime.stats()
+
+    def explain(self, key: int) -> dict[str, object]:
+        """Return what this rank knows of one key: whether it is here, as what and why, where its owner is, and how it
+        came and went.
+
+        Raises:
+            IndexError: if the key is out of range.
+        """
+        (part,) = self.lengths.parts(self.lengths.check([key]))
+        return self._runtime.explain(part.group, int(key))
+
+    def close(self) -> None:
+        """Finish what is under way, on all ranks, and end the background thread (collective); again: does nothing."""
+        if not self._runtime.closed:
+            self.barrier()
+            self._runtime.end()
+
+    def __enter__(self) -> ParameterManager:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+        else:  # the others learn that this rank is gone, and what waits for it ends
+            self._runtime.end()
+
+
+def _zeros(keys: np.ndarray, out: np.ndarray) -> None:
+    out[...] = 0
+
+
+def _check_dtype(dtype: object) -> np.dtype:
+    name = str(np.dtype(dtype)) if not str(dtype).startswith("torch.") else str(dtype).removeprefix("torch.")
+    if name not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64'; got {dtype!r}")
+    return np.dtype(name)
+
+
+def _check_staleness(staleness: object, update_threshold: float | None) -> None:
+    if staleness is not None and (not isinstance(staleness, int) or isinstance(staleness, bool) or staleness < 0):
+        raise ValueError(f"staleness must be None (no bound) or a number of clocks, 0 or more; got {staleness!r}")
+    if update_threshold is not None and not update_threshold >= 0:
+        raise ValueError(f"update_threshold must be 0 or more; got {update_threshold!r}")
+    if update_threshold and staleness == 0:
+        raise ValueError("update_threshold holds changes back, which staleness=0 does not allow; leave one of them out")
