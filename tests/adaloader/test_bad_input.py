@@ -201,6 +201,7 @@ def test_keys_that_are_no_keys(keys, error, says):
         ({"lookahead": 1.5}, ValueError, "lookahead must be .*got 1.5"),
         ({"lookahead": None}, ValueError, "lookahead must be .*got None"),
         ({"lookahead": True}, ValueError, "lookahead must be .*got True"),
+        ({"techniques": "both"}, ValueError, "techniques must be one of 'all', .*; got 'both'"),
         ({"staleness": 1}, ValueError, "staleness=1 is not available"),
         ({"staleness": None}, ValueError, "staleness=None is not available"),
         ({"staleness": False}, ValueError, "staleness=False is not available"),
