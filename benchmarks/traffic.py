@@ -187,7 +187,11 @@ def compare(name: str, args: argparse.Namespace, ranks: int, comm=None) -> dict[
     recording = record(name, args, ranks)
     of_each = {}
     for techniques in args.techniques:
-        run = simulate(recording, args, ranks, techniques) if comm is None else over_mpi(recording, args, comm, techniques)
+        run = (
+            simulate(recording, args, ranks, techniques)
+            if comm is None
+            else over_mpi(recording, args, comm, techniques)
+        )
         of_each[techniques] = run
     of_each["full"] = {"bytes_per_step": full_replication(recording, ranks, args.width) / args.steps}
     others = {way: run["bytes_per_step"] for way, run in of_each.items() if way != "all"}
