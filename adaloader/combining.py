@@ -223,11 +223,11 @@ class Combiner:
         return kept
 
     def _taker_of(self, keys: np.ndarray) -> np.ndarray:
-        """Return the rank that gets each row: its owner, who applies the step, or if it follows, one that does not."""
-        owner = self._manager.directory.owner_of(keys)
+        """Return the rank that gets each row: its home, on which all ranks agree, or if that follows, another."""
+        home = self._manager.directory.home_of(keys)
         active = self._active
         takers = np.array([r if r in active else active[r % len(active)] for r in range(self._manager.ranks)], np.int64)
-        return takers[owner]
+        return takers[home]
 
     def _summed(self, table: ManagedTable, by_rank: dict[int, list[Piece]]) -> list[Part]:
         pieces = [piece for rank in sorted(by_rank) for piece in by_rank[rank]]

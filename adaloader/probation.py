@@ -62,10 +62,11 @@ class Probation:
             self.values.copy_(values)
         if manager.ranks > 1:
             broadcast_tensor(manager, self.values)
-        for rows, held, _ in manager.held_rows(table):
-            self.fill(rows, held)
-            manager.load_rows(table, rows, held, None)
-        manager.rewrite_ended()
+        with manager.still():
+            for rows, held, _ in manager.held_rows(table):
+                self.fill(rows, held)
+                manager.load_rows(table, rows, held, None)
+            manager.rewrite_ended()
 
 
 def confirm(table: ManagedTable) -> None:
@@ -73,7 +74,8 @@ def confirm(table: ManagedTable) -> None:
     model, spec = table.owner, table.table.spec
     for start in range(0, spec.rows, _CHUNK_ROWS):
         rows = np.arange(start, min(start + _CHUNK_ROWS, spec.rows), dtype=np.int64)
-        model.manager.touch(table.table, model.manager.rows_owned(table.table, rows))
+        with model.manager.structure:  # no row leaves in between
+            model.manager.touch(table.table, model.manager.rows_owned(table.table, rows))
     table.probation.values = table.probation.states = None  # the spec's fill functions still hold the object
     table.probation = None
     table.all_rows_held = True

@@ -233,11 +233,17 @@ class Session:
         steps: optimizer steps. lookups: unique rows looked up, over all lookups. intent_coverage: share that was
         intended, of those for batches (1.0 before the first; inference between steps does not count). on_demand: all
         that were not intended. wait_seconds: time that the trainer's thread waited for rows, in `next`, lookups and
-        `step`. bytes_sent, bytes_received: of rows, gradients, intents. memory_bytes: of rows held, with state and
-        index. tables: the same counts by table. seconds: where time went, on whatever thread.
+        `step`. bytes_sent, bytes_received: of rows, gradients, intents. bytes_by_kind: those sent, by kind of message.
+        replica_steps: copies of rows that were sent again because they had changed. hops: rows asked of a rank that did
+        not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
+        memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
+        rows that this rank gave to another, and replications, rows that it copied to another for a batch. seconds:
+        where time went, on whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
+        traffic = manager.counted()
         counts = {table.name: table.counts for table in managed.tables}
+        numbers = {table.name: table.table.number for table in managed.tables}
         of_batches = sum(c.of_batches for c in counts.values())
         intended = sum(c.intended for c in counts.values())
         return {
@@ -245,15 +251,27 @@ class Session:
             "lookups": sum(c.rows for c in counts.values()),
             "intent_coverage": intended / of_batches if of_batches else 1.0,
             "on_demand": sum(c.on_demand for c in counts.values()),
-            "wait_seconds": manager.traffic.wait_seconds,
+            "wait_seconds": traffic.wait_seconds,
             "bytes_sent": manager.bytes_sent,
             "bytes_received": manager.bytes_received,
+            "bytes_by_kind": manager.bytes_by_kind,
+            "relocations": sum(traffic.relocations.values()),
+            "replications": sum(traffic.replications.values()),
+            "replica_steps": sum(traffic.replica_steps.values()),
+            "hops": traffic.hops,
+            "late_intents": traffic.late_intents,
             "memory_bytes": manager.memory_bytes,
             "tables": {
-                name: {"lookups": c.rows, "intended": c.intended, "on_demand": c.on_demand}
+                name: {
+                    "lookups": c.rows,
+                    "intended": c.intended,
+                    "on_demand": c.on_demand,
+                    "relocations": traffic.relocations[numbers[name]],
+                    "replications": traffic.replications[numbers[name]],
+                }
                 for name, c in counts.items()
             },
-            "seconds": dict(manager.traffic.seconds),
+            "seconds": dict(traffic.seconds),
         }
 
     def explain(self) -> Explanation:
@@ -359,7 +377,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
 
 def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
     if settings.staleness == 0:
-        return pm.SynchronousManager(comm, settings.timeout_seconds)
+        return pm.SynchronousManager(comm, settings.timeout_seconds, settings.techniques)
     return pm.EventualManager(
         comm,
         settings.timeout_seconds,
@@ -374,7 +392,8 @@ def _describe(model, found, optimizers, settings, strategy) -> str:
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     programs = [program.describe() for p in found.values() if (program := program_of(p)) is not None]
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    return repr((settings.min_rows, strategy, list(found), kinds, parameters, programs))
+    shared = {name: value for name, value in settings.shared().items() if name != "comm"}
+    return repr((shared, strategy, list(found), kinds, parameters, programs))
 
 
 def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, timeout_seconds: float) -> None:

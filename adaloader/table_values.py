@@ -15,9 +15,10 @@ _CHUNK_BYTES = 4 << 20
 
 def load_values(manager: pm.Manager, table: pm.Table, values: torch.Tensor | None) -> None:
     """Set every row of `table` from rank 0's `values` `[rows, dim]`; other ranks' are not read (collective)."""
-    for rows, chunk in _own_rows_from_rank_0(manager, table, [values], table.spec.dim):
-        manager.load_rows(table, rows, chunk, None)
-    manager.rewrite_ended()
+    with manager.still():
+        for rows, chunk in _own_rows_from_rank_0(manager, table, [values], table.spec.dim):
+            manager.load_rows(table, rows, chunk, None)
+        manager.rewrite_ended()
 
 
 def read_whole(manager: pm.Manager, table: pm.Table) -> torch.Tensor:
@@ -47,8 +48,9 @@ def load_states(manager: pm.Manager, table: pm.Table, parts: Sequence[torch.Tens
     words = table.store.record_class.state_words
     if words == 0:
         return
-    for rows, chunk in _own_rows_from_rank_0(manager, table, parts, words):
-        manager.load_states(table, rows, chunk)
+    with manager.still():
+        for rows, chunk in _own_rows_from_rank_0(manager, table, parts, words):
+            manager.load_states(table, rows, chunk)
 
 
 def _own_rows_from_rank_0(
@@ -70,8 +72,8 @@ def _own_rows_from_rank_0(
             chunk = np.empty((len(rows), width), dtype)
         if manager.ranks > 1:
             chunk = broadcast_array(manager, chunk)
-            mine = np.flatnonzero(np.isin(rows, manager.rows_owned(table, rows)))
-            rows, chunk = rows[mine], chunk[mine]
+            own = manager.rows_owned(table, rows)
+            rows, chunk = own, chunk[own - start]
         yield rows, chunk
 
 

@@ -108,11 +108,11 @@ def _set_rows(table: ManagedTable, rows: np.ndarray, values: np.ndarray) -> None
     _agree(table.owner)
     if table.probation is not None:
         confirm(table)  # its memory no longer says what rows are
-    manager.settle()
-    for their_rows, their_values in _from_all_ranks(table, rows, values):
-        own = np.isin(their_rows, manager.rows_owned(table.table, their_rows))
-        manager.load_rows(table.table, their_rows[own], np.ascontiguousarray(their_values[own]), None)
-    manager.rewrite_ended()
+    with manager.still():
+        for their_rows, their_values in _from_all_ranks(table, rows, values):
+            own = np.isin(their_rows, manager.rows_owned(table.table, their_rows))
+            manager.load_rows(table.table, their_rows[own], np.ascontiguousarray(their_values[own]), None)
+        manager.rewrite_ended()
 
 
 def _from_all_ranks(table: ManagedTable, rows: np.ndarray, values: np.ndarray):
@@ -160,7 +160,7 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
                 torch.from_numpy(values), *map(part, args), **{name: part(value) for name, value in kwargs.items()}
             )
 
-    with model.paused(), torch.inference_mode(False):
+    with model.paused(), torch.inference_mode(False), manager.still():
         for rows, values, _ in manager.held_rows(table.table):
             apply(rows, values)
             manager.load_rows(table.table, rows, values, None)

@@ -11,6 +11,7 @@ from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import alias as _alias
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
+from cuda_ops.cpu import holds as _holds
 from cuda_ops.cpu import partition as _partition
 from cuda_ops.cpu import places as _places
 from cuda_ops.cpu import renorm as _renorm
@@ -41,6 +42,8 @@ moved_places = by_device(_places.moved_places)
 alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
+add_holds = by_device(_holds.add_holds)
+held_by_one = by_device(_holds.held_by_one)
 owners = by_device(_partition.owners)
 partition = by_device(_partition.partition)
 renorm = by_device(_renorm.renorm)
@@ -53,6 +56,7 @@ __all__ = [
     "DedupScratch",
     "KeyIndex",
     "adagrad_update",
+    "add_holds",
     "advance",
     "alias_table",
     "dedup",
@@ -60,6 +64,7 @@ __all__ = [
     "delta",
     "expand",
     "gather",
+    "held_by_one",
     "history_columns",
     "last_steps",
     "mark_steps",

@@ -5,8 +5,9 @@ ranks need not wait for each other, a `Node` (`node.py`: the protocol without in
 which `ParameterManager`, the manager by hand, stands. Records live in `store.py`, who owns a key is asked of
 `directory.py` (`locations.py` of a node), and one background thread per rank (`transport.py`) moves typed messages
 (`messages.py`).
-The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then `synchronous.py` (asking for rows) and
-`serving.py` (owning them); for the asynchronous protocol `node.py`.
+The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then `synchronous.py`,
+`asking.py` (intents), `serving.py` (owning rows) and `moving.py` (giving them away); for the asynchronous protocol
+`node.py`.
 """
 
 from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop

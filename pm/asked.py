@@ -3,37 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
+from pm.messages import Kind
 from pm.tables import Table
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows that `asker` asked for, wherever they are.
+
+    Args:
+        what: INTENT, PULL or LOCATE.
+        asker: the rank.
+        number: of its plan, pull or location.
+        version: at which it expects to use the rows; LOCATE: the step for which they are to stay.
+        tickets: int64 `[n]`, what the asker calls the rows, ascending.
+        rows: int64 `[n]`, distinct.
+    """
+
+    what: Kind
+    asker: int
+    number: int
+    table: Table
+    version: int
+    tickets: np.ndarray
+    rows: np.ndarray
+
+    def part(self, positions: np.ndarray) -> Request:
+        return replace(self, tickets=self.tickets[positions], rows=self.rows[positions])
 
 
 @dataclass
 class AskedPlan:
     """One plan of a rank, as far as this owner is concerned.
 
-    `rows` are those of its rows that this owner has and `slots` their slots here; `sent_at[i]` is the version at which
-    row i was last sent (-1: never), `due[i]` that from which no known intent touches it before the plan uses it. Rows
-    are not sent early before version `next_due`.
+    `rows` are those of its rows that this owner has, `slots` their slots here, and `tickets` what the rank calls them
+    (ascending; see `RowPlan`). `sent_at[i]` is the version at which row i was last sent (-1: never), `due[i]` that from
+    which no known intent touches it before the plan uses it; `copied[i]` says whether the rank has had a copy of it.
+    Rows are not sent early before version `next_due`. `pending` is the last step for which the plan has a gradient.
     """
 
     number: int
     table: Table
     rows: np.ndarray
     slots: np.ndarray
+    tickets: np.ndarray
     expected: int
     due: np.ndarray
     sent_at: np.ndarray
+    copied: np.ndarray
     next_due: int = 0
+    pending: int = -1
+
+    @classmethod
+    def of(cls, number, table, rows, slots, tickets, expected, due) -> AskedPlan:
+        """Return a plan of which nothing was sent."""
+        sent_at, copied = np.full(len(rows), -1, np.int64), np.zeros(len(rows), bool)
+        return cls(number, table, rows, slots, tickets, expected, due, sent_at, copied)
+
+    _BY_ROW: ClassVar = ("rows", "slots", "tickets", "due", "sent_at", "copied")
+
+    def extend(self, part: AskedPlan) -> None:
+        """More rows of the plan are here."""
+        order = np.argsort(np.concatenate([self.tickets, part.tickets]), kind="stable")
+        for name in self._BY_ROW:
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(part, name)])[order])
+        self.next_due = 0
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Rows but those that are `kept` (bool `[n]`) have left."""
+        for name in self._BY_ROW:
+            setattr(self, name, getattr(self, name)[kept])
 
 
 @dataclass
 class AskedRows:
-    """All live plans of one rank. `seen` is the highest plan number received, `horizon` the latest version intended."""
+    """All live plans of one rank. `seen` is the highest plan number received, `horizon` the latest version intended.
+
+    `overtaken` has, by plan number, requests for its rows that others sent on before the plan's own INTENT was here.
+    """
 
     plans: dict[int, AskedPlan] = field(default_factory=dict)
+    overtaken: dict[int, list[Request]] = field(default_factory=dict)
     seen: int = -1
     horizon: int = -1
 
@@ -41,10 +96,6 @@ class AskedRows:
         self.plans[plan.number] = plan
         self.seen = max(self.seen, plan.number)
         self.horizon = max(self.horizon, plan.expected)
-
-    def remove(self, numbers: np.ndarray) -> None:
-        for number in numbers.tolist():
-            self.plans.pop(number, None)
 
     def due_by(self, version: int) -> Iterator[AskedPlan]:
         """Plans that may be used at `version`: what is stale of them must be sent before READY."""

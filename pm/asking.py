@@ -1,4 +1,4 @@
-"""The asking side: a rank's intents, the rows that arrive for them, and rows fetched on demand.
+"""The asking side: a rank's intents, and the rows that arrive for them, copied or for good.
 
 The loader's planner intends, the trainer's thread reads, and the background thread puts down what owners send.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import cuda_ops
-from pm.messages import Kind, Message
+from pm.messages import Kind, Message, widen
+from pm.requests import ask
 from pm.tables import RowPlan, Table
 
 if TYPE_CHECKING:
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 NO_ROWS = np.empty(0, np.int64)
 _NEVER = np.iinfo(np.int64).max
+_NOBODY = -1
 
 
 class Asking:
-    """The live plans of one rank, and its pulls.
+    """The live plans of one rank.
 
-    Invariant: `_plans` are those that are not released; what arrives for another is dropped. Once an owner's
-    READY(version, number) is here, the staging of every plan up to `number` that expects to be used by `version` holds
-    that owner's rows at that version.
+    Invariant: `_plans` are those that are not released; copies that arrive for another are dropped. Once every ticket
+    of a plan is placed and the READY(version, number) of each rank that serves one is here, with its number or a later
+    one and no earlier version than the plan expects, the staging holds that rank's rows at that version. This rank's
+    and an owner's view of which tickets that serves change with messages of the owner alone, and so agree when the next
+    one comes: FORWARDED (it never had them), HOLDS (it has them after all) and RECORDS (they are this rank's now).
 
     Args:
         manager: whose rows these are; it brings tables, own records and transport.
@@ -37,9 +40,8 @@ class Asking:
     def __init__(self, manager: SynchronousManager):
         self._manager = manager
         self._plans: dict[int, RowPlan] = {}
+        self._promised: list[list[RowPlan]] = [[] for _ in range(manager.ranks)]
         self._released: list[int] = []
-        self._pulls = 0
-        self._pulled: dict[int, np.ndarray] = {}
         self._numbers = 0
         self.planning = threading.Lock()  # plans are numbered in the order in which owners hear of them
 
@@ -47,29 +49,35 @@ class Asking:
         """Make a plan for distinct `rows` and tell all ranks. Any thread."""
         manager = self._manager
         with self.planning:
-            parts = manager.by_owner(table, rows)
-            own = parts[manager.rank]
-            own_rows = rows[own]
-            slots = manager.touch(table, own_rows)
             self._numbers += 1
+            if not manager.techniques.plans:
+                return RowPlan(self._numbers, table, rows, expected, NO_ROWS, table.store)
+            with manager.structure:
+                slots = manager.slots_here(table, rows)
+                own, absent = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+                slots = slots[own]
+                manager.serving.hold(table, slots, manager.rank)
+                ranks = manager.directory.ask_at(table.keys(rows[absent]))
+            order, counts = cuda_ops.partition(ranks, manager.ranks)
             plan = RowPlan(self._numbers, table, rows, expected, slots, table.store, own)
-            plan.remote = [NO_ROWS if p == manager.rank else part for p, part in enumerate(parts)]
-            sizes = [len(part) for part in plan.remote]
-            plan.staging_start = [sum(sizes[:p]) for p in range(manager.ranks)]
-            plan.staging = np.empty((sum(sizes), table.spec.dim), table.spec.dtype)
+            plan.order, plan.where = absent[order], ranks[order]
+            plan.asked = np.flatnonzero(counts).tolist()
+            plan.staging = np.empty((len(order), table.spec.dim), table.spec.dtype)
             self._plans[plan.number] = plan
-            manager.ask_own(plan, own_rows)
+            own_rows = rows[own]
+            manager.transport.post(lambda: manager.serving.note_own(plan.number, table, own_rows, slots, expected))
             for peer in manager.peers:
-                numbers = (plan.number, table.number, expected)
-                manager.transport.send(peer, Message(Kind.INTENT, numbers, (rows[plan.remote[peer]],)))
+                first = int(counts[:peer].sum())
+                part = rows[plan.order[first : first + int(counts[peer])]]
+                ask(manager, Kind.INTENT, peer, plan.number, table, expected, first, part)
         return plan
 
     def release(self, plan: RowPlan) -> None:
         """The plan is not needed any more; owners hear of it with `take_released`."""
         if not plan.released:
             plan.released = True
-            self._plans.pop(plan.number, None)
-            self._released.append(plan.number)
+            if self._plans.pop(plan.number, None) is not None:
+                self._released.append(plan.number)
 
     def take_released(self) -> np.ndarray:
         """Return the numbers of plans that were released since the last call (int64 `[n]`). Any thread."""
@@ -86,74 +94,134 @@ class Asking:
         for plan in list(self._plans.values()):
             plan.expected = _NEVER  # so that it is asked for again
 
+    # Reading
+
     def read(self, plan: RowPlan, out: np.ndarray) -> None:
         """Write the plan's rows at the current version to `out` `[U, dim]`; wait for those that are not here."""
         manager = self._manager
         manager.settle()
-        asked = [peer for peer in manager.peers if len(plan.remote[peer])]
-        if plan.expected > manager.steps:
-            self._want(plan, asked)
-        elif not self._is_here(plan, asked):
-            manager.wait_for_rows(lambda: self._is_here(plan, asked), asked)
+        if plan.expected > manager.steps or not manager.techniques.copies_ahead:
+            self._want(plan)
+        elif not self._is_here(plan):
+            asked = manager.peers if plan.unplaced else {*plan.asked, *tuple(plan.promised)}
+            manager.wait_for_rows(lambda: self._is_here(plan), sorted(asked))
         started = time.perf_counter()
-        manager.gather_own(plan.table, manager.slots_of(plan), out, plan.own)
-        for peer in asked:
-            start = plan.staging_start[peer]
-            positions = plan.remote[peer]
-            part = plan.staging[start : start + len(positions)]
-            cuda_ops.scatter(out.reshape(-1), plan.table.spec.dim, positions, part)
+        remote = plan.where != manager.rank
+        order, staged = plan.order, plan.staging
+        if not remote.all():
+            tickets = np.flatnonzero(remote)
+            order, staged = order[tickets], staged[tickets]
+        own, slots = self.own_part(plan)
+        manager.gather_own(plan.table, slots, out, own)
+        cuda_ops.scatter(out.reshape(-1), plan.table.spec.dim, order, staged)
+        plan.complete = True
         manager.traffic.seconds["gather"] += time.perf_counter() - started
 
-    def _is_here(self, plan: RowPlan, asked: Sequence[int]) -> bool:
-        """Whether the last READY of every owner that was asked for rows was sent after it had received the plan."""
-        return all(self._manager.others.seen[peer] >= plan.number for peer in asked)
+    def _is_here(self, plan: RowPlan) -> bool:
+        """Whether every rank that serves rows of the plan has said so, and READY since."""
+        seen = self._manager.others.seen
+        return plan.complete or (all(seen[peer] >= plan.number for peer in plan.asked) and self._is_placed(plan))
 
-    def _want(self, plan: RowPlan, asked: Sequence[int]) -> None:
-        """Ask owners for what is stale of a plan that is used earlier than it was expected to be."""
+    @staticmethod
+    def _is_placed(plan: RowPlan) -> bool:
+        return not plan.unplaced and not plan.promised
+
+    def own_part(self, plan: RowPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Return (positions, slots) of the plan's rows that are here, each int64 `[n]`."""
+        manager, table = self._manager, plan.table
+        mine = np.flatnonzero(plan.where == manager.rank)
+        if len(mine) != plan.mine or plan.store is not table.store:
+            with manager.structure:
+                first = len(plan.own) - plan.mine  # before records came
+                plan.own = np.concatenate([plan.own[:first], plan.order[mine]])
+                plan.slots = manager.touch(table, plan.rows[plan.own])
+                plan.mine, plan.store = len(mine), table.store
+        return plan.own, plan.slots
+
+    def _want(self, plan: RowPlan) -> None:
+        """Ask owners for what is stale of a plan that is used earlier than expected, or of which nothing was sent."""
         manager = self._manager
-        plan.answered.clear()
-        for peer in asked:
-            manager.transport.send(peer, Message(Kind.WANT, (plan.number,)))
-        manager.transport.wake()
-        manager.wait_for_rows(lambda: plan.answered.issuperset(asked), asked)
+        asked: set[int] = set()
+        while (others := (self._serving(plan) - asked) | plan.late) or not self._is_placed(plan):
+            plan.answered.clear()
+            plan.late.clear()
+            for peer in others:
+                manager.transport.send(peer, Message(Kind.WANT, (plan.number,)))
+            manager.transport.wake()
+            manager.wait_for_rows(
+                lambda wanted=others: plan.answered >= wanted and self._is_placed(plan), manager.peers
+            )
+            asked |= others
         plan.expected = manager.steps
 
-    def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> None:
-        """Write distinct `rows` at the current version to `out` `[n, dim]`, from their owners."""
-        manager = self._manager
-        manager.settle()
-        parts = manager.by_owner(table, rows)
-        asked = [peer for peer in manager.peers if len(parts[peer])]
-        self._pulls += 1
-        self._pulled = {}
-        for peer in asked:
-            manager.transport.send(peer, Message(Kind.PULL, (self._pulls, table.number), (rows[parts[peer]],)))
-        manager.transport.wake()
-        own = parts[manager.rank]
-        manager.gather_own(table, manager.touch(table, rows[own]), out, own)
-        manager.wait_for_rows(lambda: len(self._pulled) == len(asked), asked)
-        for peer in asked:
-            cuda_ops.scatter(out.reshape(-1), table.spec.dim, parts[peer], self._pulled.pop(peer))
+    def _serving(self, plan: RowPlan) -> set[int]:
+        """The other ranks that serve rows of the plan."""
+        return set(np.unique(plan.where).tolist()) - {self._manager.rank, _NOBODY}
+
+    def parts(self, plan: RowPlan) -> list[np.ndarray]:
+        """Return, by rank, the positions of a complete plan's rows that it serves, in the order of their tickets."""
+        order, counts = cuda_ops.partition(plan.where, self._manager.ranks)
+        parts = [plan.order[tickets] for tickets in np.split(order, np.cumsum(counts)[:-1])]
+        parts[self._manager.rank] = self.own_part(plan)[0]
+        return parts
 
     # On the background thread
 
+    def tickets_of(self, number: int, rank: int) -> np.ndarray:
+        """Return the tickets of a plan that `rank` serves (int64 `[n]`, ascending); none if it is over."""
+        plan = self._plans.get(number)
+        return NO_ROWS if plan is None else np.flatnonzero(plan.where == rank)
+
+    def took_over(self, number: int, tickets: np.ndarray, slots: np.ndarray | None) -> None:
+        """The records of some rows of a plan are here now, at `slots` (if given)."""
+        plan, manager = self._plans.get(number), self._manager
+        if plan is None or not len(tickets):
+            return
+        rows = plan.rows[plan.order[tickets]]
+        if slots is None:
+            slots = manager.touch(plan.table, rows)
+        if manager.serving.extend_own(number, rows, slots):
+            self._place(plan, tickets, manager.rank)
+
+    def _place(self, plan: RowPlan, tickets: np.ndarray, rank: int) -> None:
+        plan.where[tickets] = rank
+        plan.unplaced = int((plan.where == _NOBODY).sum())
+
     def on_rows(self, source: int, message: Message) -> None:
-        """ROWS(plan, answers a WANT; positions among the rows asked for, none for all, and values)."""
+        """ROWS(plan, answers a WANT; tickets, none for all that the sender serves, and values)."""
         number, answer = message.numbers
         plan = self._plans.get(number)
         if plan is None:
             return
-        positions, values = message.arrays
-        start = plan.staging_start[source]
-        part = plan.staging[start : start + len(plan.remote[source])]
-        if len(values) == len(part):
-            part[...] = values
-        else:
-            cuda_ops.scatter(part.reshape(-1), plan.table.spec.dim, positions, values)
+        tickets, values = message.arrays
+        if len(values):
+            tickets = widen(tickets) if len(tickets) else np.flatnonzero(plan.where == source)
+            cuda_ops.scatter(plan.staging.reshape(-1), plan.table.spec.dim, tickets, values)
         if answer:
             plan.answered.add(source)
 
-    def on_pulled(self, source: int, message: Message) -> None:
-        """PULLED(number; values): the answer to a PULL; only the last one's is waited for."""
-        if message.numbers[0] == self._pulls:
-            self._pulled[source] = message.arrays[0]
+    def on_forwarded(self, source: int, message: Message) -> None:
+        """FORWARDED(plan; tickets): `source` does not have these rows; who has them says HOLDS, or has said so."""
+        plan = self._plans.get(message.numbers[0])
+        if plan is not None:
+            tickets = widen(message.arrays[0])
+            self._place(plan, tickets[plan.where[tickets] == source], _NOBODY)
+
+    def on_holds(self, source: int, message: Message) -> None:
+        """HOLDS(plan; tickets): `source` serves these rows, from its next READY on."""
+        plan, manager = self._plans.get(message.numbers[0]), self._manager
+        if plan is not None:
+            tickets = widen(message.arrays[0])
+            plan.late.add(source)
+            plan.promised.add(source)
+            self._promised[source].append(plan)
+            self._place(plan, tickets, source)
+            with manager.structure:
+                manager.directory.remember(plan.table.keys(plan.rows[plan.order[tickets]]), source)
+
+    def on_ready(self, source: int) -> None:
+        """READY: `source` keeps what it has promised."""
+        if self._promised[source]:
+            for plan in self._promised[source]:
+                plan.promised.discard(source)
+            self._promised[source].clear()

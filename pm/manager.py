@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,9 +26,19 @@ _CHUNK_ROWS = 1 << 16
 
 @dataclass
 class Traffic:
-    """What the manager has counted; seconds are those that the trainer's thread waited for rows."""
+    """What the manager has counted; seconds are those that the trainer's thread waited for rows.
+
+    By number of table: `relocations` are rows that this rank gave to another, `replications` rows that it copied to one
+    for a plan, `replica_steps` copies that it sent again because they had changed. `hops` are rows asked for that it
+    passed on to another rank, `late_intents` rows asked for when they might already have been needed.
+    """
 
     on_demand_pulls: int = 0
+    relocations: Counter[int] = field(default_factory=Counter)
+    replications: Counter[int] = field(default_factory=Counter)
+    replica_steps: Counter[int] = field(default_factory=Counter)
+    hops: int = 0
+    late_intents: int = 0
     wait_seconds: float = 0.0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("keys", "exchange", "gather", "backward", "update", "waiting"), 0.0)
@@ -52,6 +64,11 @@ class Manager:
         self._summing = Summing()
         self._structure = threading.RLock()  # guards indices and slot allocation
         self._values = threading.Lock()  # held to write values while they may be read, and to read them then
+
+    @property
+    def structure(self) -> threading.RLock:
+        """The lock of indices and of which slots are in use, for the other files that a manager is made of."""
+        return self._structure
 
     # Tables
 
@@ -118,8 +135,12 @@ class Manager:
             if used or kept is not store
         ]
 
+    def still(self) -> contextlib.AbstractContextManager[None]:
+        """Keep every row where it is inside (collective): one rank owns each, and no step is under way."""
+        return contextlib.nullcontext()
+
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        """Return those of `rows` (int64 `[n]`) whose main copy belongs on this rank."""
+        """Return those of `rows` (int64 `[n]`) whose main copy is on this rank; ranks agree inside `still()`."""
         return rows
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
@@ -204,7 +225,7 @@ class Manager:
         """Return the slots of the plan's rows here; they change when its table is given another rule."""
         if plan.store is not plan.table.store:
             with self._structure:
-                plan.slots = self.touch(plan.table, plan.rows if plan.own is None else plan.rows[plan.own])
+                plan.slots = self.touch(plan.table, plan.rows)
                 plan.store = plan.table.store
         return plan.slots
 
@@ -308,13 +329,20 @@ class Manager:
     def settle(self) -> None:
         """Wait until every step that this rank has handed over is applied (collective)."""
 
+    def counted(self) -> Traffic:
+        """Return `traffic`, with what is counted elsewhere."""
+        return self.traffic
+
     def epoch_ended(self) -> None:
         """This rank has had all batches of a pass over its loader."""
 
     # Whole tables
 
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
-        """Set values and, where given, optimizer state of distinct `rows` of which this rank is the owner."""
+        """Set values and, where given, optimizer state of distinct `rows` of which this rank is the owner.
+
+        With several ranks this is called inside `still()`, as are `load_states` and `held_rows`.
+        """
         slots = self.touch(table, rows)
         self.catch_up(table, slots)
         table.store.set_values(slots, values)
@@ -353,6 +381,11 @@ class Manager:
         """Bytes of the rows that this rank holds, with their state and index, and of tables' histories."""
         histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
         return histories + sum(store.memory_bytes for store, _ in self._stores)
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes sent, by kind of message."""
+        return {}
 
     @property
     def bytes_sent(self) -> int:

@@ -35,6 +35,11 @@ class Kind(IntEnum):
     LAST = 16
     WHERE = 17
     HERE = 18
+    FORWARD = 19
+    FORWARDED = 20
+    HOLDS = 21
+    LOCATE = 22
+    LOCATED = 23
     PRESENT = 40
     SHARE = 41
     SHARED = 42

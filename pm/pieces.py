@@ -29,9 +29,15 @@ class Piece:
 
 
 class Summing:
-    """Sums pieces in the order in which they are given, in memory that it keeps. For one thread at a time."""
+    """Sums pieces in the order in which they are given, in memory that it keeps. For one thread at a time.
 
-    def __init__(self):
+    Args:
+        alike: whether what a row sums to must not depend, to the bit, on which other rows are in the pieces: where rows
+            move, different rows are together in each run. The pieces must then be those of all ranks, empty ones too.
+    """
+
+    def __init__(self, *, alike: bool = False):
+        self._alike = alike
         self._scratch = cuda_ops.DedupScratch()
         self._sums: dict[np.dtype, np.ndarray] = {}
 
@@ -50,12 +56,16 @@ class Summing:
         return self._sum(plain, dim)
 
     def _sum(self, pieces: list[Piece], dim: int) -> tuple[np.ndarray, np.ndarray, float]:
+        one_scale = all(piece.scale == pieces[0].scale for piece in pieces)
         pieces = [piece for piece in pieces if len(piece.slots)] or pieces[:1]
         first = pieces[0]
-        if len(pieces) == 1:
+        one_scale = one_scale or (not self._alike and all(piece.scale == first.scale for piece in pieces))
+        if len(pieces) == 1 and not self._alike:
             return first.slots, first.values, first.scale
+        if len(pieces) == 1 and one_scale:
+            return first.slots, first.values + 0, first.scale  # as in a sum, no zero is negative
         scale = first.scale
-        if any(piece.scale != scale for piece in pieces):
+        if not one_scale:
             pieces = [Piece(p.slots, p.values * p.values.dtype.type(p.scale), 1.0, 0, None) for p in pieces]
             scale = 1.0
         slots, inverse = cuda_ops.dedup(np.concatenate([piece.slots for piece in pieces]), self._scratch)

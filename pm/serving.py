@@ -3,14 +3,15 @@
 Everything here runs on the background thread, message by message. A step is applied when the STEP of every rank has
 arrived: gradients are summed in rank order and applied once; each rank is sent the rows that its next batch needs, and
 READY; then, off the critical path, those rows of later batches that no known intent touches in between. A row that was
-sent early and changed after all is sent again before READY: intents save time, they never decide what is right.
+sent early and changed after all is sent again before READY: intents save time, they never decide what is right. A row
+that only the rank in question needs is not copied to it but moves there (`moving.py`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,27 +19,34 @@ import numpy as np
 
 import cuda_ops
 from pm.agreement import check_same_step
-from pm.asked import AskedPlan, AskedRows
-from pm.messages import Kind, Message
+from pm.asked import AskedPlan, AskedRows, Request
+from pm.messages import Kind, Message, narrow, widen
 from pm.pieces import Piece
-from pm.store import RecordStore, reserve_zeros
+from pm.slot_notes import SlotNotes
+from pm.store import RecordStore
 from pm.tables import Table
 
 if TYPE_CHECKING:
     from pm.synchronous import SynchronousManager
 
-ALL_ROWS = np.empty(0, np.int64)
-"""In place of positions in a ROWS message: it brings every row of its plan that the sender owns."""
+ALL_ROWS = np.empty(0, np.int32)
+"""In place of tickets in a ROWS message: it brings every row of its plan that the sender owns."""
+NO_ROWS = np.empty(0, np.int64)
 _NEVER = np.iinfo(np.int64).max
 
 
 @dataclass
 class Round:
-    """What has arrived for one step: gradients by table and rank, and who has handed over its STEP."""
+    """What has arrived for one step: gradients by table and rank, and who has handed over its STEP.
+
+    `pinned` are slots that must stay here until the step is applied, `released` plans that are over then.
+    """
 
     pieces: dict[int, dict[int, list[Piece]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     stepped: dict[int, np.ndarray] = field(default_factory=dict)
     optimizer: dict[int, int] = field(default_factory=dict)
+    pinned: list[tuple[SlotNotes, np.ndarray]] = field(default_factory=list)
+    released: list[tuple[int, AskedPlan]] = field(default_factory=list)
 
 
 class Serving:
@@ -57,9 +65,10 @@ class Serving:
         self.groups: dict[int, Mapping[int, dict[str, object]]] = {}
         self._rounds: dict[int, Round] = {}
         self._asked = [AskedRows() for _ in range(manager.ranks)]
-        self._touches: dict[RecordStore, tuple[np.ndarray, np.ndarray]] = {}
+        self._notes: dict[RecordStore, SlotNotes] = {}
         self._ended: set[int] = set()
         self._early_is_posted = False
+        self._stillness = 0
 
     # Asked from any thread
 
@@ -69,83 +78,212 @@ class Serving:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the known touches of the slots that are in use."""
-        return sum(2 * np.dtype(np.int32).itemsize * len(store) for store in list(self._touches))
+        """Bytes of what is noted of the slots that are in use."""
+        return sum(SlotNotes.BYTES_PER_SLOT * len(store) for store in list(self._notes))
+
+    def notes_of(self, store: RecordStore) -> SlotNotes:
+        notes = self._notes.get(store)
+        if notes is None:
+            with self._manager.structure:
+                notes = self._notes.setdefault(store, SlotNotes(store.capacity, self._manager.ranks))
+        return notes
+
+    def hold(self, table: Table, slots: np.ndarray, rank: int) -> None:
+        """Keep `slots` of `table` here for a plan of `rank`, of which `note` tells more later."""
+        with self._manager.structure:
+            self.notes_of(table.store).hold(slots, rank)
+
+    def pin(self, table: Table, slots: np.ndarray) -> tuple[SlotNotes, np.ndarray]:
+        """Keep `slots` of `table` here; `unpin_after` says until when."""
+        notes = self.notes_of(table.store)
+        with self._manager.structure:
+            notes.pin(slots)
+        return notes, slots
 
     # Intents
 
-    def on_intent(self, source: int, message: Message) -> None:
-        """INTENT(plan, table, expected version; rows): `source` is going to look up rows of ours."""
-        number, table_number, expected = message.numbers
-        table = self._manager.tables[table_number]
-        rows = message.arrays[0]
-        self.ask(source, number, table, rows, self._manager.touch(table, rows), expected)
+    def is_over(self, request: Request) -> bool:
+        """Whether nobody waits for a request that was sent on; one that overtook its plan's INTENT is put aside."""
+        if request.asker in self._ended:
+            return True
+        asked = self._asked[request.asker]
+        if request.what != Kind.INTENT or request.number in asked.plans:
+            return False
+        if request.number > asked.seen:
+            asked.overtaken.setdefault(request.number, []).append(request)
+        return True
 
-    def ask(self, source: int, number: int, table: Table, rows: np.ndarray, slots: np.ndarray, expected: int) -> None:
-        """Note that `source` has asked for `rows`; serve it at once if it may already be looking them up."""
-        latest, before = self._touches_of(table.store)
-        due = cuda_ops.note_touches(latest, before, slots, expected)
-        plan = AskedPlan(number, table, rows, slots, expected, due, np.full(len(slots), -1, np.int64))
-        self._asked[source].add(plan)
-        if source != self._manager.rank and expected <= self.applied:
-            self._send_rows(source, plan)
-            self._send_ready(source)
-        elif not self._early_is_posted:
+    def answer(self, request: Request, slots: np.ndarray, forwarded: bool) -> None:
+        """Answer a request for rows that are all here, at `slots`."""
+        manager, asker = self._manager, request.asker
+        if request.what == Kind.INTENT and asker == manager.rank:  # the row came here while its request went round
+            manager.asking.took_over(request.number, request.tickets, slots)
+        elif request.what == Kind.INTENT:
+            self.hold(request.table, slots, asker)
+            self._note(request, slots, forwarded)
+        elif request.what == Kind.PULL:
+            self._send_pulled(request, slots)
+        else:
+            self.unpin_after(request.version, *self.pin(request.table, slots))
+            located = Message(Kind.LOCATED, (request.number,), (narrow(request.tickets),))
+            manager.deliver(asker, located)
+
+    def _note(self, request: Request, slots: np.ndarray, forwarded: bool) -> None:
+        """The asker of an intent has rows here; serve them at once if it may already be looking them up."""
+        manager, asker, number = self._manager, request.asker, request.number
+        table, asked = request.table, self._asked[asker]
+        if request.version <= self.applied:
+            manager.traffic.late_intents += len(slots)
+        due = self.notes_of(table.store).touch(slots, request.version)
+        plan = AskedPlan.of(number, table, request.rows, slots, request.tickets, request.version, due)
+        if forwarded:
+            manager.transport.send(asker, Message(Kind.HOLDS, (number,), (narrow(request.tickets),)))
+            asked.plans[number].extend(plan)
+            plan = asked.plans[number]
+        else:
+            asked.add(plan)
+        needed_now = plan.expected <= self.applied
+        if needed_now:
+            self._send_rows(asker, plan)
+        else:
+            self._post_early()
+        if needed_now or forwarded:  # READY lets the asker count on what HOLDS has said
+            self._send_ready(asker)
+        if not forwarded:
+            for late in asked.overtaken.pop(number, ()):
+                manager.requests.take_again(late)
+
+    def note_own(self, number: int, table: Table, rows: np.ndarray, slots: np.ndarray, expected: int) -> None:
+        """This rank has a plan of its own; its rows here are held already."""
+        due = self.notes_of(table.store).touch(slots, expected)
+        tickets = np.full(len(rows), -1, np.int64)
+        self._asked[self._manager.rank].add(AskedPlan.of(number, table, rows, slots, tickets, expected, due))
+        self._post_early()
+
+    def extend_own(self, number: int, rows: np.ndarray, slots: np.ndarray) -> bool:
+        """Rows of a plan of this rank have come here: hold them for it. Return whether it is still going on."""
+        plan = self._asked[self._manager.rank].plans.get(number)
+        if plan is None:
+            return False
+        self.hold(plan.table, slots, self._manager.rank)
+        due = self.notes_of(plan.table.store).touch(slots, plan.expected)
+        tickets = np.full(len(rows), -1, np.int64)
+        plan.extend(AskedPlan.of(number, plan.table, rows, slots, tickets, plan.expected, due))
+        return True
+
+    def _post_early(self) -> None:
+        if not self._early_is_posted:
             self._early_is_posted = True
             self._manager.transport.post(self._send_early)
 
-    def _touches_of(self, store: RecordStore) -> tuple[np.ndarray, np.ndarray]:
-        """The store's known touches (see `note_touches`), of every slot that it may ever have."""
-        if store not in self._touches:
-            self._touches[store] = (reserve_zeros(store.capacity, np.int32), reserve_zeros(store.capacity, np.int32))
-        return self._touches[store]
-
     def on_release(self, source: int, message: Message) -> None:
         """RELEASE(; plans): `source` is done with these plans."""
-        self._asked[source].remove(message.arrays[0])
+        plans = self._asked[source].plans
+        for number in message.arrays[0].tolist():
+            if number in plans:
+                self._end_plan(source, plans.pop(number))
+
+    def _end_plan(self, source: int, plan: AskedPlan) -> None:
+        if plan.pending >= self.applied:  # its gradients are for rows that must be here when they are applied
+            self._round(plan.pending).released.append((source, plan))
+        else:
+            self._let_go(source, plan)
+
+    def _let_go(self, source: int, plan: AskedPlan) -> None:
+        notes = self.notes_of(plan.table.store)
+        with self._manager.structure:
+            notes.hold(plan.slots, source, -1)
+            notes.pin(plan.slots[plan.copied], -1)
+
+    def unpin_after(self, step: int, notes: SlotNotes, slots: np.ndarray) -> None:
+        """Take back a pin of `slots` when `step` is applied."""
+        self._round(step).pinned.append((notes, slots))
 
     def on_want(self, source: int, message: Message) -> None:
-        """WANT(plan): `source` looks a plan up earlier than it had expected."""
+        """WANT(plan): `source` looks a plan up earlier than it had expected, or when nothing is copied ahead."""
         plan = self._asked[source].plans[message.numbers[0]]
         plan.expected = min(plan.expected, self.applied)
         self._send_rows(source, plan, answer=True)
         self._send_ready(source)
 
-    def moved(self, table: Table) -> None:
-        """The records of `table` have moved to another store."""
-        for asked in self._asked:
-            for plan in asked.plans.values():
-                if plan.table is table:
-                    plan.slots = self._manager.touch(table, plan.rows)
-        stores = {table.store for table in self._manager.tables}
-        self._touches = {store: touches for store, touches in self._touches.items() if store in stores}
+    def plans_of(self, rank: int) -> Iterable[AskedPlan]:
+        return self._asked[rank].plans.values()
+
+    def replaced(self, table: Table, rows: np.ndarray, moves: np.ndarray) -> None:
+        """The records of `table` are in another store; `rows` are here and had `moves`."""
+        manager = self._manager
+        stores = {table.store for table in manager.tables}
+        self._notes = {store: notes for store, notes in self._notes.items() if store in stores}
+        notes = self.notes_of(table.store)
+        with manager.structure:
+            notes.set_moves(manager.touch(table, rows), moves)
+            for rank, asked in enumerate(self._asked):
+                for plan in asked.plans.values():
+                    if plan.table is table:
+                        plan.slots = manager.touch(table, plan.rows)
+                        plan.sent_at[:] = -1  # the new records do not say when they last changed
+                        notes.hold(plan.slots, rank)
+                        notes.pin(plan.slots[plan.copied])
 
     def ended(self, source: int) -> None:
         """`source` has closed: it needs no rows any more, and no one need wait for its intents."""
         self._ended.add(source)
-        self._asked[source].plans.clear()
+        asked = self._asked[source]
+        while asked.plans:
+            self._end_plan(source, asked.plans.popitem()[1])
+        asked.overtaken.clear()
 
     # Rows, on their way out
 
+    def keep_still(self, more: int) -> None:
+        """Let no row move while the sum of all `more` is positive."""
+        self._stillness += more
+
     def _send_rows(self, peer: int, plan: AskedPlan, *, early: bool = False, answer: bool = False) -> None:
-        """Send what is stale of a plan (`early`: only what is due): ROWS(plan, is an answer; positions, values)."""
-        table, store = plan.table, plan.table.store
-        record_bytes = store.record_class.record_bytes
+        """Send what is stale of a plan (`early`: only what is due): ROWS(plan, is an answer; tickets, values).
+
+        Rows that may move leave as RECORDS instead.
+        """
+        table, store, manager = plan.table, plan.table.store, self._manager
         if table.history is not None:  # each of its steps moves every row, also those that it does not touch
             plan.sent_at[plan.sent_at < table.changed_at] = -1
-        positions = cuda_ops.select_due(
-            store.steps, record_bytes, plan.slots, plan.sent_at, plan.due, self.applied, not early
-        )
+        copies = answer or manager.techniques.copies_ahead
+        if copies:
+            positions = cuda_ops.select_due(
+                store.steps,
+                store.record_class.record_bytes,
+                plan.slots,
+                plan.sent_at,
+                plan.due,
+                self.applied,
+                not early,
+            )
+        else:
+            positions = np.arange(len(plan.slots))
         if early:
             plan.next_due = int(plan.due.min(initial=_NEVER))
-        if not len(positions) and not answer:
+        if manager.techniques.moves and not self._stillness and len(positions):
+            positions = manager.moving.give(peer, plan, positions)
+        if not copies or not (len(positions) or answer):
             return
         whole = len(positions) == len(plan.slots)
         slots = plan.slots if whole else plan.slots[positions]
-        self._manager.catch_up(table, slots)
+        self._count_copies(plan, positions, slots)
+        manager.catch_up(table, slots)
         values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
-        arrays = (ALL_ROWS if whole else positions, values)
-        self._manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
+        arrays = (ALL_ROWS if whole else narrow(plan.tickets[positions]), values)
+        manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
+
+    def _count_copies(self, plan: AskedPlan, positions: np.ndarray, slots: np.ndarray) -> None:
+        """Count rows that are copied; those that are for the first time stay here until the plan is over."""
+        traffic, number = self._manager.traffic, plan.table.number
+        fresh = slots[~plan.copied[positions]]
+        traffic.replications[number] += len(fresh)
+        traffic.replica_steps[number] += len(slots) - len(fresh)
+        if len(fresh):
+            with self._manager.structure:
+                self.notes_of(plan.table.store).pin(fresh)
+            plan.copied[positions] = True
 
     def _send_ready(self, peer: int) -> None:
         """Send READY(version, plan): rows at that version, of plans up to that number, have been sent."""
@@ -173,8 +311,15 @@ class Serving:
         if number >= 0:
             slots = self._asked[source].plans[number].slots
         else:
-            slots = self._manager.touch(self._manager.tables[table_number], rows)
+            slots = self._manager.touch(self._manager.tables[table_number], widen(rows))
         piece = Piece(slots, values, float(scale[0]), ordinal, counts if counted else None)
+        self.take_piece(source, step, table_number, number, piece)
+
+    def take_piece(self, source: int, step: int, table_number: int, number: int, piece: Piece) -> None:
+        """Note a part of a gradient of `source`, of its plan `number` or of none (-1)."""
+        plan = self._asked[source].plans.get(number)
+        if plan is not None:
+            plan.pending = step
         self._round(step).pieces[table_number][source].append(piece)
 
     def on_step(self, source: int, message: Message) -> None:
@@ -185,6 +330,7 @@ class Serving:
         arrived.stepped[source] = message.arrays[0]
         while (arrived := self._rounds.get(self.applied)) is not None and len(arrived.stepped) == self._manager.ranks:
             self._apply_round(arrived)
+            self._manager.resume()
 
     def _apply_round(self, arrived: Round) -> None:
         manager, step = self._manager, self.applied
@@ -196,6 +342,11 @@ class Serving:
             pieces = [piece for rank in sorted(by_rank) for piece in by_rank[rank]]
             manager.apply(manager.tables[number], pieces, groups[number])
         del self._rounds[step]
+        with manager.structure:
+            for notes, slots in arrived.pinned:
+                notes.pin(slots, -1)
+        for rank, plan in arrived.released:
+            self._let_go(rank, plan)
         self.applied = step + 1
         manager.traffic.seconds["update"] += time.perf_counter() - started
         for peer in manager.peers:
@@ -206,17 +357,14 @@ class Serving:
 
     # On demand
 
-    def on_pull(self, source: int, message: Message) -> None:
-        """PULL(number, table; rows): send rows as they are; `source` has READY of the version that it must see."""
-        number, table_number = message.numbers
-        table, rows = self._manager.tables[table_number], message.arrays[0]
-        values = np.empty((len(rows), table.spec.dim), table.spec.dtype)
-        slots = self._manager.touch(table, rows)
-        self._manager.catch_up(table, slots)
-        table.store.values(slots, values)
-        self._manager.transport.send(source, Message(Kind.PULLED, (number,), (values,)))
+    def _send_pulled(self, request: Request, slots: np.ndarray) -> None:
+        """Send rows as they are: PULLED(number; tickets, values). The asker has READY of the version it must see."""
+        manager, table = self._manager, request.table
+        manager.catch_up(table, slots)
+        values = table.store.values(slots, np.empty((len(slots), table.spec.dim), table.spec.dtype))
+        manager.deliver(request.asker, Message(Kind.PULLED, (request.number,), (narrow(request.tickets), values)))
 
     def on_renorm(self, source: int, message: Message) -> None:
         """RENORM(table; rows, (max_norm, norm_type)): a lookup of `source` scales down rows that are too long."""
-        rows, limits = message.arrays
+        rows, limits = widen(message.arrays[0]), message.arrays[1]
         self._manager.renorm_own(self._manager.tables[message.numbers[0]], rows, float(limits[0]), float(limits[1]))

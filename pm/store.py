@@ -82,12 +82,13 @@ class RecordStore:
         self.steps = np.frombuffer(self._memory, dtype=np.int64, count=reserved_bytes // _STEP_BYTES)
         self.index = cuda_ops.KeyIndex()
         self._next_slot = 0
-        self._free = np.empty(0, np.int64)
+        self._free = np.empty(0, np.int64)  # the first `_free_count` of them
+        self._free_count = 0
         self._pins: dict[int, int] = {}
         self._released_while_pinned: set[int] = set()
 
     def __len__(self) -> int:
-        return self._next_slot - len(self._free)
+        return self._next_slot - self._free_count
 
     @property
     def memory_bytes(self) -> int:
@@ -100,14 +101,14 @@ class RecordStore:
         Raises:
             MemoryError: if more records are asked for than were reserved.
         """
-        reused = self._free[len(self._free) - min(count, len(self._free)) :]
+        reused = self._free[max(0, self._free_count - count) : self._free_count]
         fresh = count - len(reused)
         if self._next_slot + fresh > self.capacity:
             raise MemoryError(
                 f"the record store is full: {len(self)} of {self.capacity} records are held and {count} more "
                 "are asked for; declare all tables before the first loader is built"
             )
-        self._free = self._free[: len(self._free) - len(reused)]
+        self._free_count -= len(reused)
         slots = np.concatenate([reused, np.arange(self._next_slot, self._next_slot + fresh, dtype=np.int64)])
         self._next_slot += fresh
         return slots
@@ -119,7 +120,16 @@ class RecordStore:
         if pinned is not None and pinned.any():
             self._released_while_pinned.update(slots[pinned].tolist())
             slots = slots[~pinned]
-        self._free = np.concatenate([self._free, slots])
+        self._give_back(slots)
+
+    def _give_back(self, slots: np.ndarray) -> None:
+        count = self._free_count + len(slots)
+        if count > len(self._free):
+            grown = np.empty(count + count // 2, np.int64)
+            grown[: self._free_count] = self._free[: self._free_count]
+            self._free = grown
+        self._free[self._free_count : count] = slots
+        self._free_count = count
 
     def pin(self, slots: np.ndarray) -> None:
         """Keep `slots` from being reused until `unpin` has been called as often."""
@@ -140,7 +150,7 @@ class RecordStore:
                 del self._pins[slot]
                 if slot in self._released_while_pinned:
                     self._released_while_pinned.discard(slot)
-                    self._free = np.append(self._free, slot)
+                    self._give_back(np.array([slot], np.int64))
 
     def move(self, keys: np.ndarray) -> np.ndarray:
         """Move the records of `keys` (int64 `[n]`, all held) to other slots; return those (int64 `[n]`)."""

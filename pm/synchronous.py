@@ -1,29 +1,40 @@
 """The manager of several ranks at staleness 0: rows live with their owners, and every lookup sees every step before it.
 
 One optimizer step is one round. Each rank sends each owner the gradients of the rows that it owns, and its STEP; what
-owners do with them is in `serving.py`, how rows are asked for in `asking.py`. This file hands over steps, waits, and
-begins and ends things.
+owners do with them is in `serving.py`, how rows are asked for in `asking.py`, how they change owners in `moving.py`.
+This file hands over steps, waits, and begins and ends things.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 import cuda_ops
-from pm.asking import NO_ROWS, Asking
+from pm.asking import Asking
 from pm.directory import Directory
+from pm.keys import rows_of, table_of
 from pm.manager import Manager
-from pm.messages import Kind, Message
+from pm.messages import Kind, Message, narrow
+from pm.moving import Moving
+from pm.on_demand import OnDemand
 from pm.peers import Peers
-from pm.serving import Serving
+from pm.pieces import Piece, Summing
+from pm.requests import Requests
+from pm.serving import NO_ROWS, Serving
 from pm.shards import Shards
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.techniques import techniques_named
 from pm.transport import Transport
 from pm.waiting import PeerError, Waiting
+
+CACHED_LOCATIONS = 1 << 18
+"""Most keys whose whereabouts a rank remembers without need: up to 8 MB."""
 
 
 class SynchronousManager(Manager):
@@ -34,13 +45,24 @@ class SynchronousManager(Manager):
     Args:
         comm: an MPI communicator; it is duplicated.
         timeout_seconds: how long to wait for another rank.
+        techniques: how rows come to the ranks that need them. "all": a row moves to a rank that needs it while no other
+            does, and is copied to each rank that does otherwise. "relocation": rows move, but are not copied before
+            they are used. "replication": they are copied, and stay where they are. "none": they are fetched when they
+            are used. Results are the same to the bit.
+        cached_locations: most keys whose whereabouts this rank remembers without need.
+
+    Raises:
+        ValueError: if there are no such techniques.
     """
 
-    def __init__(self, comm, timeout_seconds: float):
+    def __init__(
+        self, comm, timeout_seconds: float, techniques: str = "all", *, cached_locations: int = CACHED_LOCATIONS
+    ):
         super().__init__()
+        self.techniques = techniques_named(techniques)
         self.rank, self.ranks = comm.rank, comm.size
         self.timeout_seconds = timeout_seconds
-        self.directory = Directory(self.ranks)
+        self.directory = Directory(self.rank, self.ranks, cached_locations)
         self.others = Peers(self.rank, self.ranks)
         self.peers = self.others.others
         self.on_control: Callable[[int, Message], None] | None = None
@@ -48,8 +70,13 @@ class SynchronousManager(Manager):
         self.describe_hyperparameter: Callable[[], Callable[[int, int], str] | None] = lambda: None
         self._shut = False
         self._waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
-        self._asking = Asking(self)
-        self._serving = Serving(self)
+        self._summing = Summing(alike=True)
+        self._stalled: list[deque[Message]] = [deque() for _ in range(self.ranks)]
+        self.asking = Asking(self)
+        self.serving = Serving(self)
+        self.requests = Requests(self)
+        self.moving = Moving(self)
+        self._on_demand = OnDemand(self)
         self._shards = Shards(self)
         self._handlers = self._message_handlers()
         self.transport = Transport(
@@ -63,7 +90,7 @@ class SynchronousManager(Manager):
         self.transport.start()
 
     def _is_urgent(self) -> bool:
-        return self._waiting.waiters > 0 or self._serving.applied < self.steps
+        return self._waiting.waiters > 0 or self.serving.applied < self.steps
 
     def _after_receiving(self) -> bool:
         """Called on the background thread, again and again; returns whether there was something to do."""
@@ -75,15 +102,29 @@ class SynchronousManager(Manager):
         return added
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
-        self.settle()
-        self.barrier()
-        with self._asking.planning:
+        with self.still(), self.asking.planning:
             self._on_background(lambda: self._replace_rule(table, spec))
-        self.barrier()
 
     def _replace_rule(self, table: Table, spec: TableSpec) -> None:
-        super().replace_rule(table, spec)
-        self._serving.moved(table)
+        with self.structure:
+            notes = self.serving.notes_of(table.store)
+            keys, slots = table.store.index.items()
+            mine = table_of(keys) == table.number
+            moves = notes.moves(slots[mine])
+            super().replace_rule(table, spec)
+            notes.clear(slots[mine])
+            self.serving.replaced(table, rows_of(keys[mine]), moves)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        self.settle()
+        self._on_background(lambda: self.serving.keep_still(1))
+        try:
+            self.barrier()  # what moved before has arrived
+            yield
+            self.barrier()  # nothing moves before all are done
+        finally:
+            self.transport.post(lambda: self.serving.keep_still(-1))
 
     def _on_background(self, call: Callable[[], None]) -> None:
         """Run `call` on the background thread and wait for it."""
@@ -99,45 +140,71 @@ class SynchronousManager(Manager):
 
     # Rows
 
-    def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        return rows[self.directory.owner_of(table.keys(rows)) == self.rank]
+    def slots_here(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the slots (int64 `[n]`) of distinct `rows` (int64 `[n]`), -1 for those that this rank does not own.
 
-    def by_owner(self, table: Table, rows: np.ndarray) -> list[np.ndarray]:
-        """Return, per rank, the positions in `rows` (int64 `[n]`) of those that it owns."""
-        order, counts = cuda_ops.partition(self.directory.owner_of(table.keys(rows)), self.ranks)
-        return np.split(order, np.cumsum(counts)[:-1])
+        It owns a row whose record it has, and one that nobody has touched if it is its home. It makes records of the
+        latter.
+        """
+        keys = table.keys(rows)
+        with self.structure:
+            slots = table.store.index.find(keys)
+            absent = np.flatnonzero(slots < 0)
+            if len(absent):
+                unmade = absent[self._is_unmade(keys[absent])]
+                if len(unmade):
+                    slots[unmade] = super().touch(table, rows[unmade])
+        return slots
+
+    def _is_unmade(self, keys: np.ndarray) -> np.ndarray:
+        """Return whether this rank is the home of `keys` that are not in their store, and nobody has them."""
+        unmade = self.directory.home_of(keys) == self.rank
+        mine = np.flatnonzero(unmade)
+        unmade[mine] = ~self.directory.is_away(keys[mine])
+        return unmade
+
+    def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        slots = self.slots_here(table, rows)
+        if len(slots) and slots.min() < 0:
+            row = rows[slots.argmin()]
+            raise RuntimeError(f"rank {self.rank} does not own row {row} of table {table.spec.name!r}")
+        return slots
+
+    def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        keys = table.keys(rows)
+        with self.structure:
+            owned = table.store.index.find(keys) >= 0
+            absent = np.flatnonzero(~owned)
+            owned[absent] = self._is_unmade(keys[absent])
+        return rows[owned]
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         self._check_open()
-        return self._asking.intend(table, rows, expected)
-
-    def ask_own(self, plan: RowPlan, rows: np.ndarray) -> None:
-        """Tell this rank, as the owner of `rows`, that it intends them itself."""
-        slots, expected = plan.slots, plan.expected
-        self.transport.post(lambda: self._serving.ask(self.rank, plan.number, plan.table, rows, slots, expected))
+        return self.asking.intend(table, rows, expected)
 
     def release(self, plan: RowPlan) -> None:
-        self._asking.release(plan)
+        self.asking.release(plan)
 
     def flush_intents(self) -> None:
         self._send_released()
         self.transport.wake()
 
     def _send_released(self) -> None:
-        released = self._asking.take_released()
+        released = self.asking.take_released()
         if len(released):
             for peer in range(self.ranks):
-                self._deliver(peer, Message(Kind.RELEASE, (), (released,)))
+                self.deliver(peer, Message(Kind.RELEASE, (), (released,)))
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
-        if plan.released:
+        if plan.released or not self.techniques.plans:
             return self.pull(plan.table, plan.rows, out)
-        self._asking.read(plan, out)
+        self.asking.read(plan, out)
         return out
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
-        self._asking.pull(table, rows, out)
+        self._check_open()
+        self._on_demand.pull(table, rows, out)
         return out
 
     def gather_own(self, table: Table, slots: np.ndarray, out: np.ndarray, positions: np.ndarray) -> None:
@@ -150,10 +217,11 @@ class SynchronousManager(Manager):
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         self.settle()
         limits = np.array([max_norm, norm_type], np.float64)
-        parts = self.by_owner(table, rows)
+        (owners,) = self._on_demand.locate([(table, rows)])
+        parts = self._by_rank(owners)
         for peer in self.peers:
             if len(parts[peer]):
-                self.transport.send(peer, Message(Kind.RENORM, (table.number,), (rows[parts[peer]], limits)))
+                self.transport.send(peer, Message(Kind.RENORM, (table.number,), (narrow(rows[parts[peer]]), limits)))
         self.transport.wake()
         own = rows[parts[self.rank]]
         if len(own):
@@ -172,27 +240,33 @@ class SynchronousManager(Manager):
     ) -> None:
         self._check_open()
         started = time.perf_counter()
-        self._serving.groups[self.steps] = groups
-        for gradient in gradients:
-            self._send_gradient(gradient)
+        self.serving.groups[self.steps] = groups
+        self._send_gradients(gradients)
         for plan in finished:
             self.release(plan)
         self._send_released()
         step = Message(Kind.STEP, (self.steps, optimizer), (np.empty(0) if vector is None else vector,))
         self.steps += 1
-        for peer in range(self.ranks):
-            self._deliver(peer, step)
+        for peer in (*self.peers, self.rank):  # ourselves last: no record leaves in the version after it before it does
+            self.deliver(peer, step)
         self.transport.wake()
         self.traffic.seconds["exchange"] += time.perf_counter() - started
 
-    def _send_gradient(self, gradient: TableGradient) -> None:
-        plan = gradient.plan
-        if plan is not None and not plan.released:
-            parts = [plan.own if p == self.rank else plan.remote[p] for p in range(self.ranks)]
-            number = plan.number
-        else:
-            parts = self.by_owner(gradient.table, gradient.rows)
-            number = -1
+    def _send_gradients(self, gradients: Sequence[TableGradient]) -> None:
+        planned = [g.plan is not None and g.plan.complete and not g.plan.released for g in gradients]
+        others = [g for g, has_plan in zip(gradients, planned, strict=True) if not has_plan]
+        owners = iter(self._on_demand.locate([(g.table, g.rows) for g in others]) if others else ())
+        for gradient, has_plan in zip(gradients, planned, strict=True):
+            parts = self.asking.parts(gradient.plan) if has_plan else self._by_rank(next(owners))
+            self._send_gradient(gradient, gradient.plan.number if has_plan else -1, parts)
+
+    def _by_rank(self, ranks: np.ndarray) -> list[np.ndarray]:
+        """Return, per rank, the positions in `ranks` (int64 `[n]`) at which it is."""
+        order, counts = cuda_ops.partition(ranks, self.ranks)
+        return np.split(order, np.cumsum(counts)[:-1])
+
+    def _send_gradient(self, gradient: TableGradient, number: int, parts: list[np.ndarray]) -> None:
+        """Send each rank the rows at its part of the positions: those of a plan, or of none (`number` is -1)."""
         dim = gradient.table.spec.dim
         counted = gradient.counts is not None
         scale = np.array([gradient.scale], np.float64)
@@ -201,11 +275,23 @@ class SynchronousManager(Manager):
         for peer in (*self.peers, self.rank):
             part = parts[peer]  # its values are copied here: the user may change the gradient once the step is over
             values = cuda_ops.gather(flat, dim, part, np.empty((len(part), dim), flat.dtype))
-            rows = gradient.rows[part] if number < 0 else NO_ROWS
             counts = gradient.counts[part] if counted else NO_ROWS
-            self._deliver(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
+            if peer == self.rank:
+                self._take_own_piece(gradient, number, part, values, counts if counted else None)
+            else:
+                rows = narrow(gradient.rows[part]) if number < 0 else NO_ROWS
+                self.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
 
-    def _deliver(self, peer: int, message: Message) -> None:
+    def _take_own_piece(
+        self, gradient: TableGradient, number: int, part: np.ndarray, values: np.ndarray, counts: np.ndarray | None
+    ) -> None:
+        """Hand the part of a gradient that is for rows of this rank to the background thread; they cannot leave now."""
+        table, step = gradient.table, self.steps
+        slots = gradient.plan.slots if number >= 0 else self.touch(table, gradient.rows[part])
+        piece = Piece(slots, values, gradient.scale, gradient.ordinal, counts)
+        self.transport.post(lambda: self.serving.take_piece(self.rank, step, table.number, number, piece))
+
+    def deliver(self, peer: int, message: Message) -> None:
         """Send to a peer, or hand to our own background thread: owners treat all ranks alike, in one order."""
         if peer == self.rank:
             self.transport.post(lambda: self._receive(self.rank, message))
@@ -215,14 +301,14 @@ class SynchronousManager(Manager):
     @property
     def applied(self) -> int:
         """Number of steps that the rows owned here reflect."""
-        return self._serving.applied
+        return self.serving.applied
 
     def _version_after_step(self) -> int:
-        return self._serving.applied + 1
+        return self.serving.applied + 1
 
     def step_of_others(self) -> tuple[int, np.ndarray] | None:
         """Return (optimizer, hyperparameters) of a step that others have handed over and this rank has not, or None."""
-        arrived = self._serving.round_of(self.steps)
+        arrived = self.serving.round_of(self.steps)
         if arrived is None or not arrived.stepped:
             return None
         source = next(iter(list(arrived.stepped)))
@@ -247,7 +333,7 @@ class SynchronousManager(Manager):
 
     def _describe_missing_step(self) -> str:
         behind = self.others.behind(self.steps)
-        not_stepped = self.others.not_stepped(self._serving.round_of(self.applied))
+        not_stepped = self.others.not_stepped(self.serving.round_of(self.applied))
         names = [p for p in not_stepped if p in behind] or behind
         return self.others.missing(names, f"take step {self.applied}")
 
@@ -255,7 +341,7 @@ class SynchronousManager(Manager):
         others, step = self.others, self.applied
         cannot = others.gone.intersection(others.behind(self.steps))
         if step < self.steps:
-            cannot |= others.ended.intersection(others.not_stepped(self._serving.round_of(step)))
+            cannot |= others.ended.intersection(others.not_stepped(self.serving.round_of(step)))
         return others.closed(cannot, f"step {step}") if cannot else None
 
     def wait_for_rows(self, reached: Callable[[], bool], asked: Sequence[int]) -> None:
@@ -286,46 +372,77 @@ class SynchronousManager(Manager):
         self.transport.collective(lambda comm: comm.Ibarrier(), self.timeout_seconds)
 
     def gather_table(self, table: Table, receive: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
-        self.settle()
-        self._shards.gather(table, receive)
+        with self.still():
+            self._shards.gather(table, receive)
 
     def rewrite_ended(self) -> None:
         """Owners have set rows from outside a step (collective): have outstanding plans fetched anew."""
         self.barrier()  # what is asked for from here on is answered with the rows that were set
-        self._asking.forget_arrived()
+        self.asking.forget_arrived()
 
     # The background thread: answers
 
     def _receive(self, source: int, message: Message) -> None:
+        """Handle a message; records of a later version, and what the same rank sent after them, wait for that."""
+        if self._stalled[source] or self._is_early(message):
+            self._stalled[source].append(message)
+        else:
+            self._handle(source, message)
+        self._waiting.notify()
+
+    def _is_early(self, message: Message) -> bool:
+        return message.kind == Kind.RECORDS and message.numbers[2] > self.applied
+
+    def resume(self) -> None:
+        """A step has been applied: handle what has waited for it. On the background thread."""
+        for source, stalled in enumerate(self._stalled):
+            while stalled and not self._is_early(stalled[0]):
+                self._handle(source, stalled.popleft())
+
+    def _handle(self, source: int, message: Message) -> None:
         handler = self._handlers.get(message.kind)
         if handler is not None:
             handler(source, message)
         elif self.on_control is not None:
             self.on_control(source, message)
-        self._waiting.notify()
 
     def _message_handlers(self) -> dict[Kind, Callable[[int, Message], None]]:
-        serving = self._serving
+        serving = self.serving
         return {
-            Kind.INTENT: serving.on_intent,
+            Kind.INTENT: self.requests.on_asked,
+            Kind.PULL: self.requests.on_asked,
+            Kind.LOCATE: self.requests.on_asked,
+            Kind.FORWARD: self.requests.on_forward,
+            Kind.RECORDS: self.moving.on_records,
+            Kind.MOVED: self.moving.on_moved,
             Kind.RELEASE: serving.on_release,
             Kind.WANT: serving.on_want,
             Kind.GRADIENT: serving.on_gradient,
             Kind.STEP: serving.on_step,
-            Kind.PULL: serving.on_pull,
             Kind.RENORM: serving.on_renorm,
             Kind.SHARD: self._shards.on_shard,
-            Kind.ROWS: self._asking.on_rows,
-            Kind.READY: self.others.on_ready,
-            Kind.PULLED: self._asking.on_pulled,
+            Kind.ROWS: self.asking.on_rows,
+            Kind.FORWARDED: self.asking.on_forwarded,
+            Kind.HOLDS: self.asking.on_holds,
+            Kind.READY: self._on_ready,
+            Kind.PULLED: self._on_demand.on_pulled,
+            Kind.LOCATED: self._on_demand.on_located,
             Kind.CLOSED: self._on_closed,
             Kind.LAST: self._on_last,
         }
 
+    def _on_ready(self, source: int, message: Message) -> None:
+        """READY(version, plan): rows at that version, of plans up to that number, have been sent."""
+        self.asking.on_ready(source)
+        with self.structure:
+            self.directory.home_is_ready(source, message.numbers[0])
+        self.others.on_ready(source, message)
+
     def _on_closed(self, source: int, message: Message) -> None:
         """CLOSED(): `source` takes no more steps, but goes on serving its rows."""
         self.others.ended.add(source)
-        self._serving.ended(source)
+        self.serving.ended(source)
+        self.requests.ended(source)
         self._end_with_the_last()
 
     def _on_last(self, source: int, message: Message) -> None:
@@ -337,7 +454,11 @@ class SynchronousManager(Manager):
 
     @property
     def memory_bytes(self) -> int:
-        return super().memory_bytes + self._serving.memory_bytes
+        return super().memory_bytes + self.serving.memory_bytes + self.directory.memory_bytes
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        return {kind.name.lower(): count for kind, count in sorted(self.transport.bytes_by_kind.copy().items())}
 
     @property
     def bytes_sent(self) -> int:

@@ -93,9 +93,14 @@ class RowPlan:
     """The rows of one table that one batch needs: an intent, and where each row is to be found.
 
     `rows` (int64 `[U]`) are distinct. With one rank `slots` (int64 `[U]`) are theirs, in `store`. With several, `own`
-    holds the positions in `rows` that this rank owns and `slots` their slots; `remote[p]` the positions that rank p
-    owns, whose values arrive in `staging` in the order of `remote` concatenated (`staging_start[p]` is the first of
-    rank p's).
+    holds the positions in `rows` of those that are here, and `slots` their slots. The others have tickets, 0 to T - 1:
+    `order[t]` is the position of ticket t, `where[t]` the rank that serves it, this one if its record has come here
+    (`mine` counts those that `own` has), -1 while nobody has said that it does; `staging[t]` its value.
+
+    `asked` are the ranks that were sent tickets at first, `unplaced` is the number of tickets that nobody serves,
+    `promised` has the ranks that took some over and are not ready since, `late` those that did while others were asked
+    for values, `answered` those that have sent them. The plan is `complete` once all its rows were
+    read: from then on until it is released no row of it moves.
     """
 
     number: int
@@ -105,10 +110,16 @@ class RowPlan:
     slots: np.ndarray
     store: RecordStore
     own: np.ndarray | None = None
-    remote: list[np.ndarray] = field(default_factory=list)
+    order: np.ndarray | None = None
+    where: np.ndarray | None = None
     staging: np.ndarray | None = None
-    staging_start: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    mine: int = 0
+    unplaced: int = 0
+    promised: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
     answered: set[int] = field(default_factory=set)
+    complete: bool = False
     released: bool = False
 
 

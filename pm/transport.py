@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pm.messages import Kind, Message, pack, unpack
+from pm.messages import Kind, Message, message_bytes, pack, unpack
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -83,6 +83,7 @@ class Transport:
         self._joined = [0] * self.ranks
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.bytes_by_kind: Counter[Kind] = Counter()
         self._thread = threading.Thread(target=self._run, name="adaloader-transport", daemon=True)
 
     def start(self) -> None:
@@ -250,6 +251,8 @@ class Transport:
                     del messages[at + 1 :]
                     break
             buffer = pack(messages)
+            for message in messages:
+                self.bytes_by_kind[message.kind] += message_bytes(message)
             self._sending.append((self._comm.Isend([buffer, self._mpi.BYTE], peer, _TAG), buffer))
             self.bytes_sent += len(buffer)
             busy = True

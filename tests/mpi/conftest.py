@@ -180,6 +180,26 @@ def comm():
 
 
 @pytest.fixture
+def managers(comm):
+    """A function that makes managers, all of them closed when the test is over."""
+    import pm
+    from tests.mpi.worlds import TECHNIQUES, TIMEOUT
+
+    made = []
+
+    def make(timeout_seconds: float = TIMEOUT, techniques: str = TECHNIQUES, **options) -> pm.SynchronousManager:
+        made.append(pm.SynchronousManager(comm, timeout_seconds, techniques, **options))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()
+    for manager in made:
+        manager.close(linger=True)
+        assert not manager.transport.alive
+
+
+@pytest.fixture
 def seed() -> int:
     """A fresh seed, equal on all ranks, shown when the test fails; `ADALOADER_TEST_SEED` gives it again."""
     drawn = int(os.environ.get("ADALOADER_TEST_SEED", secrets.randbits(31)))

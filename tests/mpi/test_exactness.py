@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from adaloader import AdaLoader, full_optimizer_state_dict, full_state_dict
+from tests.mpi.worlds import TECHNIQUES
 
 ROWS, FIELDS, DENSE, DIM = 60, 4, 3, 4
 LIMITS = {torch.float32: (5e-6, 5e-5), torch.float64: (1e-10, 1e-10)}
@@ -162,7 +163,7 @@ class Run:
         return losses, model.state_dict(), optimizer.state_dict()["state"], torch.rand(3)
 
     def managed(self, **keywords):
-        options = {"min_rows": 1, **self.loader_options, **keywords}
+        options = {"min_rows": 1, "techniques": TECHNIQUES, **self.loader_options, **keywords}
         losses, model, optimizer, loader = self.train(
             lambda m, o: AdaLoader(
                 self.data(), batch_size=self.batch_size, shuffle=self.shuffle, model=m, optimizer=o, **options
@@ -232,6 +233,20 @@ def test_ranks_train_as_one_process(comm, seed, model, optimizer, dtype, schedul
     if dtype == torch.float32 and not schedule:
         pytest.skip("float64 says more")
     assert_exact(comm, Run(MODELS[model], OPTIMIZERS[optimizer], seed, dtype=dtype, schedule=schedule))
+
+
+@pytest.mark.parametrize("techniques", ["relocation", "replication", "none"])
+@pytest.mark.parametrize("model", MODELS)
+def test_with_fewer_techniques(comm, seed, model, techniques):
+    assert_exact(comm, Run(MODELS[model], OPTIMIZERS["Adagrad"], seed, schedule=True), techniques=techniques)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dtype", LIMITS, ids=["float32", "float64"])
+def test_techniques_do_not_change_a_bit(comm, seed, dtype):
+    run = Run(FourLookups, OPTIMIZERS["Adagrad"], seed, dtype=dtype)
+    digests = {digest(run.managed(techniques=name)) for name in ("all", "relocation", "replication", "none")}
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("samples_left", range(1, 13))
