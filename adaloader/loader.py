@@ -46,7 +46,7 @@ class AdaLoader(StatefulDataLoader):
         optimizer: the optimizer, or several, over its parameters; None for a loader that only evaluates. Tables take
             torch.optim's SGD, Adagrad, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adadelta, SparseAdam (with
             sparse=True) and adaloader.RowwiseAdagrad; anything may train the rest of the model.
-        lookahead: batches to read ahead of the loop (0: none).
+        lookahead: batches to read ahead of the loop (0: none), or "auto": as many as keep it from waiting for rows.
         staleness: how many optimizer steps a rank's lookups may be behind the others' updates of tables: 0 (every
             lookup sees every step before it: exact), s, or None (no bound: a rank sees its own updates at once, others'
             as they arrive; all see the same when a pass over the loader is over).
@@ -97,7 +97,7 @@ class AdaLoader(StatefulDataLoader):
         *,
         model: nn.Module | None = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        lookahead: int = DEFAULT_LOOKAHEAD,
+        lookahead: int | str = DEFAULT_LOOKAHEAD,
         staleness: int | None = 0,
         keys: Keys = "auto",
         min_rows: int = DEFAULT_MIN_ROWS,
@@ -177,7 +177,7 @@ class AdaLoader(StatefulDataLoader):
         *,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        lookahead: int = DEFAULT_LOOKAHEAD,
+        lookahead: int | str = DEFAULT_LOOKAHEAD,
         staleness: int | None = 0,
         keys: Keys = "auto",
         min_rows: int = DEFAULT_MIN_ROWS,
@@ -220,9 +220,9 @@ class AdaLoader(StatefulDataLoader):
         if session is None:
             return super().__iter__()
         session.begin_iteration()
-        accelerated, lookahead = self._accelerated, session.settings.lookahead
+        accelerated, lookahead = self._accelerated, session.lookahead
         if accelerated is not None:
-            lookahead = max(1, lookahead)  # it asks whether a batch is the last
+            lookahead = lookahead or 1  # it asks whether a batch is the last
             accelerated.begin(self)
         if self._shuffles_or_generates:
             session.share_random_state(self.generator)

@@ -57,7 +57,8 @@ class LookaheadIterator(Iterator):
 
     Args:
         inner: any iterator.
-        lookahead: batches held after one was handed out, 0 or more.
+        lookahead: batches held after one was handed out, 0 or more; or a function that says how many, asked once per
+            batch handed out.
         snapshot: returns the state of the source (``state_dict``) after what was read last; called at the
             start, after each read and after the end, and its result is copied. None: states are not kept.
         on_read: called with number and batch after a read.
@@ -74,7 +75,7 @@ class LookaheadIterator(Iterator):
     def __init__(
         self,
         inner: Iterator,
-        lookahead: int,
+        lookahead: int | Callable[[], int],
         *,
         snapshot: Callable[[], Any] | None,
         on_read: Callable[[int, Any], None],
@@ -82,11 +83,11 @@ class LookaheadIterator(Iterator):
         on_end: Callable[[str], None],
         start: int = 0,
     ) -> None:
-        if lookahead < 0:
+        if not callable(lookahead) and lookahead < 0:
             raise ValueError(f"lookahead must be 0 or more batches, got {lookahead}")
         self.place = Place(start, start, _state_of(snapshot))
         self._inner: Iterator | None = inner  # None once it ended
-        self._lookahead = lookahead
+        self._lookahead = lookahead if callable(lookahead) else lambda: lookahead
         self._snapshot = snapshot
         self._on_read = on_read
         self._on_yield = on_yield
@@ -106,7 +107,7 @@ class LookaheadIterator(Iterator):
         # An error that waits for its turn keeps, by its traceback, each frame that ran when it was raised.
         # This one must let go of `self`, or the iterator would hold itself and survive a `break`.
         try:
-            for _ in range(min(READS_PER_NEXT, self._lookahead + 1 - len(self._held))):
+            for _ in range(min(READS_PER_NEXT, self._lookahead() + 1 - len(self._held))):
                 if self._inner is not None:
                     self._keep(_read(self._inner, self._snapshot))
             return self._hand_out() if self._held else self._finish()

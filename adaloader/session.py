@@ -19,6 +19,7 @@ import pm
 import pm.eventual
 from adaloader import adoption
 from adaloader.agreement import broadcast
+from adaloader.auto_lookahead import AutoLookahead
 from adaloader.candidate import decide_now, find_candidates, watch_candidates
 from adaloader.combining import Combiner
 from adaloader.deferred_tensor import program_of
@@ -65,7 +66,7 @@ _open_managers: weakref.WeakSet[pm.Manager] = weakref.WeakSet()
 class Settings:
     """The keywords of a loader; see `AdaLoader`."""
 
-    lookahead: int
+    lookahead: int | str
     staleness: int | None
     keys: str | None | Mapping[object, Callable[[Any], Any]]
     min_rows: int
@@ -79,8 +80,8 @@ class Settings:
 
     def __post_init__(self):
         check_strategy(self.strategy)
-        if not _is_int(self.lookahead) or self.lookahead < 0:
-            raise ValueError(f"lookahead must be a number of batches, 0 or more; got {self.lookahead!r}")
+        if self.lookahead != "auto" and (not _is_int(self.lookahead) or self.lookahead < 0):
+            raise ValueError(f'lookahead must be a number of batches, 0 or more, or "auto"; got {self.lookahead!r}')
         if self.staleness is not None and (not _is_int(self.staleness) or self.staleness < 0):
             raise ValueError(
                 f"staleness must be 0 (synchronous, exact), a number of steps, or None (no bound); got "
@@ -133,6 +134,9 @@ class Session:
             _check_same_settings(managed, settings)
             _attach_later(managed, optimizers)
         self.managed = managed
+        traffic = managed.manager.traffic
+        is_auto = settings.lookahead == "auto"
+        self.lookahead = AutoLookahead(lambda: traffic.wait_seconds) if is_auto else settings.lookahead
         self.feed = Feed(managed, _keys_by_table(managed, settings.keys), bool(optimizers))
         managed.sessions += 1
         managed.sessions_made += 1
@@ -237,7 +241,7 @@ class Session:
         where time went, on whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
-        traffic = manager.traffic
+        traffic = manager.counted()
         counts = {table.name: table.counts for table in managed.tables}
         numbers = {table.name: table.table.number for table in managed.tables}
         of_batches = sum(c.of_batches for c in counts.values())
@@ -388,7 +392,8 @@ def _describe(model, found, optimizers, settings, strategy) -> str:
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     programs = [program.describe() for p in found.values() if (program := program_of(p)) is not None]
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    return repr((settings.min_rows, settings.techniques, strategy, list(found), kinds, parameters, programs))
+    shared = {name: value for name, value in settings.shared().items() if name != "comm"}
+    return repr((shared, strategy, list(found), kinds, parameters, programs))
 
 
 def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, timeout_seconds: float) -> None:

@@ -57,7 +57,7 @@ class WrappedLoader:
 
         iterator = LookaheadIterator(
             session.watched(inner),
-            session.settings.lookahead,
+            session.lookahead,
             snapshot=self.iterable.state_dict if self._is_stateful else None,
             on_read=passed.on_read,
             on_yield=passed.on_yield,

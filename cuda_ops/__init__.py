@@ -8,6 +8,7 @@ in memory.
 """
 
 from cuda_ops.cpu import advance as _advance
+from cuda_ops.cpu import alias as _alias
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import holds as _holds
@@ -38,6 +39,7 @@ sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
 rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
 advance = by_device(_advance.advance)
 moved_places = by_device(_places.moved_places)
+alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 add_holds = by_device(_holds.add_holds)
@@ -56,6 +58,7 @@ __all__ = [
     "adagrad_update",
     "add_holds",
     "advance",
+    "alias_table",
     "dedup",
     "dedup_counts",
     "delta",

@@ -34,18 +34,13 @@ class Clicks(Dataset):
         return {"dense": self.dense[index], "sparse": self.sparse[index], "label": self.label[index]}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Return a whole batch by three gathers; `as_is` is the collate function that goes with it."""
+        """Return a whole batch by three gathers; `runs.as_is` is the collate function that goes with it."""
         chosen = torch.tensor(indices)
         return {"dense": self.dense[chosen], "sparse": self.sparse[chosen], "label": self.label[chosen]}
 
     def with_ids(self, sparse: torch.Tensor) -> Clicks:
         """The same samples with other ids, int64 [n, 26]."""
         return Clicks(self.dense, sparse, self.label)
-
-
-def as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Collate function for a dataset that returns batches whole."""
-    return batch
 
 
 def split(clicks: Clicks) -> tuple[Clicks, Clicks]:

@@ -41,7 +41,7 @@ class Neighbourhoods(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, object]:
-        """Return a whole batch; `as_is` is the collate function that goes with it."""
+        """Return a whole batch; `runs.as_is` is the collate function that goes with it."""
         targets = self.nodes[np.asarray(indices, dtype=np.int64)]
         nodes, hops = self.sampler.sample(targets)
         return {
@@ -61,11 +61,6 @@ class Neighbourhoods(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Sample other neighbours than in other epochs; call it before iterating over the loader."""
         self.sampler.epoch = epoch
-
-
-def as_is(batch: dict[str, object]) -> dict[str, object]:
-    """Collate function for a dataset that returns batches whole."""
-    return batch
 
 
 def load_graph(path: str | Path, seed: int) -> Task:

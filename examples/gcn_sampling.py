@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from draws import mix
 from numba import njit
 
 _MASK64 = (1 << 64) - 1
@@ -77,7 +78,7 @@ class Sampler:
         for hop in range(self.layers):
             num_targets = len(nodes)
             limit = self.graph.num_nodes if self.fan_out is None else self.fan_out
-            key = np.uint64(_mix(np.uint64(self.seed & _MASK64))) ^ np.uint64(_mix(np.uint64((self.epoch << 8) + hop)))
+            key = np.uint64(mix(np.uint64(self.seed & _MASK64))) ^ np.uint64(mix(np.uint64((self.epoch << 8) + hop)))
             nodes, of, to, weight = _gather_hop(
                 self.graph.offsets, self.graph.neighbours, nodes, limit, key, self._place
             )
@@ -86,20 +87,11 @@ class Sampler:
 
 
 @njit(cache=True)
-def _mix(z):
-    """Scramble 64 bits: the output function of SplitMix64 (Steele, Lea & Flood 2014)."""
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@njit(cache=True)
 def _draw_distinct(degree, count, key, chosen):
     """Fill `chosen[:count]` with distinct numbers below `degree`: Floyd's algorithm (Bentley & Floyd 1987)."""
     for at in range(count):
         last = degree - count + at
-        drawn = np.int64(_mix(key ^ _mix(np.uint64(at))) % np.uint64(last + 1))
+        drawn = np.int64(mix(key ^ mix(np.uint64(at))) % np.uint64(last + 1))
         for earlier in range(at):
             if chosen[earlier] == drawn:
                 drawn = last
@@ -131,7 +123,7 @@ def _gather_hop(offsets, neighbours, targets, limit, key, place):
         of[edge], to[edge], weight[edge] = at, at, 1.0 / (degree + 1)
         edge += 1
         if taken < degree:
-            _draw_distinct(degree, taken, key ^ _mix(np.uint64(v)), chosen)
+            _draw_distinct(degree, taken, key ^ mix(np.uint64(v)), chosen)
         for i in range(taken):
             u = neighbours[offsets[v] + (chosen[i] if taken < degree else i)]
             if place[u] < 0:

@@ -161,7 +161,7 @@ class Claims:
             intent.is_live = True
             late = self._register(self._node.holdings[intent.group], intent)
             if start <= clock.now:
-                self._node.counts["late_intents"] += late
+                self._node.count("late_intents", intent.group, late)
             if intent.end is not None:
                 heapq.heappush(clock.live, (intent.end, order, intent))
 

@@ -11,7 +11,9 @@ optimizer steps. What a step does with its gradients depends on the table's rule
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,7 +23,7 @@ from pm import rules
 from pm.agreement import check_same_step
 from pm.claims import Intent
 from pm.holdings import Copy, Group, Holdings
-from pm.keys import make_keys
+from pm.manager import Traffic
 from pm.messages import Kind, Message
 from pm.node import Node
 from pm.operations import Action, Operation
@@ -78,14 +80,16 @@ class EventualManager(SynchronousManager):
         self._gathered: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._late = Summing()
         self._groups: dict[int, dict[str, object]] = {}
-        self._epochs = dict.fromkeys(range(comm.size), 0)
+        self._epochs = np.zeros((2, comm.size), np.int64)  # by phase and rank, the last pass that it has ended
+        self._ended = 0
+        self._ending: list[tuple[int, int]] = []
         super().__init__(comm, timeout_seconds)
 
     # Tables
 
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = []
-        with self._structure:
+        with self.structure:
             for spec in specs:
                 table = Table(spec, len(self.tables), None)
                 table.begin_history()
@@ -133,7 +137,7 @@ class EventualManager(SynchronousManager):
                 "moved all its rows; it cannot be given another rule"
             )
         self.settle()
-        with self._structure:
+        with self.structure:
             old = self._holdings(table)
             keys, slots = old.owned.store.index.items()
             values = old.owned.values(slots)[:, : spec.dim]
@@ -153,25 +157,25 @@ class EventualManager(SynchronousManager):
         self.barrier()
 
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        with self._structure:
+        with self.structure:
             return rows[self.node.grants.find_or_make(self._holdings(table), rows) >= 0]
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        with self._structure:
+        with self.structure:
             return self.node.grants.find_or_make(self._holdings(table), rows)
 
     # Rows
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         self._check_open()
-        with self._structure:
+        with self.structure:
             intent = self.node.claims.intend(self._clock, table.number, rows, expected, None)
         return _Plan(next(self._plan_numbers), table, rows, expected, rows[:0], table.store, intent=intent)
 
     def release(self, plan: RowPlan) -> None:
         if not plan.released:
             plan.released = True
-            with self._structure:
+            with self.structure:
                 self.node.claims.finish(plan.intent)
 
     def flush_intents(self) -> None:
@@ -195,7 +199,7 @@ class EventualManager(SynchronousManager):
         return out
 
     def _run(self, operation: Operation) -> None:
-        with self._structure:
+        with self.structure:
             self.node.claims.is_paused = False
             self.node.operations.run(operation)
             sent = self.node.flush()
@@ -213,15 +217,16 @@ class EventualManager(SynchronousManager):
                 lambda: syncing.may_go_on(steps),
                 lambda: self.others.missing(syncing.ranks_behind(steps), f"come near step {steps}"),
             )
-        epoch = self._epochs[self.rank]
+        epoch = self._epochs[0, self.rank]
         if self._behind_epoch(epoch):
             self._waiting.until(
                 lambda: not self._behind_epoch(epoch),
                 lambda: self.others.missing(self._behind_epoch(epoch), "end its pass over the loader"),
             )
 
-    def _behind_epoch(self, epoch: int) -> list[int]:
-        return [p for p in self.peers if self._epochs[p] < epoch and p not in self.closed_peers]
+    def _behind_epoch(self, epoch: int, phase: int = 1) -> list[int]:
+        behind = np.flatnonzero(self._epochs[phase] < epoch).tolist()
+        return [p for p in behind if p not in self.closed_peers] if behind else behind
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         holdings = self._holdings(table)
@@ -255,7 +260,7 @@ class EventualManager(SynchronousManager):
         by_table: dict[int, list[TableGradient]] = {}
         for gradient in gradients:
             by_table.setdefault(gradient.table.number, []).append(gradient)
-        with self._structure:
+        with self.structure:
             self.node.claims.is_paused = False
             self._groups.update(groups)
             for number in sorted(set(by_table) | (set(groups) & set(self._gathered))):
@@ -318,12 +323,12 @@ class EventualManager(SynchronousManager):
         width = self._holdings(table).group.width
         before = np.empty((len(rows), width), table.spec.dtype)
         pulling = Operation(Action.PULL, table.number, rows, before)
-        self._structure.release()  # what is waited for comes with messages, which need the lock
+        self.structure.release()  # what is waited for comes with messages, which need the lock
         try:
             self._run(pulling)
             self._wait_for(pulling)
         finally:
-            self._structure.acquire()
+            self.structure.acquire()
         scratch = RecordStore(table.spec.record_class, len(rows))
         slots = scratch.allocate(len(rows))
         scratch.set_values(slots, before)
@@ -352,7 +357,7 @@ class EventualManager(SynchronousManager):
 
     def _take_what_has_gathered(self) -> None:
         """Nobody steps for a while: owners take a step of their own with gradients that others have sent."""
-        with self._structure:
+        with self.structure:
             for number in list(self._gathered):
                 self._take_step(self.tables[number], [], self._groups[number])
 
@@ -390,28 +395,62 @@ class EventualManager(SynchronousManager):
 
     def close(self, *, linger: bool = False) -> None:
         if not self._shut and self.node.staleness is not None:
-            with self._structure:  # nobody need wait for the steps of a rank that takes no more
+            with self.structure:  # nobody need wait for the steps of a rank that takes no more
                 self.node.syncing.clock_advanced(_NEVER)
                 self.node.flush()
         super().close(linger=linger)
 
     # Coming to rest
 
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        self.settle()
+        yield
+        self.barrier()  # nothing moves before all are done
+
     def epoch_ended(self) -> None:
-        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass."""
+        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass.
+
+        First every rank's changes go to their owners; once all ranks have said that theirs are there, owners apply what
+        has gathered, on their background threads, and send it out, and say that they have.
+        """
         self._sync()
-        self._epochs[self.rank] += 1
-        for peer in self.peers:
-            self.transport.send(peer, Message(Kind.EPOCH, (self._epochs[self.rank],)))
+        self._say_epoch(int(self._epochs[0, self.rank]) + 1, 0)
+
+    def _say_epoch(self, epoch: int, phase: int) -> None:
+        for peer in range(self.ranks):
+            self.deliver(peer, Message(Kind.EPOCH, (epoch, phase)))
         self.transport.wake()
+        if phase == 0:
+            self._epochs[0, self.rank] = epoch  # at once: the next lookup waits
 
     def _on_epoch(self, source: int, message: Message) -> None:
-        """EPOCH(number): all that `source` changed in its passes up to this number is everywhere."""
-        self._epochs[source] = message.numbers[0]
+        """EPOCH(number, phase): of passes up to this number, all that `source` changed is with the owners (phase 0), or
+        all that is owned by `source` is everywhere (1)."""
+        epoch, phase = message.numbers
+        self._epochs[phase, source] = epoch
+        self._end_epochs()
+
+    def _on_closed(self, source: int, message: Message) -> None:
+        super()._on_closed(source, message)
+        self._end_epochs()
+
+    def _end_epochs(self) -> None:
+        ended = min(int(self._epochs[0, p]) for p in range(self.ranks) if p not in self.closed_peers)
+        if ended > self._ended:
+            self._ended = ended
+            self._take_what_has_gathered()
+            with self.structure:
+                self._ending.append((ended, self.node.syncing.begin()))
+                self.node.flush()
+
+    def _go_on_ending(self) -> None:
+        while self._ending and self.node.syncing.is_over(self._ending[0][1]):
+            self._say_epoch(self._ending.pop(0)[0], 1)
 
     def _sync(self) -> None:
         """Make what this rank has changed visible everywhere."""
-        with self._structure:
+        with self.structure:
             token = self.node.syncing.begin()
             self.node.flush()
         self.transport.wake()
@@ -425,7 +464,7 @@ class EventualManager(SynchronousManager):
         """Wait until all ranks are here and see all changes, and let nothing move until the next step or lookup
         (collective)."""
         self._check_open()
-        with self._structure:
+        with self.structure:
             self.node.claims.is_paused = True
         self._sync()
         self.barrier()
@@ -440,7 +479,7 @@ class EventualManager(SynchronousManager):
     # Whole tables
 
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
-        with self._structure:
+        with self.structure:
             slots = self.touch(table, rows)
             self.catch_up(table, slots)
             table.store.set_values(slots, values)
@@ -449,14 +488,14 @@ class EventualManager(SynchronousManager):
             self.node.grants.changed_from_afar(self._holdings(table), slots)
 
     def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
-        with self._structure:
+        with self.structure:
             slots = self.touch(table, rows)
             self.catch_up(table, slots)
             table.store.set_states(slots, states)
             self.node.grants.changed_from_afar(self._holdings(table), slots)
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        with self._structure:
+        with self.structure:
             rows, slots = table.store.index.items()
         for start in range(0, len(rows), _CHUNK_ROWS):
             part = slots[start : start + _CHUNK_ROWS]
@@ -467,7 +506,7 @@ class EventualManager(SynchronousManager):
     # The background thread
 
     def _receive(self, source: int, message: Message) -> None:
-        with self._structure:
+        with self.structure:
             if self.node.handle(source, message):
                 self._has_received = True
                 return
@@ -485,7 +524,7 @@ class EventualManager(SynchronousManager):
         if not (self._has_received or begins):
             return False
         busy = self._has_received
-        with self._structure:
+        with self.structure:
             if self._has_received:
                 self._has_received = False
                 self.node.after_messages()
@@ -493,6 +532,7 @@ class EventualManager(SynchronousManager):
                 self.node.round()
                 self._next_round = now + self._round_seconds
                 busy = True
+            self._go_on_ending()
         if busy:
             self._waiting.notify()
         return busy
@@ -502,14 +542,15 @@ class EventualManager(SynchronousManager):
         histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
         return histories + self.node.memory_bytes
 
-    def counts(self) -> dict[str, object]:
-        """Return what the node has counted (see `ParameterManager.stats`)."""
-        with self._structure:
-            return {**self.node.counts, "bytes_by_kind": dict(self.node.bytes_by_kind)}
-
-    def explain_row(self, table: Table, row: int) -> int:
-        """Return the key of a row of a table."""
-        return int(make_keys(table.number, np.array([row]))[0])
+    def counted(self) -> Traffic:
+        traffic = self.traffic
+        with self.structure:
+            by_group = self.node.counts_by_group.copy()
+            traffic.hops = self.node.counts["hops"]
+            traffic.late_intents = self.node.counts["late_intents"]
+        for name in ("relocations", "replications", "replica_steps"):
+            setattr(traffic, name, Counter({group: n for (what, group), n in by_group.items() if what == name}))
+        return traffic
 
 
 def _places_of(intent: Intent | None) -> np.ndarray | None:

@@ -115,7 +115,7 @@ class Grants:
         owned.holders[stay] |= asker
         keys = narrow(owned.keys[stay])
         if copies_are_made(node.techniques):
-            node.counts["replications"] += len(stay)
+            node.count("replications", holdings.group.number, len(stay))
             node.emit(origin, Message(Kind.COPIES, (holdings.group.number,), (keys, owned.values(stay))))
         else:
             node.emit(origin, Message(Kind.REFUSED, (holdings.group.number,), (keys,)))
@@ -160,8 +160,8 @@ class Grants:
                 arrays = (narrow(keys[some]), owned.values(slots[some]), counters[some], _sets(holders[some]))
                 message = Message(Kind.RECORDS, (number,), arrays)
             node.emit(to, message)
-        node.counts["relocations"] += len(slots)
-        node.counts["promotions"] += int(promoted.sum())
+        node.count("relocations", number, len(slots))
+        node.count("promotions", number, int(promoted.sum()))
         owned.release(slots)
         self._tell_homes(number, keys, to, counters)
         if node.record is not None:
@@ -236,7 +236,7 @@ class Grants:
         """Send `peer` what is in records, as far as it holds copies of them."""
         part = slots[masks.contains(holdings.owned.holders[slots], peer)]
         if len(part) and copies_are_made(self._node.techniques):
-            self._node.counts["replica_steps"] += len(part)
+            self._node.count("replica_steps", holdings.group.number, len(part))
             arrays = (narrow(holdings.owned.keys[part]), holdings.owned.values(part))
             self._node.emit(peer, Message(Kind.REFRESH, (holdings.group.number,), arrays))
 

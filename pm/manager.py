@@ -329,6 +329,10 @@ class Manager:
     def settle(self) -> None:
         """Wait until every step that this rank has handed over is applied (collective)."""
 
+    def counted(self) -> Traffic:
+        """Return `traffic`, with what is counted elsewhere."""
+        return self.traffic
+
     def epoch_ended(self) -> None:
         """This rank has had all batches of a pass over its loader."""
 

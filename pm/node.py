@@ -64,6 +64,7 @@ class Node:
         self.update_threshold = update_threshold
         self.staleness = staleness
         self.counts: Counter[str] = Counter()
+        self.counts_by_group: Counter[tuple[str, int]] = Counter()
         self.bytes_by_kind: Counter[str] = Counter()
         self.record: Callable[[str, int, np.ndarray, int], None] | None = None
         self._send = send
@@ -113,6 +114,11 @@ class Node:
         """Give a group another layout (on all ranks, while nothing is under way); its keys stay with their owners."""
         self.holdings[group.number] = Holdings(group, self.ranks)
         return self.holdings[group.number]
+
+    def count(self, what: str, group: int, keys: int) -> None:
+        """Count something that happened to some keys of a group."""
+        self.counts[what] += keys
+        self.counts_by_group[what, group] += keys
 
     # Parcels
 

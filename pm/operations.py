@@ -273,7 +273,10 @@ class Operations:
         mine = slots >= 0
         others, theirs = keys[~mine], values[~mine]
         self._node.grants.forward(
-            source, group, others, lambda some: Message(Kind.PUSH, message.numbers, (narrow(others[some]), theirs[some]))
+            source,
+            group,
+            others,
+            lambda some: Message(Kind.PUSH, message.numbers, (narrow(others[some]), theirs[some])),
         )
         if mine.any():
             self._change(holdings, Action(action), slots[mine], values[mine], origin)

@@ -110,9 +110,7 @@ def _wanderer(rng: np.random.Generator, draw: _Draws, clocks: int) -> list[Event
         group, keys = draw.keys()
         start = int(rng.integers(0, 4))
         end = start + int(rng.integers(0, 3)) if rng.random() < 0.9 else 1 << 40
-        events.append(
-            Event(Does(does), group, keys, start, end, bool(rng.random() < 0.5), float(rng.exponential(5.0)))
-        )
+        events.append(Event(Does(does), group, keys, start, end, bool(rng.random() < 0.5), float(rng.exponential(5.0))))
     return events
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pm.lengths import Lengths
 from pm.operations import Action, Operation
 from pm.runtime import Runtime
-
-if TYPE_CHECKING:
-    from pm.sampling import Sampling
+from pm.sampling import Sampling
 
 DONE = -1
 """The handle of an operation that was done at once."""
@@ -190,8 +186,6 @@ class Worker:
         self, keys: object = None, distribution: object = None, scheme: str = "naive", replacement: bool = True
     ) -> None:
         """Say from which keys, by which distribution and scheme this worker samples (see `pm.sampling.Sampling`)."""
-        from pm.sampling import Sampling
-
         self._sampling = Sampling(
             _Access(self),
             seed=self._seed,
@@ -212,8 +206,9 @@ class Worker:
 
     def pull_sample(self, handle: int, keys: object, out: object) -> None:
         """Take the next keys of a prepared sample: write them to `keys` (int64 `[k]`) and their values to `out`."""
-        array = np.asarray(keys) if not hasattr(keys, "detach") else keys.detach().numpy()
-        self._sampling.pull(handle, array, out)
+        if self._sampling is None:
+            raise ValueError(f"handle {handle} is of no sample: prepare_sample was not called")
+        self._sampling.pull(handle, keys.detach().numpy() if hasattr(keys, "detach") else keys, out)
 
     def close(self) -> None:
         """This worker is done: its intents end, and nobody waits for its clock."""

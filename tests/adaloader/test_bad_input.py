@@ -201,10 +201,14 @@ def test_keys_that_are_no_keys(keys, error, says):
         ({"lookahead": 1.5}, ValueError, "lookahead must be .*got 1.5"),
         ({"lookahead": None}, ValueError, "lookahead must be .*got None"),
         ({"lookahead": True}, ValueError, "lookahead must be .*got True"),
-        ({"techniques": "both"}, ValueError, "techniques must be one of 'all', .*; got 'both'"),
-        ({"staleness": 1}, ValueError, "staleness=1 is not available"),
-        ({"staleness": None}, ValueError, "staleness=None is not available"),
-        ({"staleness": False}, ValueError, "staleness=False is not available"),
+        ({"staleness": -1}, ValueError, "staleness must be .*got -1"),
+        ({"staleness": 1.5}, ValueError, "staleness must be .*got 1.5"),
+        ({"staleness": False}, ValueError, "staleness must be .*got False"),
+        ({"staleness": "none"}, ValueError, "staleness must be .*got 'none'"),
+        ({"techniques": "most"}, ValueError, "techniques.*'most'"),
+        ({"staleness": None, "update_threshold": -1.0}, ValueError, "update_threshold must be .*got -1.0"),
+        ({"update_threshold": 0.1}, ValueError, "update_threshold=0.1 holds changes back, which staleness=0"),
+        ({"staleness": None, "max_rounds_per_second": 0}, ValueError, "max_rounds_per_second must be .*got 0"),
         ({"min_rows": 0}, ValueError, "min_rows must be .*got 0"),
         ({"min_rows": 2.0}, ValueError, "min_rows must be .*got 2.0"),
         ({"min_rows": True}, ValueError, "min_rows must be .*got True"),
@@ -229,7 +233,7 @@ def test_argument_out_of_range(options, error, says):
     made(model)[2].close()  # nothing was changed by the refusals
 
 
-@pytest.mark.parametrize("options", [{"lookahead": -1}, {"staleness": 2}, {"min_rows": 0}, {"keys": 3}])
+@pytest.mark.parametrize("options", [{"lookahead": -1}, {"staleness": -2}, {"min_rows": 0}, {"keys": 3}])
 def test_arguments_are_looked_at_without_a_model(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         AdaLoader([1, 2, 3], **options)

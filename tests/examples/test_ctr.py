@@ -1,7 +1,6 @@
 """The click-through example: its data, its measures, and figures equal to plain PyTorch on 1 and 2 ranks."""
 
 import json
-from dataclasses import asdict
 from importlib.util import find_spec
 
 import ctr
@@ -38,7 +37,7 @@ def two_ranks(tmp_path_factory) -> tuple[dict, dict]:
 
 def train_here(*options: str) -> dict:
     """Run the example in this process, with its tables managed; return its epochs."""
-    return {"epochs": [asdict(epoch) for epoch in ctr.main(list(options))]}
+    return {"epochs": [epoch.figures() for epoch in ctr.main(list(options))]}
 
 
 def train_plain(*options: str) -> dict:

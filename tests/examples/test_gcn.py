@@ -1,7 +1,6 @@
 """The graph example: its sampling, its graphs, its partitions, and figures equal to plain PyTorch on 1 and 2 ranks."""
 
 import json
-from dataclasses import asdict
 from importlib.util import find_spec
 
 import gcn
@@ -31,7 +30,7 @@ def train(ranks: int, folder, *options: str) -> dict:
 
 
 def train_here(*options: str) -> list[dict]:
-    return [asdict(epoch) for epoch in gcn.main(list(options))]
+    return [epoch.figures() for epoch in gcn.main(list(options))]
 
 
 def assert_same_curve(ours: list[dict], plain: list[dict], tolerance: float = 1e-9) -> None:

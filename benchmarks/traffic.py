@@ -1,0 +1,259 @@
+"""Bytes that cross the network per training step, counted, for each way of managing rows, on four workloads.
+
+    python benchmarks/traffic.py                                  simulated ranks: 2, 4, 8, 16
+    python benchmarks/traffic.py --ranks 64 --samples 64          many ranks, smaller batches
+    mpirun -n 2 python benchmarks/traffic.py --mpi                real ranks, over `pm.ParameterManager`
+
+The simulated ranks run the protocol's own code (`pm.simulator`) and pack every message as it would travel, so all bytes
+are counted: intents, locations, acknowledgements, records, changes, headers. `none` keeps each row at its home rank and
+fetches and pushes on demand; `full` is computed: every rank holds every row, and sends the changes of the rows of each
+batch (id and record) to every other rank. A step is one batch on every rank; bytes are those that all ranks send.
+
+Workloads, each with a batch of `--samples` per rank, and intents `--lookahead` steps ahead:
+    ctr        26 fields, each with its share of the rows, ids Zipf-distributed (1.05)
+    graph      rows are partitioned over the ranks; of a sample's 10 neighbours one is drawn from anywhere
+    knowledge  triples of Zipf-distributed entities (1.0), few relations, and negatives drawn uniformly, 8 a triple
+    uniform    26 ids from anywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from pm.schedules import Recording
+from pm.simulator import Setting, Simulation
+
+TECHNIQUES = ("all", "relocation", "replication", "none")
+FIELDS = 26
+NEIGHBOURS = 10
+NEGATIVES = 8
+RELATIONS = 200
+ID_BYTES = 4
+VALUE_BYTES = 4
+
+
+def zipf(rng: np.random.Generator, exponent: float, rows: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return Zipf-distributed ids below `rows`, low ones most often (by inverting the continuous distribution)."""
+    u = rng.random(shape)
+    if exponent == 1.0:
+        ids = np.exp(u * np.log(rows + 1.0))
+    else:
+        power = 1.0 - exponent
+        ids = (1.0 + u * ((rows + 1.0) ** power - 1.0)) ** (1.0 / power)
+    return np.minimum(ids.astype(np.int64) - 1, rows - 1)
+
+
+def ctr(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
+    per_field = rows // FIELDS
+    return zipf(rng, 1.05, per_field, (samples, FIELDS)) + per_field * np.arange(FIELDS)
+
+
+def graph(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
+    part = rows // ranks
+    mine = rng.integers(0, part, (samples, NEIGHBOURS)) + part * rank
+    mine[:, 0] = rng.integers(0, rows, samples)
+    return mine
+
+
+def knowledge(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
+    entities = rows - RELATIONS
+    heads_and_tails = zipf(rng, 1.0, entities, (samples, 2)) + RELATIONS
+    relations = zipf(rng, 1.0, RELATIONS, (samples, 1))
+    negatives = rng.integers(RELATIONS, rows, (samples, NEGATIVES))
+    return np.concatenate([heads_and_tails, relations, negatives], axis=1)
+
+
+def uniform(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
+    return rng.integers(0, rows, (samples, FIELDS))
+
+
+WORKLOADS = {draw.__name__: draw for draw in (ctr, graph, knowledge, uniform)}
+
+
+def record(name: str, args: argparse.Namespace, ranks: int) -> Recording:
+    """Return what `ranks` ranks look up in a workload."""
+    entries = []
+    for rank in range(ranks):
+        rng = np.random.default_rng([args.seed, rank])
+        for clock in range(args.steps):
+            entries.append((rank, clock, WORKLOADS[name](rng, args.rows, args.samples, rank, ranks)))
+    return Recording.of(entries)
+
+
+def full_replication(recording: Recording, ranks: int, width: int) -> float:
+    """Return the bytes that all ranks send in all steps where every rank holds every row."""
+    return len(recording.keys) * (ID_BYTES + VALUE_BYTES * width) * (ranks - 1)
+
+
+def simulate(recording: Recording, args: argparse.Namespace, ranks: int, techniques: str) -> dict[str, object]:
+    """Return the bytes per step of the steps after the warm-up, in all and by kind, and what else was counted."""
+    setting = Setting(
+        ranks=ranks,
+        capacities=(args.rows,),
+        widths=(args.width,),
+        dtypes=("float32",),
+        techniques=techniques,
+        acts_late=not args.act_at_once,
+        seed=args.seed,
+        delay_seconds=0.05,
+        round_seconds=1.0 / args.rounds_per_step,
+        think_seconds=0.25,
+        rounds_when_needed=True,
+        most_turns=sys.maxsize,
+    )
+    simulation = Simulation(setting, recording.schedule(args.lookahead), checks=False)
+    simulation.run_to_clock(args.warmup)
+    before, before_kinds = simulation.network.bytes_sent.sum(), simulation.bytes_by_kind
+    before_counts = simulation.counts
+    simulation.settle()
+    return figures(
+        int(simulation.network.bytes_sent.sum() - before),
+        simulation.bytes_by_kind - before_kinds,
+        simulation.counts - before_counts,
+        args.steps - args.warmup,
+    )
+
+
+def over_mpi(recording: Recording, args: argparse.Namespace, comm, techniques: str) -> dict[str, object]:
+    """Collective: the same as `simulate`, on real ranks."""
+    from pm import ParameterManager
+
+    mine = {clock: keys for rank, clock, keys in recording if rank == comm.rank}
+    manager = ParameterManager(
+        args.rows,
+        args.width,
+        comm=comm,
+        techniques=techniques,
+        act_late=not args.act_at_once,
+        max_rounds_per_second=args.rounds_per_step / args.step_seconds,
+    )
+    before = _counted(manager.stats())
+    for clock in range(-args.lookahead, args.steps):
+        ahead = clock + args.lookahead
+        if ahead < args.steps and ahead in mine:
+            manager.intent(mine[ahead], ahead)
+        if clock < 0:
+            continue
+        if clock == args.warmup:
+            manager.barrier()
+            before = _counted(manager.stats())
+        keys = mine[clock]
+        out = np.empty((len(keys), args.width), np.float32)
+        manager.wait(manager.pull(keys, out))
+        _pause(args.step_seconds)
+        manager.push(keys, np.ones_like(out))
+        manager.advance_clock()
+    manager.wait_all()
+    manager.barrier()
+    counted = _counted(manager.stats())
+    counted.subtract(before)
+    manager.close()
+    everywhere = sum((Counter(part) for part in comm.allgather(dict(counted))), Counter())
+    kinds = Counter({name[6:]: n for name, n in everywhere.items() if name.startswith("bytes ")})
+    counts = Counter({name: n for name, n in everywhere.items() if not name.startswith("bytes ")})
+    return figures(counts.pop("bytes_sent"), kinds, counts, args.steps - args.warmup)
+
+
+def _pause(seconds: float) -> None:
+    import time
+
+    time.sleep(seconds)
+
+
+def _counted(stats: dict[str, object]) -> Counter:
+    names = ("bytes_sent", "relocations", "replications", "replica_steps", "hops", "remote_pulls", "late_intents")
+    counted = Counter({name: stats[name] for name in names})
+    counted.update({f"bytes {kind}": n for kind, n in stats["bytes_by_kind"].items()})
+    return counted
+
+
+def figures(sent: int, kinds: Counter, counts: Counter, steps: int) -> dict[str, object]:
+    """Return what is reported of one run."""
+    return {
+        "bytes_per_step": sent / steps,
+        "bytes_per_step_by_kind": {kind: n / steps for kind, n in kinds.most_common()},
+        "counts": dict(counts),
+    }
+
+
+def compare(name: str, args: argparse.Namespace, ranks: int, comm=None) -> dict[str, object]:
+    """Collective with `comm`: return the figures of one workload for each way, and of `all` against the best other."""
+    recording = record(name, args, ranks)
+    of_each = {}
+    for techniques in args.techniques:
+        run = (
+            simulate(recording, args, ranks, techniques)
+            if comm is None
+            else over_mpi(recording, args, comm, techniques)
+        )
+        of_each[techniques] = run
+    of_each["full"] = {"bytes_per_step": full_replication(recording, ranks, args.width) / args.steps}
+    others = {way: run["bytes_per_step"] for way, run in of_each.items() if way != "all"}
+    best = min(others, key=others.get)
+    result = {"workload": name, "ranks": ranks, "best_other": best, "ways": of_each}
+    if "all" in of_each:
+        result["ratio_to_best"] = of_each["all"]["bytes_per_step"] / others[best]
+    return result
+
+
+def report(result: dict[str, object]) -> None:
+    """Print one line."""
+    ways = "  ".join(f"{way} {run['bytes_per_step'] / 1e3:,.1f}" for way, run in result["ways"].items())
+    ratio = f"all is {result['ratio_to_best']:.3f} of {result['best_other']}" if "ratio_to_best" in result else ""
+    print(f"{result['workload']:<10} {result['ranks']:>3} ranks  kB a step: {ways}  {ratio}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    args = parse(arguments)
+    comm = None
+    if args.mpi:
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+    results = []
+    for ranks in [comm.size] if comm else args.ranks:
+        for name in args.workloads:
+            results.append(compare(name, args, ranks, comm))
+            if comm is None or comm.rank == 0:
+                report(results[-1])
+    if comm is None or comm.rank == 0:
+        text = json.dumps({"arguments": vars(args), "results": results})
+        if args.json:
+            Path(args.json).write_text(text + "\n")
+        else:
+            print(text)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Bytes per step of each way of managing rows.")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--mpi", action="store_true", help="real ranks, under mpirun")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--width", type=int, default=32, help="words of a record: 16 values and Adagrad's 16 sums")
+    parser.add_argument("--samples", type=int, default=256, help="a rank and step")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=0, help="steps that are not counted")
+    parser.add_argument("--lookahead", type=int, default=10, help="steps")
+    parser.add_argument("--rounds-per-step", type=float, default=1.0)
+    parser.add_argument("--step-seconds", type=float, default=0.02, help="of computing, with --mpi")
+    parser.add_argument("--act-at-once", action="store_true", help="act on intents without timing, for comparison")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="file for the figures; printed without")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.warmup < args.steps:
+        parser.error(f"--warmup must be below --steps; got --steps {args.steps} --warmup {args.warmup}")
+    return args
+
+
+if __name__ == "__main__":
+    main()
