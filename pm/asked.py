@@ -45,6 +45,7 @@ class AskedPlan:
     (ascending; see `RowPlan`). `sent_at[i]` is the version at which row i was last sent (-1: never), `due[i]` that from
     which no known intent touches it before the plan uses it; `copied[i]` says whether the rank has had a copy of it.
     Rows are not sent early before version `next_due`. `pending` is the last step for which the plan has a gradient.
+    `arrived` are (rows, slots) of those that have come here since, where the plan is this rank's own.
     """
 
     number: int
@@ -58,6 +59,7 @@ class AskedPlan:
     copied: np.ndarray
     next_due: int = 0
     pending: int = -1
+    arrived: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     @classmethod
     def of(cls, number, table, rows, slots, tickets, expected, due) -> AskedPlan:

@@ -129,13 +129,15 @@ class Asking:
     def own_part(self, plan: RowPlan) -> tuple[np.ndarray, np.ndarray]:
         """Return (positions, slots) of the plan's rows that are here, each int64 `[n]`."""
         manager, table = self._manager, plan.table
-        mine = np.flatnonzero(plan.where == manager.rank)
-        if len(mine) != plan.mine or plan.store is not table.store:
+        if plan.arrivals < len(plan.arrived):
+            new = plan.arrived[plan.arrivals :]
+            plan.own = np.concatenate([plan.own, *(positions for positions, _ in new)])
+            plan.slots = np.concatenate([plan.slots, *(slots for _, slots in new)])
+            plan.arrivals += len(new)
+        if plan.store is not table.store:
             with manager.structure:
-                first = len(plan.own) - plan.mine  # before records came
-                plan.own = np.concatenate([plan.own[:first], plan.order[mine]])
                 plan.slots = manager.touch(table, plan.rows[plan.own])
-                plan.mine, plan.store = len(mine), table.store
+                plan.store = table.store
         return plan.own, plan.slots
 
     def _want(self, plan: RowPlan) -> None:
@@ -177,15 +179,18 @@ class Asking:
         plan, manager = self._plans.get(number), self._manager
         if plan is None or not len(tickets):
             return
-        rows = plan.rows[plan.order[tickets]]
+        positions = plan.order[tickets]
+        rows = plan.rows[positions]
         if slots is None:
             slots = manager.touch(plan.table, rows)
         if manager.serving.extend_own(number, rows, slots):
+            plan.arrived.append((positions, slots))
             self._place(plan, tickets, manager.rank)
 
     def _place(self, plan: RowPlan, tickets: np.ndarray, rank: int) -> None:
         plan.where[tickets] = rank
-        plan.unplaced = int((plan.where == _NOBODY).sum())
+        if plan.unplaced or rank == _NOBODY:
+            plan.unplaced = int((plan.where == _NOBODY).sum())
 
     def on_rows(self, source: int, message: Message) -> None:
         """ROWS(plan, answers a WANT; tickets, none for all that the sender serves, and values)."""

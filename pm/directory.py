@@ -159,7 +159,7 @@ class Directory:
             self._given.put(keys[others], rank, self._gifts)
         told = [np.flatnonzero(homes == home) for home in range(self.ranks)]
         told[self.rank] = told[rank] = np.empty(0, np.int64)  # `rank` knows when it gets them
-        self.remember(keys[others], rank)
+        self.remember(keys[(homes != self.rank) & (homes != rank)], rank)
         return told
 
     def await_homes(self, keys: np.ndarray, step: int) -> None:

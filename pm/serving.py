@@ -166,9 +166,8 @@ class Serving:
         if plan is None:
             return False
         self.hold(plan.table, slots, self._manager.rank)
-        due = self.notes_of(plan.table.store).touch(slots, plan.expected)
-        tickets = np.full(len(rows), -1, np.int64)
-        plan.extend(AskedPlan.of(number, plan.table, rows, slots, tickets, plan.expected, due))
+        self.notes_of(plan.table.store).touch(slots, plan.expected)
+        plan.arrived.append((rows, slots))
         return True
 
     def _post_early(self) -> None:
@@ -192,7 +191,8 @@ class Serving:
     def _let_go(self, source: int, plan: AskedPlan) -> None:
         notes = self.notes_of(plan.table.store)
         with self._manager.structure:
-            notes.hold(plan.slots, source, -1)
+            for slots in (plan.slots, *(slots for _, slots in plan.arrived)):
+                notes.hold(slots, source, -1)
             notes.pin(plan.slots[plan.copied], -1)
 
     def unpin_after(self, step: int, notes: SlotNotes, slots: np.ndarray) -> None:
@@ -224,6 +224,9 @@ class Serving:
                         plan.sent_at[:] = -1  # the new records do not say when they last changed
                         notes.hold(plan.slots, rank)
                         notes.pin(plan.slots[plan.copied])
+                        plan.arrived = [(rows, manager.touch(table, rows)) for rows, _ in plan.arrived]
+                        for _, slots in plan.arrived:
+                            notes.hold(slots, rank)
 
     def ended(self, source: int) -> None:
         """`source` has closed: it needs no rows any more, and no one need wait for its intents."""

@@ -94,8 +94,9 @@ class RowPlan:
 
     `rows` (int64 `[U]`) are distinct. With one rank `slots` (int64 `[U]`) are theirs, in `store`. With several, `own`
     holds the positions in `rows` of those that are here, and `slots` their slots. The others have tickets, 0 to T - 1:
-    `order[t]` is the position of ticket t, `where[t]` the rank that serves it, this one if its record has come here
-    (`mine` counts those that `own` has), -1 while nobody has said that it does; `staging[t]` its value.
+    `order[t]` is the position of ticket t, `where[t]` the rank that serves it, this one if its record has come here, -1
+    while nobody has said that it does; `staging[t]` its value. `arrived` are (positions, slots) of the records that
+    have come, of which `own` has the first `arrivals`.
 
     `asked` are the ranks that were sent tickets at first, `unplaced` is the number of tickets that nobody serves,
     `promised` has the ranks that took some over and are not ready since, `late` those that did while others were asked
@@ -114,7 +115,8 @@ class RowPlan:
     where: np.ndarray | None = None
     staging: np.ndarray | None = None
     asked: list[int] = field(default_factory=list)
-    mine: int = 0
+    arrived: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    arrivals: int = 0
     unplaced: int = 0
     promised: set[int] = field(default_factory=set)
     late: set[int] = field(default_factory=set)

@@ -10,7 +10,7 @@ import pytest
 import pm
 from pm.messages import Kind
 from tests.idleness import measured_idleness
-from tests.mpi.worlds import TIMEOUT, World, meet, pulled, read
+from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, meet, pulled, read
 from tests.pm.oracle import GROUPS, DenseTable, make_spec, random_gradient
 
 
@@ -47,6 +47,7 @@ def test_nothing_is_left_of_what_is_done(managers, seed):
     assert not asking._plans and not asking._released and not any(asking._promised)
     assert not manager._on_demand.under_way and not manager.requests._kept and not any(manager._stalled)
     assert not serving._rounds and not serving.groups
+    assert_nothing_is_held(manager)
 
 
 # --- what travels, and when ---

@@ -48,6 +48,13 @@ def gathered(manager: pm.Manager, table: pm.Table) -> dict[int, tuple[np.ndarray
     return found
 
 
+def assert_nothing_is_held(manager: pm.SynchronousManager) -> None:
+    """Check that no slot has a hold or a pin, now that all plans are released and all steps applied."""
+    for table in manager.tables:
+        slots = np.arange(table.store.slots_in_use, dtype=np.int64)
+        assert not manager.serving.notes_of(table.store).holds(slots).any()
+
+
 # --- random programs ---
 
 
