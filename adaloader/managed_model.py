@@ -289,7 +289,10 @@ class ManagedModel:
         is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
             groups[table.table.number] = snapshot(group)
-            gradients += [] if is_skipped else table.step_gradients()
+            # Without lockstep a rank that follows may not have heard yet that the others cleared what they had stepped.
+            is_old = self.joining and table.is_stepped and not self.manager.in_lockstep
+            gradients += [] if is_skipped or is_old else table.step_gradients()
+            table.is_stepped = True
         finished = self.batches.finish_used()
         vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
         self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)

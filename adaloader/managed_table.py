@@ -94,6 +94,7 @@ class ManagedTable:
     `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it. On several ranks that is known
     of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
+    `is_stepped` says whether a step of this rank has applied the gradient, and none has arrived since.
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     """
 
@@ -112,6 +113,7 @@ class ManagedTable:
     probation: Probation | None = None
     is_dense: bool = False
     is_deferred: bool = False
+    is_stepped: bool = False
     steps_before: int = 0
     whole: tuple[tuple[int, int], torch.Tensor] | None = None
     cleared_after: int = 0
@@ -329,7 +331,7 @@ class ManagedTable:
             return
         self.parts.append(part)
         self.gradient.changed()
-        self.has_gradient = True
+        self.has_gradient, self.is_stepped = True, False
         self.owner.backward_reached(self, part)
 
     @property

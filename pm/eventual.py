@@ -51,6 +51,8 @@ class EventualManager(SynchronousManager):
         acts_late: whether intents are acted on as late as is safe.
     """
 
+    in_lockstep = False
+
     def __init__(
         self,
         comm,

@@ -54,6 +54,8 @@ class Manager:
 
     rank = 0
     ranks = 1
+    in_lockstep = True
+    """Whether no rank takes a step before all have taken the one before it."""
 
     def __init__(self):
         self.tables: list[Table] = []
