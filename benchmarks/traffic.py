@@ -140,7 +140,7 @@ def over_mpi(recording: Recording, args: argparse.Namespace, comm, techniques: s
             manager.intent(mine[ahead], ahead)
         if clock < 0:
             continue
-        if clock == args.warmup:
+        if clock == args.warmup > 0:
             manager.barrier()
             before = _counted(manager.stats())
         keys = mine[clock]

@@ -18,6 +18,8 @@ from pm.messages import Kind, Message, narrow, widen
 if TYPE_CHECKING:
     from pm.node import Node
 
+_FOR_EVER = 1 << 62
+
 
 @dataclass
 class Intent:
@@ -82,6 +84,16 @@ class Claims:
         """The rank's clock: that of the slowest of its workers."""
         return min((clock.now for clock in self.clocks if not clock.closed), default=0)
 
+    @property
+    def fastest(self) -> int:
+        """The clock of the fastest of the rank's workers."""
+        return max((clock.now for clock in self.clocks), default=0)
+
+    @property
+    def slowest(self) -> int:
+        """The clock that others may have to wait for: a rank whose workers are all done keeps nobody waiting."""
+        return self.now if any(not clock.closed for clock in self.clocks) else _FOR_EVER
+
     def intend(self, clock: Clock, group: int, keys: np.ndarray, start: int, end: int | None) -> Intent:
         """A worker will access distinct `keys` while its clock is in [start, end], or from `start` on."""
         intent = Intent(group, keys, start, end, generation=self._generations[group])
@@ -117,7 +129,7 @@ class Claims:
     @property
     def has_work(self) -> bool:
         changed = any(holdings.copies.changed for holdings in self._node.holdings)
-        if changed or self._leaving:
+        if (changed and self._node.exchange_is_due) or self._leaving:
             return True
         due = any(clock.live and clock.live[0][0] < clock.now for clock in self.clocks)
         moves = bool(due or self._finished or self._wanted or self._ending or self._has_due_intents())
@@ -136,8 +148,9 @@ class Claims:
         self.settle_leaving()
         if not self.is_paused:
             self._move_on()
-        for holdings in self._node.holdings:
-            self._send_changes(holdings)
+        if self._node.exchange_is_due:
+            for holdings in self._node.holdings:
+                self._send_changes(holdings)
 
     def _move_on(self) -> None:
         """Begin the intents that are due, end those that are over, give up and ask for keys."""

@@ -528,6 +528,7 @@ class EventualManager(SynchronousManager):
             if self._has_received:
                 self._has_received = False
                 self.node.after_messages()
+            self.node.tell_time(now)
             if begins and self.node.needs_round:
                 self.node.round()
                 self._next_round = now + self._round_seconds

@@ -34,7 +34,8 @@ class Grants:
     @property
     def has_work(self) -> bool:
         early = self._early and not self._node.claims.is_paused
-        return bool(early) or any(holdings.owned.changed for holdings in self._node.holdings)
+        changed = any(holdings.owned.changed for holdings in self._node.holdings)
+        return bool(early) or (changed and self._node.exchange_is_due)
 
     def find_or_make(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
         """Return the slots of distinct keys that this rank owns, -1 for others; make what was never touched."""
@@ -243,6 +244,8 @@ class Grants:
     def round(self) -> None:
         """Send the holders of copies what others have changed."""
         node = self._node
+        if not node.exchange_is_due:
+            return
         for holdings in node.holdings:
             owned = holdings.owned
             slots, changed_by = owned.take_changed()

@@ -23,6 +23,9 @@ from pm.messages import Kind, Message, message_bytes
 from pm.operations import Operations
 from pm.syncing import Syncing
 
+DEFAULT_CLOCKS_PER_EXCHANGE = 3
+_LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
+
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
 
 
@@ -41,6 +44,9 @@ class Node:
         cache_keys: size of the location cache of each group.
         update_threshold: changes to a copy that are smaller than this in every word are held back.
         staleness: how many clocks a rank may be behind the others' updates; None: any number.
+        clocks_per_exchange: changes to copies travel once in so many clocks of the fastest worker, or when somebody
+            waits for them, or `exchange_is_overdue`. One exchange of a row that each of R ranks changes costs 2 (R - 1)
+            messages of it, whatever the number of changes that it carries.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Node:
         cache_keys: int = DEFAULT_CACHE_KEYS,
         update_threshold: float = 0.0,
         staleness: int | None = None,
+        clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE,
     ):
         check_techniques(techniques)
         self.rank, self.ranks = rank, ranks
@@ -63,6 +70,10 @@ class Node:
         self.acts_late = acts_late
         self.update_threshold = update_threshold
         self.staleness = staleness
+        self.exchange_is_overdue = False
+        self._clocks_per_exchange = clocks_per_exchange
+        self._exchanged_at = 0
+        self._seconds = self._exchanged_seconds = 0.0
         self.counts: Counter[str] = Counter()
         self.counts_by_group: Counter[tuple[str, int]] = Counter()
         self.bytes_by_kind: Counter[str] = Counter()
@@ -202,9 +213,26 @@ class Node:
         self.grants.retry()
         self.operations.retry()
         self.grants.round()
+        if self.exchange_is_due:
+            self.counts["exchanges"] += 1
+            self._exchanged_at = self.claims.fastest
+            self._exchanged_seconds = self._seconds
+            self.exchange_is_overdue = False
         self.syncing.round_ends()
         self.flush()
         self._acknowledge()
+
+    def tell_time(self, seconds: float) -> None:
+        """Say what time it is: changes do not wait for long for clocks to advance."""
+        self._seconds = seconds
+        if seconds - self._exchanged_seconds > _LONGEST_SECONDS_WITHOUT_EXCHANGE:
+            self.exchange_is_overdue = True
+
+    @property
+    def exchange_is_due(self) -> bool:
+        """Whether a round sends on what has changed in copies, and in records that others have copies of."""
+        passed = self.claims.fastest - self._exchanged_at
+        return passed >= self._clocks_per_exchange or self.exchange_is_overdue or self.syncing.needs_exchange
 
     @property
     def needs_round(self) -> bool:

@@ -132,6 +132,7 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
     def close(self) -> None:
         """Finish what is under way, on all ranks, and end the background thread (collective); again: does nothing."""
         if not self._runtime.closed:
+            self._runtime.close_clocks()  # ranks may come to their ends at different clocks
             self.barrier()
             self._runtime.end()
 

@@ -99,8 +99,20 @@ class Runtime:
 
     def close_clock(self, clock: Clock) -> None:
         """A worker is done: its intents end, and nobody waits for its clock."""
+        node = self.node
         with self.lock:
-            self.node.claims.close(clock)
+            before = node.claims.slowest
+            node.claims.close(clock)
+            if node.staleness is not None and node.claims.slowest > before:
+                node.syncing.clock_advanced(node.claims.slowest)
+                node.flush()
+        self.wake()
+
+    def close_clocks(self) -> None:
+        """All workers are done."""
+        for clock in self.node.claims.clocks:
+            if not clock.closed:
+                self.close_clock(clock)
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Begin operations."""
@@ -218,6 +230,7 @@ class Runtime:
             if self._has_received:
                 self._has_received = False
                 self.node.after_messages()
+            self.node.tell_time(now)
             if begins and self.node.needs_round:
                 self.node.round()
                 self._next_round = now + self._round_seconds

@@ -31,7 +31,7 @@ from pm.holdings import Group
 from pm.invariants import Invariants
 from pm.ledger import Ledger, Violation
 from pm.messages import Message, pack, unpack
-from pm.node import Node
+from pm.node import DEFAULT_CLOCKS_PER_EXCHANGE, Node
 from pm.operations import Action, Operation
 from pm.schedules import Does, Event, Recording, Schedule, random_schedule
 from pm.store import RecordClass
@@ -56,6 +56,8 @@ class Setting:
         think_seconds: mean between a worker's events.
         rounds_when_needed: rounds take place only where a node says that it needs one.
         sends_with_rounds: what workers bring about leaves with the next message or round, not at once.
+        clocks_per_exchange: as of `Node`.
+        overdue_chance: of an exchange to be overdue at a round.
         follow_up_seconds: mean until a rank goes on after it has taken in a message; 0: at once.
         most_turns: a simulation that takes more does not settle.
     """
@@ -78,6 +80,8 @@ class Setting:
     rounds_when_needed: bool = False
     sends_with_rounds: bool = False
     follow_up_seconds: float = 0.0
+    clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE
+    overdue_chance: float = 0.0
     most_turns: int = 50_000
 
     @staticmethod
@@ -104,6 +108,8 @@ class Setting:
             rounds_when_needed=bool(rng.random() < 0.5),
             sends_with_rounds=bool(rng.random() < 0.3),
             follow_up_seconds=float(rng.choice([0.0, 0.5])),
+            clocks_per_exchange=int(rng.choice([1, 2, 5])),
+            overdue_chance=float(rng.choice([0.0, 0.1])),
         )
 
 
@@ -186,6 +192,7 @@ class Simulation:
             cache_keys=s.cache_keys,
             update_threshold=s.update_threshold,
             staleness=s.staleness,
+            clocks_per_exchange=s.clocks_per_exchange,
         )
 
     # Time
@@ -260,6 +267,8 @@ class Simulation:
 
     def _round(self, rank: int) -> object:
         self._resting[rank] += 1
+        if self._rng.random() < self.setting.overdue_chance:
+            self.nodes[rank].exchange_is_overdue = True
         is_needed = self.nodes[rank].needs_round
         if is_needed or not self.setting.rounds_when_needed:
             self.nodes[rank].round()

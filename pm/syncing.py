@@ -62,6 +62,11 @@ class Syncing:
         return bool(self._flushes)
 
     @property
+    def needs_exchange(self) -> bool:
+        """Whether somebody waits for changes to be sent on."""
+        return bool(self._flushes or self._asked) or self._clocks.min() > self._said
+
+    @property
     def has_work(self) -> bool:
         return bool(self._flushes or self._asked or self._owed) or self._clocks.min() > self._said
 

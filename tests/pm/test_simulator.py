@@ -119,6 +119,8 @@ CROWDED = {
     "think_seconds": 1.0,
     "follow_up_seconds": 1.0,
     "rounds_when_needed": True,
+    "clocks_per_exchange": 1,
+    "overdue_chance": 0.1,
 }
 """Few keys and ranks, and rounds, messages and workers that are about as fast as each other."""
 

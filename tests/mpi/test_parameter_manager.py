@@ -1,0 +1,159 @@
+"""The parameter manager by hand: sums, own writes, staleness, locality, `set`, and bad input, on several ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pm
+from tests.mpi.stress import stress
+from tests.parameter_programs import TECHNIQUES, meet
+
+COPYING = ("all", "replication")
+
+
+def make(comm, num_keys=12, length=4, **options):
+    return pm.ParameterManager(num_keys, length, comm=comm, timeout_seconds=60.0, **options)
+
+
+def test_random_programs_keep_sums_own_writes_and_staleness(comm, seed):
+    programs, reads = stress(comm, 4.0, seed)
+    assert programs > 0
+    assert reads > 0
+
+
+def is_local(manager, keys) -> bool:
+    return manager.pull_if_local(keys, np.empty((len(keys), 4), np.float32))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("techniques", TECHNIQUES)
+def test_keys_are_local_while_they_are_intended(comm, techniques):
+    keys = np.arange(12)
+    with make(comm, techniques=techniques) as manager:
+        before = manager.is_local(keys)
+        at_home = comm.allreduce(before.astype(int))
+        assert (at_home == 1).all()  # each key is with its owner alone
+        meet(comm)
+        manager.intent(keys, 0, 1)
+        manager.wait_sync()
+        manager.wait_sync()
+        wait_until_quiet(comm, manager)
+        here = manager.is_local(keys)
+        assert is_local(manager, keys) == here.all()
+        counts = comm.allreduce(here.astype(int))
+        if techniques in COPYING:
+            assert (counts == comm.size).all()
+        else:
+            assert (counts == 1).all()
+        meet(comm)
+        manager.advance_clock()
+        manager.advance_clock()
+        manager.wait_sync()
+        wait_until_quiet(comm, manager)
+        assert (comm.allreduce(manager.is_local(keys).astype(int)) == 1).all()
+        meet(comm)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("techniques", ["all", "relocation"])
+def test_a_key_that_one_rank_intends_moves_there_and_stays(comm, techniques):
+    keys = np.arange(12)
+    with make(comm, techniques=techniques) as manager:
+        for owner in (*range(comm.size), 0):
+            clock = manager.current_clock
+            if comm.rank == owner:
+                manager.intent(keys, clock, clock)
+            wait_until_quiet(comm, manager)
+            assert is_local(manager, keys) == (comm.rank == owner)
+            if comm.rank == owner:
+                manager.push(keys, np.ones((12, 4), np.float32))
+            manager.advance_clock()
+            wait_until_quiet(comm, manager)
+            assert is_local(manager, keys) == (comm.rank == owner)
+        manager.barrier()
+        out = np.empty((12, 4), np.float32)
+        manager.wait(manager.pull(keys, out))
+        assert (out == comm.size + 1).all()
+        meet(comm)
+
+
+def wait_until_quiet(comm, manager) -> None:
+    """Wait until no rank has anything more to do (collective)."""
+    quiet = 0
+    sent = -1
+    while quiet < 5:
+        manager.wait_sync()
+        meet(comm)
+        now = comm.allreduce(manager.stats()["bytes_by_kind"].get("REQUEST", 0) + moved(manager))
+        quiet, sent = (quiet + 1, sent) if now == sent else (0, now)
+
+
+def moved(manager) -> int:
+    kinds = manager.stats()["bytes_by_kind"]
+    return sum(kinds.get(kind, 0) for kind in ("RECORDS", "COPIES", "PROMOTED", "REFUSED", "DROPS", "MOVED"))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("staleness", [None, 0, 2])
+@pytest.mark.parametrize("techniques", TECHNIQUES)
+def test_what_is_set_is_seen_everywhere_after_a_sync(comm, techniques, staleness):
+    keys = np.arange(12)
+    mine = keys[keys % comm.size == comm.rank]
+    with make(comm, techniques=techniques, staleness=staleness) as manager:
+        manager.intent(keys, 0, 5)
+        wait_until_quiet(comm, manager)
+        for turn in range(3):
+            manager.push(mine, np.full((len(mine), 4), 100, np.float32))  # overwritten by what follows
+            manager.set(mine, np.full((len(mine), 4), turn, np.float32))
+            manager.push(mine, np.full((len(mine), 4), comm.rank, np.float32))
+            manager.barrier()
+            out = np.empty((12, 4), np.float32)
+            manager.wait(manager.pull(keys, out))
+            np.testing.assert_array_equal(out, np.repeat(turn + keys[:, None] % comm.size, 4, axis=1))
+            meet(comm)
+
+
+@pytest.mark.ranks(2)
+def test_a_worker_that_is_done_keeps_nobody_waiting(comm):
+    with make(comm, staleness=0) as manager:
+        other = manager.worker()
+        other.close()
+        for _ in range(3):
+            manager.advance_clock()
+        assert manager.current_clock == 3
+
+
+@pytest.mark.ranks(2)
+def test_ranks_may_close_at_different_clocks(comm):
+    with make(comm, staleness=1) as manager:
+        for _ in range(3 + 4 * comm.rank):
+            manager.push([0], np.ones((1, 4), np.float32))
+            manager.advance_clock()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: m.pull([99], np.empty((1, 4), np.float32)), IndexError),
+        (lambda m: m.pull([-1], np.empty((1, 4), np.float32)), IndexError),
+        (lambda m: m.pull([[1]], np.empty((1, 4), np.float32)), ValueError),
+        (lambda m: m.pull([0.5], np.empty((1, 4), np.float32)), TypeError),
+        (lambda m: m.push([1], np.ones((1, 4), np.float64)), TypeError),
+        (lambda m: m.push([1, 2], np.ones((1, 4), np.float32)), ValueError),
+        (lambda m: m.set([12], np.ones((1, 4), np.float32)), IndexError),
+        (lambda m: m.intent([1], 5, 4), ValueError),
+        (lambda m: m.intent([12], 5), IndexError),
+        (lambda m: m.wait(77), ValueError),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(comm, call, error):
+    with make(comm) as manager:
+        manager.push(np.arange(12), np.ones((12, 4), np.float32))
+        with pytest.raises(error):
+            call(manager)
+        manager.barrier()
+        out = np.empty((12, 4), np.float32)
+        manager.wait(manager.pull(np.arange(12), out))
+        assert (out == comm.size).all()
+        meet(comm)
