@@ -13,42 +13,7 @@ from collections import deque
 import numpy as np
 
 import cuda_ops
-
-_RANK_BITS = 16
-_RANK_MASK = (1 << _RANK_BITS) - 1
-NOBODY = -1
-
-
-class RankIndex:
-    """Map from key to (rank, number), in memory proportional to the keys that it has."""
-
-    def __init__(self):
-        self._index = cuda_ops.KeyIndex()
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self._index.memory_bytes
-
-    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ranks int64 `[n]`, -1 for none; numbers int64 `[n]`)."""
-        found = self._index.find(keys)
-        return np.where(found < 0, NOBODY, found & _RANK_MASK), found >> _RANK_BITS
-
-    def put(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray | int) -> None:
-        """Set what distinct `keys` (int64 `[n]`) map to."""
-        self._index.remove(keys)
-        entries = np.empty(len(keys), np.int64)
-        entries[...] = numbers
-        self._index.add(keys, (entries << _RANK_BITS) | ranks)
-
-    def remove(self, keys: np.ndarray) -> None:
-        self._index.remove(keys)
-
-    def clear(self) -> None:
-        self._index = cuda_ops.KeyIndex()
+from pm.rank_index import MOST_RANKS, NOBODY, RankIndex
 
 
 class Directory:
@@ -66,8 +31,8 @@ class Directory:
     """
 
     def __init__(self, rank: int, ranks: int, cached_keys: int):
-        if ranks > _RANK_MASK:
-            raise ValueError(f"{ranks} ranks are too many: a key's owner is noted in {_RANK_BITS} bits")
+        if ranks > MOST_RANKS:
+            raise ValueError(f"{ranks} ranks are too many: a key's owner is noted as one of {MOST_RANKS}")
         self.rank, self.ranks = rank, ranks
         self.cached_keys = cached_keys
         self._away = RankIndex()

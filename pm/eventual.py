@@ -22,16 +22,16 @@ import cuda_ops
 from pm import rules
 from pm.agreement import check_same_step
 from pm.claims import Intent
-from pm.holdings import Copy, Group, Holdings
+from pm.holdings import Group, Holdings
 from pm.manager import Traffic
 from pm.messages import Kind, Message
 from pm.node import Node
 from pm.operations import Action, Operation
-from pm.pieces import Piece, Summing
+from pm.passes import Passes
 from pm.serving import Round
-from pm.store import RecordStore
 from pm.synchronous import SynchronousManager
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.updates import Updates, places_of
 
 _ADDITIVE = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad, rules.Frozen)
 DEFAULT_ROUNDS_PER_SECOND = 500.0
@@ -77,12 +77,8 @@ class EventualManager(SynchronousManager):
         self._next_round = 0.0
         self._has_received = False
         self._arrived: dict[int, Round] = {}
-        self._gathered: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self._late = Summing()
-        self._groups: dict[int, dict[str, object]] = {}
-        self._epochs = np.zeros((2, comm.size), np.int64)  # by phase and rank, the last pass that it has ended
-        self._ended = 0
-        self._ending: list[tuple[int, int]] = []
+        self._updates = Updates(self)
+        self._passes = Passes(self, comm.size)
         super().__init__(comm, timeout_seconds)
 
     # Tables
@@ -114,7 +110,7 @@ class EventualManager(SynchronousManager):
             self._initialise_state(table, rows, slots)
 
         def take_in(slots: np.ndarray, gradients: np.ndarray) -> None:
-            self._gathered.setdefault(table.number, []).append((slots, np.array(gradients)))
+            self._updates.take_in(table, slots, gradients)
 
         return Group(
             table.number,
@@ -127,7 +123,8 @@ class EventualManager(SynchronousManager):
             None if moves else take_in,
         )
 
-    def _holdings(self, table: Table) -> Holdings:
+    def holdings_of(self, table: Table) -> Holdings:
+        """Return what this rank holds of a table."""
         return self.node.holdings[table.number]
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
@@ -138,7 +135,7 @@ class EventualManager(SynchronousManager):
             )
         self.settle()
         with self.structure:
-            old = self._holdings(table)
+            old = self.holdings_of(table)
             keys, slots = old.owned.store.index.items()
             values = old.owned.values(slots)[:, : spec.dim]
             counters = old.owned.counters[slots]
@@ -158,11 +155,11 @@ class EventualManager(SynchronousManager):
 
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         with self.structure:
-            return rows[self.node.grants.find_or_make(self._holdings(table), rows) >= 0]
+            return rows[self.node.grants.find_or_make(self.holdings_of(table), rows) >= 0]
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
         with self.structure:
-            return self.node.grants.find_or_make(self._holdings(table), rows)
+            return self.node.grants.find_or_make(self.holdings_of(table), rows)
 
     # Rows
 
@@ -192,13 +189,14 @@ class EventualManager(SynchronousManager):
         self._check_open()
         self._wait_for_others_steps()
         started = time.perf_counter()
-        operation = Operation(Action.PULL, table.number, rows, out, places=_places_of(intent))
-        self._run(operation)
+        operation = Operation(Action.PULL, table.number, rows, out, places=places_of(intent))
+        self.run(operation)
         self.traffic.seconds["gather"] += time.perf_counter() - started
-        self._wait_for(operation)
+        self.wait_for(operation)
         return out
 
-    def _run(self, operation: Operation) -> None:
+    def run(self, operation: Operation) -> None:
+        """Begin an operation."""
         with self.structure:
             self.node.claims.is_paused = False
             self.node.operations.run(operation)
@@ -206,8 +204,10 @@ class EventualManager(SynchronousManager):
         if sent or operation.remaining:
             self.transport.wake()
 
-    def _wait_for(self, operation: Operation) -> None:
-        self.wait_for_rows(lambda: operation.is_done, self.peers) if operation.remaining else None
+    def wait_for(self, operation: Operation) -> None:
+        """Wait until an operation is done."""
+        if operation.remaining:
+            self.wait_for_rows(lambda: operation.is_done, self.peers)
 
     def _wait_for_others_steps(self) -> None:
         """Wait as long as the bound on staleness demands, and for the end of an epoch that has ended here."""
@@ -217,19 +217,14 @@ class EventualManager(SynchronousManager):
                 lambda: syncing.may_go_on(steps),
                 lambda: self.others.missing(syncing.ranks_behind(steps), f"come near step {steps}"),
             )
-        epoch = self._epochs[0, self.rank]
-        if self._behind_epoch(epoch):
+        if self._passes.ranks_behind():
             self._waiting.until(
-                lambda: not self._behind_epoch(epoch),
-                lambda: self.others.missing(self._behind_epoch(epoch), "end its pass over the loader"),
+                lambda: not self._passes.ranks_behind(),
+                lambda: self.others.missing(self._passes.ranks_behind(), "end its pass over the loader"),
             )
 
-    def _behind_epoch(self, epoch: int, phase: int = 1) -> list[int]:
-        behind = np.flatnonzero(self._epochs[phase] < epoch).tolist()
-        return [p for p in behind if p not in self.closed_peers] if behind else behind
-
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
-        holdings = self._holdings(table)
+        holdings = self.holdings_of(table)
         values = self._pull(table, rows, np.empty((len(rows), table.spec.dim), table.spec.dtype))
         before = values.copy()
         changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
@@ -241,8 +236,8 @@ class EventualManager(SynchronousManager):
             operation = Operation(Action.PUSH, table.number, rows[changed], updates)
         else:
             operation = Operation(Action.SET, table.number, rows[changed], values[changed])
-        self._run(operation)
-        self._wait_for(operation)
+        self.run(operation)
+        self.wait_for(operation)
 
     # Steps
 
@@ -257,14 +252,9 @@ class EventualManager(SynchronousManager):
     ) -> None:
         self._check_open()
         started = time.perf_counter()
-        by_table: dict[int, list[TableGradient]] = {}
-        for gradient in gradients:
-            by_table.setdefault(gradient.table.number, []).append(gradient)
         with self.structure:
             self.node.claims.is_paused = False
-            self._groups.update(groups)
-            for number in sorted(set(by_table) | (set(groups) & set(self._gathered))):
-                self._apply_own(self.tables[number], by_table.get(number, []), groups[number])
+            self._updates.step(gradients, groups)
             self.steps += 1
             self._clock.now = self.steps
             for plan in finished:
@@ -275,91 +265,10 @@ class EventualManager(SynchronousManager):
         self._say_step(optimizer, np.empty(0) if vector is None else vector)
         self.traffic.seconds["update"] += time.perf_counter() - started
 
-    def _apply_own(self, table: Table, gradients: Sequence[TableGradient], group: dict[str, object]) -> None:
-        rows, values, scale = self._late.combine(
-            [Piece(g.rows, g.values, g.scale, g.ordinal, g.counts) for g in gradients]
-            or [Piece(np.empty(0, np.int64), np.empty((0, table.spec.dim), table.spec.dtype), 1.0, 0, None)],
-            table.spec.dim,
-        )
-        if self._holdings(table).group.moves:
-            intent = gradients[0].plan.intent if len(gradients) == 1 and gradients[0].plan is not None else None
-            self._apply_here(table, rows, values, scale, group, _places_of(intent))
-        else:
-            self._apply_at_home(table, rows, values, scale, group)
-
-    def _apply_here(self, table: Table, rows, values, scale: float, group, places: np.ndarray | None) -> None:
-        """Apply gradients to records and copies on this rank; rows that are not here are fetched, updated and sent."""
-        table.begun = True
-        table.gradient_steps += 1
-        if not len(rows):
-            return
-        holdings, rule, version = self._holdings(table), table.spec.rule, self.steps + 1
-
-        def apply(store: RecordStore, slots: np.ndarray, some: np.ndarray | None) -> None:
-            grads = values if some is None else values[some]
-            rule.apply(store, slots, grads, scale, group, table.gradient_steps, version)
-
-        places = holdings.places(rows, places)
-        mine = np.flatnonzero(places >= 0)
-        if len(mine) == len(rows):
-            apply(holdings.owned.store, places, None)
-            self.node.grants.changed_here(holdings, places)
-            return
-        if len(mine):
-            apply(holdings.owned.store, places[mine], mine)
-            self.node.grants.changed_here(holdings, places[mine])
-        others = np.flatnonzero(places < 0)
-        at = -2 - places[others]
-        active = (at >= 0) & (holdings.copies.states[at] == Copy.ACTIVE)
-        if active.any():
-            apply(holdings.copies.store, at[active], others[active])
-            holdings.copies.mark_changed(at[active])
-        away = others[~active]
-        if len(away):
-            self._apply_away(table, rows[away], lambda store, slots: apply(store, slots, away))
-
-    def _apply_away(self, table: Table, rows: np.ndarray, apply: Callable[[RecordStore, np.ndarray], None]) -> None:
-        """Update rows that are not here: by what a record, pulled for this, changes, their owners' records change."""
-        width = self._holdings(table).group.width
-        before = np.empty((len(rows), width), table.spec.dtype)
-        pulling = Operation(Action.PULL, table.number, rows, before)
-        self.structure.release()  # what is waited for comes with messages, which need the lock
-        try:
-            self._run(pulling)
-            self._wait_for(pulling)
-        finally:
-            self.structure.acquire()
-        scratch = RecordStore(table.spec.record_class, len(rows))
-        slots = scratch.allocate(len(rows))
-        scratch.set_values(slots, before)
-        apply(scratch, slots)
-        after = cuda_ops.gather(scratch.words, scratch.stride, slots, width=width)
-        self._run(Operation(Action.PUSH, table.number, rows, after - before))
-
-    def _apply_at_home(self, table: Table, rows, values, scale: float, group: dict[str, object]) -> None:
-        """Sum gradients for rows of others, and take a step with what has come together for our own."""
-        holdings = self._holdings(table)
-        slots = self.node.grants.find_or_make(holdings, rows)
-        mine = slots >= 0
-        if not mine.all():
-            away = np.ascontiguousarray(values[~mine] * values.dtype.type(scale))
-            self._run(Operation(Action.PUSH, table.number, rows[~mine], away))
-        pieces = [Piece(slots[mine], np.ascontiguousarray(values[mine]), scale, 0, None)]
-        self._take_step(table, pieces, group)
-
-    def _take_step(self, table: Table, pieces: list[Piece], group: dict[str, object]) -> None:
-        """Apply what others have sent, and `pieces`, as one step."""
-        pieces = pieces + [Piece(at, sums, 1.0, 0, None) for at, sums in self._gathered.pop(table.number, ())]
-        self.apply(table, pieces, group)
-        touched = [piece.slots for piece in pieces if len(piece.slots)]
-        if touched:
-            self.node.grants.changed_from_afar(self._holdings(table), np.unique(np.concatenate(touched)))
-
-    def _take_what_has_gathered(self) -> None:
-        """Nobody steps for a while: owners take a step of their own with gradients that others have sent."""
+    def take_what_has_gathered(self) -> None:
+        """Apply what others have sent, while nobody steps."""
         with self.structure:
-            for number in list(self._gathered):
-                self._take_step(self.tables[number], [], self._groups[number])
+            self._updates.take_what_has_gathered()
 
     def _version_after_step(self) -> int:
         return self.steps + 1
@@ -409,53 +318,29 @@ class EventualManager(SynchronousManager):
         self.barrier()  # nothing moves before all are done
 
     def epoch_ended(self) -> None:
-        """This rank has had all batches of a pass: from its next lookup on, all ranks see all changes of the pass.
-
-        First every rank's changes go to their owners; once all ranks have said that theirs are there, owners apply what
-        has gathered, on their background threads, and send it out, and say that they have.
-        """
         self._sync()
-        self._say_epoch(int(self._epochs[0, self.rank]) + 1, 0)
-
-    def _say_epoch(self, epoch: int, phase: int) -> None:
-        for peer in range(self.ranks):
-            self.deliver(peer, Message(Kind.EPOCH, (epoch, phase)))
-        self.transport.wake()
-        if phase == 0:
-            self._epochs[0, self.rank] = epoch  # at once: the next lookup waits
-
-    def _on_epoch(self, source: int, message: Message) -> None:
-        """EPOCH(number, phase): of passes up to this number, all that `source` changed is with the owners (phase 0), or
-        all that is owned by `source` is everywhere (1)."""
-        epoch, phase = message.numbers
-        self._epochs[phase, source] = epoch
-        self._end_epochs()
+        self._passes.ended_here()
 
     def _on_closed(self, source: int, message: Message) -> None:
         super()._on_closed(source, message)
-        self._end_epochs()
+        self._passes.look()
 
-    def _end_epochs(self) -> None:
-        ended = min(int(self._epochs[0, p]) for p in range(self.ranks) if p not in self.closed_peers)
-        if ended > self._ended:
-            self._ended = ended
-            self._take_what_has_gathered()
-            with self.structure:
-                self._ending.append((ended, self.node.syncing.begin()))
-                self.node.flush()
-
-    def _go_on_ending(self) -> None:
-        while self._ending and self.node.syncing.is_over(self._ending[0][1]):
-            self._say_epoch(self._ending.pop(0)[0], 1)
-
-    def _sync(self) -> None:
-        """Make what this rank has changed visible everywhere."""
+    def begin_flush(self) -> int:
+        """Begin to make what this rank has changed visible everywhere; return a token."""
         with self.structure:
             token = self.node.syncing.begin()
             self.node.flush()
         self.transport.wake()
+        return token
+
+    def flush_is_over(self, token: int) -> bool:
+        return self.node.syncing.is_over(token)
+
+    def _sync(self) -> None:
+        """Make what this rank has changed visible everywhere."""
+        token = self.begin_flush()
         self._waiting.until(
-            lambda: self.node.syncing.is_over(token),
+            lambda: self.flush_is_over(token),
             lambda: "other ranks to take in this rank's changes",
             lambda: self.others.why_gone(self.peers, "an answer"),
         )
@@ -468,7 +353,7 @@ class EventualManager(SynchronousManager):
             self.node.claims.is_paused = True
         self._sync()
         self.barrier()
-        self._take_what_has_gathered()
+        self.take_what_has_gathered()
         self._sync()  # nor is anything under way that was asked for before
         self.barrier()
 
@@ -485,14 +370,14 @@ class EventualManager(SynchronousManager):
             table.store.set_values(slots, values)
             if states is not None:
                 table.store.set_states(slots, states)
-            self.node.grants.changed_from_afar(self._holdings(table), slots)
+            self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
     def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
         with self.structure:
             slots = self.touch(table, rows)
             self.catch_up(table, slots)
             table.store.set_states(slots, states)
-            self.node.grants.changed_from_afar(self._holdings(table), slots)
+            self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         with self.structure:
@@ -513,7 +398,7 @@ class EventualManager(SynchronousManager):
         super()._receive(source, message)
 
     def _message_handlers(self) -> dict[Kind, Callable[[int, Message], None]]:
-        of_steps = {Kind.STEP: self._on_step, Kind.EPOCH: self._on_epoch}
+        of_steps = {Kind.STEP: self._on_step, Kind.EPOCH: self._passes.on_epoch}
         shared = (Kind.SHARD, Kind.CLOSED, Kind.LAST)
         handlers = super()._message_handlers()
         return {kind: handlers[kind] for kind in shared} | of_steps
@@ -533,7 +418,7 @@ class EventualManager(SynchronousManager):
                 self.node.round()
                 self._next_round = now + self._round_seconds
                 busy = True
-            self._go_on_ending()
+            self._passes.go_on()
         if busy:
             self._waiting.notify()
         return busy
@@ -552,10 +437,6 @@ class EventualManager(SynchronousManager):
         for name in ("relocations", "replications", "replica_steps"):
             setattr(traffic, name, Counter({group: n for (what, group), n in by_group.items() if what == name}))
         return traffic
-
-
-def _places_of(intent: Intent | None) -> np.ndarray | None:
-    return None if intent is None else intent.places
 
 
 class _Plan(RowPlan):

@@ -13,78 +13,9 @@ import numpy as np
 
 import cuda_ops
 from pm.keys import make_keys
+from pm.rank_index import RankIndex
 
 DEFAULT_CACHE_KEYS = 1 << 20
-
-
-class RankOfKey:
-    """A map from keys to (rank, number) that grows and shrinks. Keys are distinct within a call."""
-
-    def __init__(self):
-        self._index = cuda_ops.KeyIndex()
-        self._rank = np.empty(16, np.int32)
-        self._number = np.empty(16, np.int64)
-        self._free = np.arange(15, -1, -1, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self._index.memory_bytes + self._rank.nbytes + self._number.nbytes + self._free.nbytes
-
-    def get(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ranks, numbers), int64 `[n]` each; rank -1 where a key is not there."""
-        slots = self._index.find(keys)
-        known = slots >= 0
-        ranks = np.where(known, self._rank[slots], -1)
-        return ranks.astype(np.int64), np.where(known, self._number[slots], -1)
-
-    def put(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray | int) -> None:
-        slots = self._index.find(keys)
-        absent = np.flatnonzero(slots < 0)
-        if len(absent):
-            self._make_room(len(absent))
-            cut = len(self._free) - len(absent)
-            made, self._free = self._free[cut:], self._free[:cut]
-            self._index.add(keys[absent], made)
-            slots[absent] = made
-        self._rank[slots] = ranks
-        self._number[slots] = numbers
-
-    def put_newer(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray) -> None:
-        """As `put`, but for keys that are there with a number that is not smaller."""
-        slots = self._index.find(keys)
-        absent = slots < 0
-        if absent.any():
-            self._make_room(int(absent.sum()))
-            cut = len(self._free) - int(absent.sum())
-            made, self._free = self._free[cut:], self._free[:cut]
-            self._index.add(keys[absent], made)
-            slots[absent] = made
-            self._number[made] = -1
-        newer = numbers > self._number[slots]
-        slots = slots[newer]
-        self._rank[slots] = ranks if np.isscalar(ranks) else ranks[newer]
-        self._number[slots] = numbers[newer]
-
-    def remove(self, keys: np.ndarray) -> None:
-        slots = self._index.remove(keys)
-        self._free = np.concatenate([self._free, slots[slots >= 0]])
-
-    def items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (keys, ranks, numbers)."""
-        keys, slots = self._index.items()
-        return keys, self._rank[slots].astype(np.int64), self._number[slots]
-
-    def _make_room(self, count: int) -> None:
-        if count <= len(self._free):
-            return
-        old = len(self._rank)
-        new = max(2 * old, old + count)
-        self._rank = np.concatenate([self._rank, np.empty(new - old, np.int32)])
-        self._number = np.concatenate([self._number, np.empty(new - old, np.int64)])
-        self._free = np.concatenate([self._free, np.arange(new - 1, old - 1, -1, dtype=np.int64)])
 
 
 class Locations:
@@ -102,9 +33,9 @@ class Locations:
     def __init__(self, rank: int, ranks: int, group: int, cache_keys: int = DEFAULT_CACHE_KEYS):
         self._rank, self._ranks, self._group = rank, ranks, group
         self._cache_keys = cache_keys
-        self._moved = RankOfKey()
-        self._given_away = RankOfKey()
-        self._cache = RankOfKey()
+        self._moved = RankIndex()
+        self._given_away = RankIndex()
+        self._cache = RankIndex()
 
     @property
     def memory_bytes(self) -> int:
@@ -119,7 +50,7 @@ class Locations:
         unmoved = self.home_of(keys) == self._rank
         if len(self._moved):
             at_home = np.flatnonzero(unmoved)
-            unmoved[at_home] = self._moved.get(keys[at_home])[0] < 0
+            unmoved[at_home] = self._moved.find(keys[at_home])[0] < 0
         return unmoved
 
     def next_hop(self, keys: np.ndarray, *, guess: bool = False) -> np.ndarray:
@@ -131,14 +62,14 @@ class Locations:
         home = self.home_of(keys)
         target = home.copy()
         if guess and len(self._cache):
-            cached, _ = self._cache.get(keys)
+            cached, _ = self._cache.find(keys)
             target = np.where(cached >= 0, cached, target)
         if len(self._given_away):
-            pointed, _ = self._given_away.get(keys)
+            pointed, _ = self._given_away.find(keys)
             target = np.where(pointed >= 0, pointed, target)
         mine = np.flatnonzero(home == self._rank)
         if len(mine):
-            owner, _ = self._moved.get(keys[mine])
+            owner, _ = self._moved.find(keys[mine])
             target[mine] = np.where(owner >= 0, owner, self._rank)
         return target
 
@@ -150,9 +81,9 @@ class Locations:
         """
         coming = self.home_of(keys) == source
         if source == self._rank:
-            return coming & (self._moved.get(keys)[0] == self._rank)
+            return coming & (self._moved.find(keys)[0] == self._rank)
         if len(self._given_away):
-            coming &= self._given_away.get(keys)[0] < 0
+            coming &= self._given_away.find(keys)[0] < 0
         return coming
 
     def learn(self, keys: np.ndarray, owner: int) -> None:
@@ -164,7 +95,7 @@ class Locations:
         if not len(keys):
             return
         if len(self._cache) + len(keys) > self._cache_keys:
-            self._cache = RankOfKey()
+            self._cache = RankIndex()
         self._cache.put(keys[: self._cache_keys], owner, 0)
 
     def moved(self, keys: np.ndarray, owner: np.ndarray | int, counters: np.ndarray) -> None:
@@ -204,5 +135,5 @@ class Locations:
         home = int(self.home_of(keys)[0])
         known = {"home": home, "believed owner": int(self.next_hop(keys, guess=True)[0])}
         if home == self._rank:
-            known["moves"] = max(0, int(self._moved.get(keys)[1][0]))
+            known["moves"] = max(0, int(self._moved.find(keys)[1][0]))
         return known

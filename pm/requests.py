@@ -8,8 +8,8 @@ import numpy as np
 
 import cuda_ops
 from pm.asked import Request
-from pm.directory import NOBODY
 from pm.messages import Kind, Message, narrow, widen
+from pm.rank_index import NOBODY
 from pm.tables import Table
 
 if TYPE_CHECKING:

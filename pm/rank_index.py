@@ -1,0 +1,55 @@
+"""A map from keys to ranks: who owns a key, or where it went, with a number that says how new that is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import cuda_ops
+
+_RANK_BITS = 16
+_RANK_MASK = (1 << _RANK_BITS) - 1
+MOST_RANKS = _RANK_MASK
+NOBODY = -1
+
+
+class RankIndex:
+    """Map from key to (rank, number), in memory proportional to the keys that it has."""
+
+    def __init__(self):
+        self._index = cuda_ops.KeyIndex()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._index.memory_bytes
+
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ranks int64 `[n]`, -1 for none; numbers int64 `[n]`, -1 for none)."""
+        found = self._index.find(keys)
+        return np.where(found < 0, NOBODY, found & _RANK_MASK), found >> _RANK_BITS
+
+    def put(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray | int) -> None:
+        """Set what distinct `keys` (int64 `[n]`) map to."""
+        self._index.remove(keys)
+        entries = np.empty(len(keys), np.int64)
+        entries[...] = numbers
+        self._index.add(keys, (entries << _RANK_BITS) | ranks)
+
+    def put_newer(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray) -> None:
+        """As `put`, but for keys that are there with a number that is not smaller."""
+        newer = numbers > self.find(keys)[1]
+        if newer.any():
+            self.put(keys[newer], ranks if np.isscalar(ranks) else ranks[newer], numbers[newer])
+
+    def remove(self, keys: np.ndarray) -> None:
+        self._index.remove(keys)
+
+    def items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (keys, ranks, numbers), int64 each, in no order."""
+        keys, entries = self._index.items()
+        return keys, entries & _RANK_MASK, entries >> _RANK_BITS
+
+    def clear(self) -> None:
+        self._index = cuda_ops.KeyIndex()
