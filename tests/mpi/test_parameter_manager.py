@@ -71,6 +71,7 @@ def test_a_key_that_one_rank_intends_moves_there_and_stays(comm, techniques):
             manager.advance_clock()
             wait_until_quiet(comm, manager)
             assert is_local(manager, keys) == (comm.rank == owner)
+            meet(comm)  # before the next one asks
         manager.barrier()
         out = np.empty((12, 4), np.float32)
         manager.wait(manager.pull(keys, out))
