@@ -44,8 +44,9 @@ class AskedPlan:
     `rows` are those of its rows that this owner has, `slots` their slots here, and `tickets` what the rank calls them
     (ascending; see `RowPlan`). `sent_at[i]` is the version at which row i was last sent (-1: never), `due[i]` that from
     which no known intent touches it before the plan uses it; `copied[i]` says whether the rank has had a copy of it.
-    Rows are not sent early before version `next_due`. `pending` is the last step for which the plan has a gradient.
-    `arrived` are (rows, slots) of those that have come here since, where the plan is this rank's own.
+    Rows are not sent early before version `next_due`, which is 0 until they were first looked at. `pending` is the last
+    step for which the plan has a gradient. `arrived` are (rows, slots) of those that have come here since, where the
+    plan is this rank's own.
     """
 
     number: int
@@ -106,10 +107,14 @@ class AskedRows:
     def early(self, version: int, horizon: int) -> Iterator[AskedPlan]:
         """Plans for later versions, up to which all ranks' intents are known (`horizon`), with rows that are due.
 
-        Not of tables whose every step moves every row: what is sent early would be stale when it is needed.
+        Not of tables whose every step moves every row: what is sent early would be stale when it is needed. A plan is
+        looked at when it is new and when it is the next, not at each step between: messages are few and large.
         """
         return (
             plan
             for plan in self.plans.values()
-            if version < plan.expected <= horizon + 1 and plan.next_due <= version and plan.table.history is None
+            if version < plan.expected <= horizon + 1
+            and plan.next_due <= version
+            and (plan.next_due == 0 or plan.expected == version + 1)
+            and plan.table.history is None
         )

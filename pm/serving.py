@@ -264,7 +264,7 @@ class Serving:
         else:
             positions = np.arange(len(plan.slots))
         if early:
-            plan.next_due = int(plan.due.min(initial=_NEVER))
+            plan.next_due = max(1, int(plan.due.min(initial=_NEVER)))
         if manager.techniques.moves and not self._stillness and len(positions):
             positions = manager.moving.give(peer, plan, positions)
         if not copies or not (len(positions) or answer):

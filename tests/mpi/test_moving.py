@@ -12,6 +12,7 @@ from pm.messages import Kind
 from tests.mpi.worlds import World, assert_nothing_is_held, gathered, meet, pulled, read
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
+KINDS = ("intent", "records", "pull", "want")
 ALL = ["all", "relocation", "replication", "none"]
 
 
@@ -291,12 +292,14 @@ def test_what_each_technique_sends(managers, comm, techniques):
     manager.settle()
     manager.barrier()
     kinds, traffic = manager.bytes_by_kind, manager.traffic
+    of_kind = dict(zip(KINDS, over_ranks(comm, *(kinds.get(kind, 0) for kind in KINDS)), strict=True))
     relocations, replications = over_ranks(comm, traffic.relocations[0], traffic.replications[0])
     assert (relocations > 0) == (techniques in ("all", "relocation"))
     assert (replications > 0) == (techniques != "none")
-    assert ("intent" in kinds) == (techniques != "none")
-    assert ("pull" in kinds) == (techniques == "none")
-    assert ("want" in kinds) == (techniques == "relocation")
+    assert (of_kind["records"] > 0) == (techniques in ("all", "relocation"))
+    assert (of_kind["intent"] > 0) == (techniques != "none")
+    assert (of_kind["pull"] > 0) == (techniques == "none")
+    assert (of_kind["want"] > 0) == (techniques == "relocation")
     assert sum(kinds.values()) <= manager.bytes_sent
 
 
