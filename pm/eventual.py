@@ -350,7 +350,7 @@ class EventualManager(SynchronousManager):
     def settle(self) -> None:
         """Wait until all ranks are here and see all changes, and let nothing move until the next step or lookup
         (collective)."""
-        self._check_open()
+        self.barrier()  # nobody still waits for rows that would not move any more
         with self.structure:
             self.node.claims.is_paused = True
         self._sync()
