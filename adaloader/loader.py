@@ -18,7 +18,8 @@ from adaloader.explain import Explanation
 from adaloader.loader_iterator import DRAWS, LoaderIterator
 from adaloader.lookahead import LookaheadIterator
 from adaloader.sampling import GlobalBatchSampler, Shares
-from adaloader.session import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Session, Settings
+from adaloader.session import Session
+from adaloader.settings import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Settings
 from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
 from adaloader.wrapped_loader import WrappedLoader
 from pm.eventual import DEFAULT_ROUNDS_PER_SECOND

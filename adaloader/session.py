@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
-import pm.eventual
 from adaloader import adoption
 from adaloader.agreement import broadcast
 from adaloader.auto_lookahead import AutoLookahead
@@ -42,17 +40,13 @@ from adaloader.ranks import (
     same_comm,
 )
 from adaloader.sampling import random_state, set_random_state
+from adaloader.settings import Settings
 from adaloader.state import hook_modules, hook_state_dicts
-from adaloader.strategy import check_strategy, resolve_strategy
+from adaloader.strategy import resolve_strategy
 from adaloader.table_values import all_numbers
 from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
-from pm.decision import check_techniques
 from pm.launch import default_comm, launched_ranks
-
-DEFAULT_LOOKAHEAD = 5
-DEFAULT_MIN_ROWS = 1000
-DEFAULT_TIMEOUT_SECONDS = 300.0
 
 _ONE_DATASET = (
     "give all ranks the whole dataset, which is shared out here, or all ranks batches of their own: "
@@ -60,58 +54,6 @@ _ONE_DATASET = (
 )
 
 _open_managers: weakref.WeakSet[pm.Manager] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The keywords of a loader; see `AdaLoader`."""
-
-    lookahead: int | str
-    staleness: int | None
-    keys: str | None | Mapping[object, Callable[[Any], Any]]
-    min_rows: int
-    comm: object
-    batch_weight: Callable[[Any], float] | None
-    timeout_seconds: float
-    strategy: Mapping[str, str] | None = None
-    techniques: str = "all"
-    update_threshold: float | None = None
-    max_rounds_per_second: float = pm.eventual.DEFAULT_ROUNDS_PER_SECOND
-
-    def __post_init__(self):
-        check_strategy(self.strategy)
-        if self.lookahead != "auto" and (not _is_int(self.lookahead) or self.lookahead < 0):
-            raise ValueError(f'lookahead must be a number of batches, 0 or more, or "auto"; got {self.lookahead!r}')
-        if self.staleness is not None and (not _is_int(self.staleness) or self.staleness < 0):
-            raise ValueError(
-                f"staleness must be 0 (synchronous, exact), a number of steps, or None (no bound); got "
-                f"{self.staleness!r}"
-            )
-        check_techniques(self.techniques)
-        if self.update_threshold is not None and not (_is_number(self.update_threshold) and self.update_threshold >= 0):
-            raise ValueError(f"update_threshold must be 0 or more; got {self.update_threshold!r}")
-        if self.update_threshold and self.staleness == 0:
-            raise ValueError(
-                f"update_threshold={self.update_threshold!r} holds changes back, which staleness=0 does not allow; "
-                "leave one of them out"
-            )
-        if not _is_number(self.max_rounds_per_second) or not self.max_rounds_per_second > 0:
-            raise ValueError(f"max_rounds_per_second must be positive; got {self.max_rounds_per_second!r}")
-        if not _is_int(self.min_rows) or self.min_rows < 1:
-            raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
-        if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be positive; got {self.timeout_seconds!r}")
-        if not (self.keys is None or self.keys == "auto" or isinstance(self.keys, Mapping)):
-            raise ValueError(f'keys must be "auto", None or a mapping of tables to functions; got {self.keys!r}')
-        if self.batch_weight is not None and not callable(self.batch_weight):
-            raise TypeError(f"batch_weight must be a function of a batch, got {self.batch_weight!r}")
-        if self.comm is not None and not hasattr(self.comm, "Dup"):
-            raise TypeError(f"comm must be an mpi4py communicator, got {type(self.comm).__name__}")
-
-    def shared(self) -> dict[str, object]:
-        """What all loaders of one model must agree on."""
-        names = ("min_rows", "staleness", "comm", "techniques", "update_threshold", "max_rounds_per_second")
-        return {name: getattr(self, name) for name in names}
 
 
 class Session:
@@ -300,14 +242,6 @@ class _Unwatched(Iterator):
     def __next__(self):
         with self._feed.reading():
             return next(self._inner)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_list(optimizer) -> list[Optimizer]:

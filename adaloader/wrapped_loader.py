@@ -14,7 +14,8 @@ from adaloader.batch_weights import own_weight
 from adaloader.explain import Explanation
 from adaloader.loader_iterator import DRAWS, LoaderIterator
 from adaloader.lookahead import LookaheadIterator, Place
-from adaloader.session import Session, Settings
+from adaloader.session import Session
+from adaloader.settings import Settings
 
 
 class WrappedLoader:

@@ -27,6 +27,7 @@ from pm.manager import Traffic
 from pm.messages import Kind, Message
 from pm.node import Node
 from pm.operations import Action, Operation
+from pm.pace import Pace
 from pm.passes import Passes
 from pm.serving import Round
 from pm.synchronous import SynchronousManager
@@ -75,9 +76,7 @@ class EventualManager(SynchronousManager):
             staleness=staleness,
         )
         self._clock = self.node.claims.add_clock()
-        self._round_seconds = 1.0 / max_rounds_per_second
-        self._next_round = 0.0
-        self._has_received = False
+        self._pace = Pace(self.node, max_rounds_per_second)
         self._arrived: dict[int, Round] = {}
         self._updates = Updates(self)
         self._passes = Passes(self, comm.size)
@@ -395,7 +394,7 @@ class EventualManager(SynchronousManager):
     def _receive(self, source: int, message: Message) -> None:
         with self.structure:
             if self.node.handle(source, message):
-                self._has_received = True
+                self._pace.received()
                 return
         super()._receive(source, message)
 
@@ -406,20 +405,10 @@ class EventualManager(SynchronousManager):
         return {kind: handlers[kind] for kind in shared} | of_steps
 
     def _after_receiving(self) -> bool:
-        now = time.perf_counter()
-        begins = now >= self._next_round
-        if not (self._has_received or begins):
+        if not self._pace.is_turn():
             return False
-        busy = self._has_received
         with self.structure:
-            if self._has_received:
-                self._has_received = False
-                self.node.after_messages()
-            self.node.tell_time(now)
-            if begins and self.node.needs_round:
-                self.node.round()
-                self._next_round = now + self._round_seconds
-                busy = True
+            busy = self._pace.take_turn()
             self._passes.go_on()
         if busy:
             self._waiting.notify()

@@ -37,7 +37,6 @@ class Operation:
         on_done: called when it is done.
         number: of the operation on this rank.
         remaining: how many keys are still to be done.
-        local: how many were done without a message.
         order: that of the keys, once it is needed.
         places: where the keys were when last seen (`Holdings.places`), if known.
     """
@@ -49,7 +48,6 @@ class Operation:
     on_done: Callable[[], None] = lambda: None
     number: int = 0
     remaining: int = 0
-    local: int = 0
     order: np.ndarray | None = None
     places: np.ndarray | None = None
 
@@ -90,7 +88,6 @@ class Operations:
             self.waiting.append((operation, everything[blocked]))
             everything = everything[~blocked]
         self._advance(operation, everything)
-        operation.local = len(operation.keys) - operation.remaining
         if not len(operation.keys):
             operation.on_done()
         return operation

@@ -17,6 +17,7 @@ from pm.messages import Kind, Message
 from pm.moves import Moves
 from pm.node import Node
 from pm.operations import Operation
+from pm.pace import Pace
 from pm.transport import Transport
 from pm.waiting import Waiting
 
@@ -71,9 +72,7 @@ class Runtime:
         self.node = Node(self.rank, self.ranks, groups, self._send, **options)
         self._moves = Moves(self.node, record)
         self._on_control = on_control
-        self._round_seconds = 1.0 / max_rounds_per_second
-        self._next_round = 0.0
-        self._has_received = False
+        self._pace = Pace(self.node, max_rounds_per_second)
         self._started = time.perf_counter()
         self.transport = None
         if self.ranks > 1:
@@ -218,23 +217,13 @@ class Runtime:
         with self.lock:
             if not self.node.handle(source, message):
                 self._on_control(source, message)
-        self._has_received = True
+        self._pace.received()
 
     def _after_receiving(self) -> bool:
-        now = time.perf_counter()
-        begins = now >= self._next_round and not self.closed
-        if not (self._has_received or begins):
+        if not self._pace.is_turn():
             return False
-        busy = self._has_received
         with self.lock:
-            if self._has_received:
-                self._has_received = False
-                self.node.after_messages()
-            self.node.tell_time(now)
-            if begins and self.node.needs_round:
-                self.node.round()
-                self._next_round = now + self._round_seconds
-                busy = True
+            busy = self._pace.take_turn(ends=self.closed)
         if busy:
             self.waiting.notify()
         return busy
