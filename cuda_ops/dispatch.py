@@ -1,11 +1,13 @@
 """Choose the body of a function by where its arrays are.
 
 NumPy arrays go straight to the CPU body. CPU tensors are viewed as NumPy arrays (same memory, no autograd),
-and what the body returns is viewed back as tensors. A tensor on any other device is an error that names the
-function.
+and what the body returns is viewed back as tensors. CUDA tensors go to the function of the same name and file in
+`cuda_ops/cuda`, which is imported when the first of them comes: a machine without a GPU never loads it. A tensor on any
+other device is an error that names the function.
 """
 
 import functools
+import importlib
 
 import numpy as np
 import torch
@@ -20,21 +22,51 @@ def by_device(cpu_body):
 
     Raises:
         NotImplementedError: an argument is a tensor on a device for which the function has no body.
+        ValueError: some arrays are on a CUDA device and some are not.
     """
 
     @functools.wraps(cpu_body)
     def call(*args, **kwargs):
         if _no_tensors.issuperset(map(type, args)) and _no_tensors.issuperset(map(type, kwargs.values())):
             return cpu_body(*args, **kwargs)
-        if not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not tensors:
             _no_tensors.update(map(type, (*args, *kwargs.values())))
             return cpu_body(*args, **kwargs)
         name = cpu_body.__name__
+        if any(tensor.device.type == "cuda" for tensor in tensors):
+            refuse_several_devices(args, kwargs, name)
+            return cuda_body(cpu_body)(*args, **kwargs)
         views = [as_array(value, name) for value in args]
         named_views = {key: as_array(value, name) for key, value in kwargs.items()}
         return _as_tensors(cpu_body(*views, **named_views))
 
     return call
+
+
+@functools.lru_cache(None)
+def cuda_body(cpu_body):
+    """Return the CUDA body of a function: that of its name, in the file of its file's name.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    name = cpu_body.__name__
+    try:
+        module = importlib.import_module("cuda_ops.cuda." + cpu_body.__module__.rpartition(".")[2])
+        return getattr(module, name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("cuda_ops."):
+            raise  # without Numba's CUDA target there are no bodies at all, and its message says what is missing
+        raise NotImplementedError(f"cuda_ops.{name} has no body for CUDA devices yet; pass CPU tensors") from error
+
+
+def refuse_several_devices(args, kwargs, name):
+    """Raise ValueError unless all arrays of a call are tensors of one device."""
+    arrays = [value for value in (*args, *kwargs.values()) if isinstance(value, (torch.Tensor, np.ndarray))]
+    places = {str(value.device) if isinstance(value, torch.Tensor) else "cpu (NumPy)" for value in arrays}
+    if len(places) > 1:
+        raise ValueError(f"cuda_ops.{name} got arrays on {', '.join(sorted(places))}; move them to one device")
 
 
 def as_array(value, function_name):

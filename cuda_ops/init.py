@@ -19,6 +19,7 @@ import math
 import numpy as np
 
 from cuda_ops.cpu.kernels import kernel
+from cuda_ops.dispatch import by_device
 
 _MASK32 = np.uint64(0xFFFFFFFF)
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
@@ -35,6 +36,7 @@ _SQRT_TWO = math.sqrt(2.0)
 _LOG_TWO = math.log(2.0)
 
 
+@by_device
 def fill_normal(out_ND, rows_N, key0: int, key1: int, mean: float, std: float) -> None:
     """Fill with independent normal values of `mean` and `std` (>= 0), within 8.3 std (6.4 in float32).
 
@@ -43,12 +45,31 @@ def fill_normal(out_ND, rows_N, key0: int, key1: int, mean: float, std: float) -
     _fill_normal(out_ND, rows_N, np.uint64(key0), np.uint64(key1), 0.0, 1.0, mean, std, -np.inf, np.inf)
 
 
+@by_device
 def fill_trunc_normal(out_ND, rows_N, key0: int, key1: int, mean: float, std: float, low: float, high: float) -> None:
     """Fill with normal values of `mean` and `std` (> 0) conditioned on [`low`, `high`].
 
     The bounds, rounded to the dtype of `out_ND`, are never exceeded. The conditioning is exact (inverse
     distribution function of a uniform between those of the bounds) until both bounds lie so deep in one tail
     that double precision cannot tell them apart (beyond about 38 std); there the nearer bound is the value.
+    """
+    numbers = truncation(mean, std, low, high, out_ND.dtype.type)
+    if isinstance(numbers, float):
+        out_ND[:] = numbers
+    else:
+        _fill_normal(out_ND, rows_N, np.uint64(key0), np.uint64(key1), *numbers)
+
+
+def truncation(mean, std, low, high, kind):
+    """Return what a kernel needs to draw from a normal distribution cut to [low, high].
+
+    Args:
+        mean, std, low, high: as in fill_trunc_normal.
+        kind: NumPy scalar type of the values.
+
+    Returns:
+        (start, width, mean, scale, low, high): the value is mean + scale * (normal quantile of start + width *
+        uniform), cut to the bounds; or one float, where that is the only value.
     """
     if not (std > 0.0 and low <= high):
         raise ValueError(f"fill_trunc_normal needs std > 0 and low <= high, got std={std}, [{low}, {high}]")
@@ -58,25 +79,12 @@ def fill_trunc_normal(out_ND, rows_N, key0: int, key1: int, mean: float, std: fl
     sign = -1.0 if below > 0.0 else 1.0
     first, last = (-above, -below) if sign < 0.0 else (below, above)
     start, stop = _normal_cdf(first), _normal_cdf(last)
-    scale = sign * std
     if stop <= 0.0:
-        out_ND[:] = low if sign < 0.0 else high
-        return
-    kind = out_ND.dtype.type
-    _fill_normal(
-        out_ND,
-        rows_N,
-        np.uint64(key0),
-        np.uint64(key1),
-        start,
-        stop - start,
-        mean,
-        scale,
-        float(kind(low)),
-        float(kind(high)),
-    )
+        return float(low if sign < 0.0 else high)
+    return start, stop - start, mean, sign * std, float(kind(low)), float(kind(high))
 
 
+@by_device
 def fill_uniform(out_ND, rows_N, key0: int, key1: int, low: float, high: float) -> None:
     """Fill with independent values, uniform on 2**24 (float32) or 2**53 (float64) steps of [`low`, `high`].
 

@@ -26,7 +26,7 @@ def delta(values, base, out=None):
     return np.subtract(values, base, out=writable(out, "out", values.dtype, values.shape))
 
 
-def merge(words, stride, slots, delta, offset=0):
+def merge(words, stride, slots, delta, offset=0, distinct=False):
     """Add rows to records: record slots[i], words [offset, offset + dim) += delta[i].
 
     Args:
@@ -35,6 +35,7 @@ def merge(words, stride, slots, delta, offset=0):
         slots: [n] int64; where one is repeated, rows are added in order.
         delta: [n, dim], dtype of `words`.
         offset: first word of the record to add to.
+        distinct: whether no slot is repeated, which spares a body that adds rows side by side a sort.
 
     Raises:
         IndexError: a slot is outside the store.

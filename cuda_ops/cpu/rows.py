@@ -47,7 +47,7 @@ def gather(words, stride, slots, out=None, positions=None, offset=0, width=None)
     return out
 
 
-def scatter(words, stride, slots, rows, positions=None, offset=0):
+def scatter(words, stride, slots, rows, positions=None, offset=0, distinct=False):
     """Copy rows of a slab to words of records.
 
     Words [offset, offset + width) of record slots[i] = rows[positions[i]]. Moves 2 * len(slots) * width *
@@ -60,6 +60,7 @@ def scatter(words, stride, slots, rows, positions=None, offset=0):
         rows: [rows, width], dtype of `words`.
         positions: [n] int64, the row for each slot; None for 0 .. n-1.
         offset: first word of the record to write.
+        distinct: whether no slot is repeated, which spares a body that writes rows side by side a sort.
 
     Raises:
         IndexError: a slot is outside the store, or a position outside `rows`.

@@ -1,5 +1,6 @@
 """One name per function, for NumPy arrays and torch tensors; what is compiled once is not compiled again."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import cuda_ops
+import cuda_ops.init
 from cuda_ops.dispatch import by_device
 
 
@@ -89,3 +91,37 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path):
         for _ in range(2)
     ]
     assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]]
+
+
+def test_each_cuda_body_is_found_by_name_and_takes_the_cpus_arguments():
+    from cuda_ops.dispatch import cuda_body
+
+    with_bodies = []
+    for name in (*cuda_ops.__all__, "fill_uniform", "fill_normal", "fill_trunc_normal"):
+        function = getattr(cuda_ops, name, None) or getattr(cuda_ops.init, name)
+        cpu_body = getattr(function, "__wrapped__", None)
+        if cpu_body is None:
+            continue
+        try:
+            body = cuda_body(cpu_body)
+        except NotImplementedError:
+            continue
+        with_bodies.append(name)
+        assert list(inspect.signature(body).parameters) == list(inspect.signature(cpu_body).parameters), name
+    assert {"gather", "scatter", "expand", "segment_sum", "dedup", "adagrad_update", "merge"} <= set(with_bodies)
+
+
+def test_a_function_without_a_cuda_body_says_so():
+    from cuda_ops.dispatch import cuda_body
+
+    with pytest.raises(NotImplementedError, match=r"cuda_ops\.alias_table has no body for CUDA devices yet"):
+        cuda_body(cuda_ops.alias_table.__wrapped__)
+
+
+def test_arrays_of_one_call_must_be_on_one_device():
+    from cuda_ops.dispatch import refuse_several_devices
+
+    meta, array = torch.empty(2, device="meta"), np.zeros(1)
+    with pytest.raises(ValueError, match=r"cuda_ops\.gather got arrays on cpu \(NumPy\), meta; move them"):
+        refuse_several_devices((meta, 3), {"slots": array}, "gather")
+    refuse_several_devices((meta, None), {"slots": meta, "offset": 1}, "gather")

@@ -1,0 +1,85 @@
+"""What all CUDA bodies share: how kernels are compiled and launched, and how rows are shared out among threads.
+
+A block is `[lanes, rows]` threads: `lanes`, a power of two up to a warp, work on one row together, side by side in its
+words, so that what a warp asks for at once lies in few and whole 32-byte sectors whatever the width of a row; threads
+of other rows in the same warp hide the latency. Rows are taken in turns by a bounded grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import numpy as np
+import torch
+from numba import cuda
+from numba.core import config
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+"""Whether kernels run on Numba's simulator, one Python thread for each of CUDA's."""
+
+THREADS = 32 if SIMULATED else 256
+"""Threads in a block."""
+
+_WARP = 32
+_MOST_BLOCKS = 2 if SIMULATED else 1 << 16
+
+kernel = cuda.jit if SIMULATED else functools.partial(cuda.jit, cache=True)
+"""Decorator of kernels; what it compiles is kept on disk, as the CPU's are."""
+
+helper = cuda.jit(device=True)
+"""Decorator of functions that kernels call."""
+
+
+def helper_from(cpu_function, **replaced):
+    """Compile the source of a Numba function of the CPU as a helper, with the functions that it calls `replaced`."""
+    source = cpu_function.py_func
+    return helper(types.FunctionType(source.__code__, {**source.__globals__, **replaced}, source.__name__))
+
+
+def launch(body, rows: int, pieces: int, *args) -> None:
+    """Run a kernel over `rows` rows, each of `pieces` accesses, on the current stream of the device of its tensors.
+
+    Args:
+        body: a kernel that takes row `blockIdx.x * blockDim.y + threadIdx.y` and every `gridDim.x * blockDim.y`-th
+            after it, and of each row what lane `threadIdx.x` of `blockDim.x` is to do.
+        rows: nothing is launched for none.
+        pieces: how many lanes could be busy at once in a row.
+        args: contiguous tensors, NumPy scalars (whose dtype is that of the kernel's argument), ints.
+    """
+    if not rows:
+        return
+    lanes = min(_WARP, 1 << max(0, pieces - 1).bit_length())
+    block = (lanes, THREADS // lanes)
+    grid = min(-(-rows // block[1]), _MOST_BLOCKS)
+    _run(body, grid, block, args)
+
+
+def _run(body, grid, block, args):
+    if SIMULATED:
+        body[grid, block](*(_simulated_view(value) for value in args))
+        return
+    device = next(value.device for value in args if isinstance(value, torch.Tensor))
+    with torch.cuda.device(device):
+        stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
+        body[grid, block, stream](*(_device_view(value) for value in args))
+
+
+def _device_view(value):
+    return cuda.as_cuda_array(value.detach(), sync=False) if isinstance(value, torch.Tensor) else value
+
+
+def _simulated_view(value):
+    # Given NumPy arrays, the simulator would copy them in and out, and records and their steps are the same memory.
+    return cuda.devicearray.FakeCUDAArray(host_view(value)) if isinstance(value, torch.Tensor) else value
+
+
+def host_view(value):
+    """View a tensor in the CPU's memory as a NumPy array; return anything else as it is."""
+    return value.detach().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def like(words: torch.Tensor, *numbers: float) -> tuple[np.generic, ...]:
+    """Return `numbers` as NumPy scalars of the dtype of `words`: kernels compute in it and in nothing wider."""
+    kind = np.float32 if words.dtype == torch.float32 else np.float64
+    return tuple(kind(number) for number in numbers)

@@ -1,0 +1,78 @@
+"""All kernels compile for a Hopper GPU, with 16-byte accesses where rows allow them, and nothing in local memory.
+
+What the simulator runs is Python: a type that Numba cannot infer shows here alone. Skipped without CUDA's compiler.
+"""
+
+import math
+
+import pytest
+import torch
+
+from cuda_ops.cuda import index, init
+from cuda_ops.cuda.delta import merge
+from cuda_ops.cuda.launch import launch
+from cuda_ops.cuda.renorm import renorm
+from cuda_ops.cuda.rows import gather, scatter
+from cuda_ops.cuda.segment import CHUNK, expand, segment_sum
+from cuda_ops.cuda.sparse_update import rowwise_adagrad_update, sparse_adam_update
+from cuda_ops.cuda.update import adagrad_update, sgd_update
+from tests.cuda_ops.cuda.compiling import compiled_only, missing_libraries
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A list that fills with (name, PTX) of what is launched."""
+    why_not = missing_libraries()
+    if why_not:
+        pytest.skip(why_not)
+    with compiled_only(monkeypatch) as ptx:
+        yield ptx
+
+
+def record_store(dim, dtype):
+    """Nine records of 16-byte alignment, and gradients of four of them."""
+    stride = 3 * dim + 8 // dtype.itemsize
+    stride += -stride % (16 // dtype.itemsize)
+    words = torch.zeros(9 * stride, dtype=dtype)
+    return words, stride, words.view(torch.int64), torch.arange(4), torch.ones(4, dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 8), (torch.float64, 8), (torch.float32, 3)])
+def test_rows_are_read_and_written_16_bytes_at_a_time_where_they_can_be(compiled, dtype, dim):
+    words, stride, steps, slots, grad = record_store(dim, dtype)
+    gather(words, stride, slots, width=dim)
+    scatter(words, stride, slots, grad)
+    expand(grad, slots)
+    merge(words, stride, slots, grad)
+    segment_sum(torch.ones(3 * CHUNK, dim, dtype=dtype), torch.zeros(3 * CHUNK, dtype=torch.int64), grad)
+    sgd_update(words, stride, dim, steps, slots, grad, 0.1, 1, 3)
+    adagrad_update(words, stride, dim, steps, slots, grad, 0.1, 1e-8, 1, 3)
+    sparse_adam_update(words, stride, dim, steps, slots, grad, (0.9, 0.99), 0.1, 1e-8, 1, 3)
+    rowwise_adagrad_update(words, stride, dim, steps, slots, grad, 0.1, 1e-8, 1, 3)
+    assert len(compiled) == 10
+    together = "v4.f32" if dtype == torch.float32 else "v2.f64"
+    for name, ptx in compiled:
+        assert (f"ld.global.{together}" in ptx) == (dim == 8), name
+        assert (f"st.global.{together}" in ptx) == (dim == 8), name
+        assert ".local" not in ptx and "atom." not in ptx, name
+
+
+def test_limits_of_norms_and_initial_values_compile(compiled):
+    rows, slots = torch.ones(4, 5), torch.arange(4)
+    norms = (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0)
+    for norm_type in norms:
+        renorm(rows, 1.0, norm_type)
+    init.fill_normal(rows, slots, 5, 6, 0.0, 1.0)
+    init.fill_uniform(rows.double(), slots, 5, 6, 0.0, 1.0)
+    assert len(compiled) == len(norms) + 2
+    assert not any("atom." in ptx for _, ptx in compiled)
+    assert not any(".local" in ptx for name, ptx in compiled if name == "fill")
+
+
+def test_the_index_compiles(compiled):
+    keys, entries = torch.arange(4), torch.full((32,), -1)
+    for body, rest in ((index._find, [keys] * 2), (index._add, [keys] * 3), (index._remove, [keys] * 2)):
+        launch(body, len(keys), 1, entries, 15, 16, *rest)
+    launch(index._undo, len(keys), 1, entries, keys)
+    with_swaps = {name for name, ptx in compiled if "atom." in ptx}
+    assert with_swaps == {"_add", "_remove"} and len(compiled) == 4
