@@ -54,11 +54,11 @@ def merge(words, stride, slots, delta, offset=0, distinct=False):
 @kernel
 def _merge(words, stride, slots, delta, offset):
     count, width = delta.shape
+    flat = delta.reshape(-1)
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride + offset, width)
-        begin = slots[i] * stride + offset
-        target = words[begin : begin + width]
-        row = delta[i]
+        target = np.uint64(slots[i] * stride + offset)
+        row = np.uint64(i * width)
         for j in range(width):
-            target[j] += row[j]
+            words[target + np.uint64(j)] += flat[row + np.uint64(j)]

@@ -88,29 +88,33 @@ def _check_slab(words, stride, slots, slab, name, positions, offset):
     return positions
 
 
+# Indices are unsigned, and no slices are made of rows: what Numba adds to either for negative numbers costs as much as a
+# short row.
+
+
 @kernel
 def _gather(words, stride, slots, out, positions, offset):
     count = slots.size
     width = out.shape[1]
+    flat = out.reshape(-1)
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride + offset, width)
-        begin = slots[i] * stride + offset
-        source = words[begin : begin + width]
-        target = out[i] if positions is None else out[positions[i]]
+        source = np.uint64(slots[i] * stride + offset)
+        target = np.uint64((i if positions is None else positions[i]) * width)
         for j in range(width):
-            target[j] = source[j]
+            flat[target + np.uint64(j)] = words[source + np.uint64(j)]
 
 
 @kernel
 def _scatter(words, stride, slots, rows, positions, offset):
     count = slots.size
     width = rows.shape[1]
+    flat = rows.reshape(-1)
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride + offset, width)
-        begin = slots[i] * stride + offset
-        target = words[begin : begin + width]
-        source = rows[i] if positions is None else rows[positions[i]]
+        target = np.uint64(slots[i] * stride + offset)
+        source = np.uint64((i if positions is None else positions[i]) * width)
         for j in range(width):
-            target[j] = source[j]
+            words[target + np.uint64(j)] = flat[source + np.uint64(j)]

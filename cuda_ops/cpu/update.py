@@ -74,6 +74,7 @@ def check_update(words, stride, dim, state_words, steps, slots, grad):
 @fused_kernel
 def _sgd(words, stride, steps, slots, grad, lr, scale, version):
     count, dim = grad.shape
+    flat = grad.reshape(-1)
     dtype = words.dtype.type
     minus_lr = dtype(-lr)
     scale = dtype(scale)
@@ -81,17 +82,17 @@ def _sgd(words, stride, steps, slots, grad, lr, scale, version):
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
-        begin = slots[i] * stride
-        value = words[begin : begin + dim]
-        row = grad[i]
+        value = np.uint64(slots[i] * stride)
+        row = np.uint64(i * dim)
         for j in range(dim):
-            value[j] += minus_lr * (scale * row[j])
-        steps[(slots[i] + 1) * record_longs - 1] = version
+            words[value + np.uint64(j)] += minus_lr * (scale * flat[row + np.uint64(j)])
+        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version
 
 
 @fused_kernel
 def _adagrad(words, stride, steps, slots, grad, clr, eps, scale, version):
     count, dim = grad.shape
+    flat = grad.reshape(-1)
     dtype = words.dtype.type
     minus_clr = dtype(-clr)
     eps = dtype(eps)
@@ -100,13 +101,12 @@ def _adagrad(words, stride, steps, slots, grad, clr, eps, scale, version):
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
-        begin = slots[i] * stride
-        value = words[begin : begin + dim]
-        state = words[begin + dim : begin + 2 * dim]
-        row = grad[i]
+        value = np.uint64(slots[i] * stride)
+        state = value + np.uint64(dim)
+        row = np.uint64(i * dim)
         for j in range(dim):
-            g = scale * row[j]
-            total = state[j] + g * g
-            state[j] = total
-            value[j] += minus_clr * g / (np.sqrt(total) + eps)
-        steps[(slots[i] + 1) * record_longs - 1] = version
+            g = scale * flat[row + np.uint64(j)]
+            total = words[state + np.uint64(j)] + g * g
+            words[state + np.uint64(j)] = total
+            words[value + np.uint64(j)] += minus_clr * g / (np.sqrt(total) + eps)
+        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version
