@@ -13,8 +13,8 @@ rows of the same table, drawn beforehand, so that each set has left the caches (
 - `torch`: what PyTorch offers for the same work.
 
 "cold" is a table of `--cold` MiB, which no cache holds, with ids that Zipf's law draws (`--zipf`; 0 for uniform) and
-that are then made unique, as a batch's are; "warm" one of `--warm` records and uniform ids. Figures are lower quartiles:
-machines are shared. A row is a unique one, except for expand, segment_sum and dedup, where it is a lookup.
+that are then made unique, as a batch's are; "warm" one of `--warm` records and uniform ids. Figures are lower
+quartiles, for machines are shared. A row is a unique one, except for expand, segment_sum and dedup: there, a lookup.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ helper = njit(nogil=True, error_model="numpy")
 
 _CACHE_LINE_BYTES = 64
 # How many records ahead of the one in work memory is asked for the next: enough to cover a miss of the page
-# table too. (Of 16, 32 and 64, the middle one: gather of cold rows of 1, 16 and 64 floats took 11, 13 and 14 ns with 16,
-# 6, 8 and 14 with 32, 4.5, 5 and 14.5 with 64, where warm rows of 128 floats took longer than with 16.)
+# table too. (Of 16, 32 and 64, the middle one: gather of cold rows of 1, 16 and 64 floats took 11, 13 and 14 ns with
+# 16, 6, 8 and 14 with 32, 4.5, 5 and 14.5 with 64, where warm rows of 128 floats took longer than with 16.)
 ROWS_AHEAD = 32
 # Lines to ask for at the beginning of each record; the processor's own stream prefetch follows from there,
 # and more would push out of the first cache what is about to be used.

@@ -88,8 +88,8 @@ def _check_slab(words, stride, slots, slab, name, positions, offset):
     return positions
 
 
-# Indices are unsigned, and no slices are made of rows: what Numba adds to either for negative numbers costs as much as a
-# short row.
+# Indices are unsigned, and no slices are made of rows: what Numba adds to either for negative numbers costs as much as
+# a short row.
 
 
 @kernel
