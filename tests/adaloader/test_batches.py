@@ -26,11 +26,11 @@ def a_batch(number, rows):
     """A batch that intends `rows` of table 0."""
     batch = Batch(number, AnIteration(), (3.0, 6.0), None, number)
     plan = pm.RowPlan(number, None, np.array(rows), number, np.arange(len(rows)), None)
-    batch.tables = {0: BatchRows(np.array(rows), plan, [])}
+    batch.tables = {0: BatchRows(np.array(rows), [(np.array(rows), np.arange(len(rows)))], plan)}
     return batch
 
 
-def test_a_row_that_a_finished_batch_had_too_is_of_the_forward_that_goes_on(batches):
+def test_ids_that_a_finished_batch_had_too_are_of_the_forward_that_goes_on(batches):
     finished, now = a_batch(0, [3, 5]), a_batch(1, [4, 6])
     for batch in (finished, now):
         batches.handed_out(batch)
@@ -38,7 +38,7 @@ def test_a_row_that_a_finished_batch_had_too_is_of_the_forward_that_goes_on(batc
         if batch is finished:
             batches._manager.steps = 1
             batches.finish_used()
-    assert not batches.looked_up_late(0, np.array([5]))
+    assert not batches.looked_up_late(0, np.array([3, 5]))
     assert batches.current is now
 
 
@@ -49,5 +49,5 @@ def test_a_batch_that_is_looked_up_again_after_its_step_is_the_current_one(batch
     batches.backward_goes_on()
     batches._manager.steps = 1
     batches.finish_used()
-    assert batches.looked_up_late(0, np.array([5, 3]))
+    assert batches.looked_up_late(0, np.array([3, 5]))
     assert batches.current is finished

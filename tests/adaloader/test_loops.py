@@ -1,6 +1,7 @@
 """Every loop of `tests/loops.py` on one process: what it logs and leaves is what plain PyTorch logs and leaves."""
 
 import pytest
+
 from tests import loops
 from tests.loops import Case
 
