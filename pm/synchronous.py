@@ -22,12 +22,14 @@ from pm.keys import rows_of, table_of
 from pm.manager import Manager
 from pm.messages import Kind, Message, narrow
 from pm.moving import Moving
+from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
 from pm.peers import Peers
 from pm.pieces import Piece, Summing
 from pm.requests import Requests
 from pm.serving import NO_ROWS, Serving
 from pm.shards import Shards
+from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.techniques import techniques_named
 from pm.transport import Transport
@@ -50,13 +52,21 @@ class SynchronousManager(Manager):
             they are used. "replication": they are copied, and stay where they are. "none": they are fetched when they
             are used. Results are the same to the bit.
         cached_locations: most keys whose whereabouts this rank remembers without need.
+        shared_memory: whether ranks of one machine read each other's rows without a message; all of them must say so.
+            False: each rank is as if on a machine of its own.
 
     Raises:
         ValueError: if there are no such techniques.
     """
 
     def __init__(
-        self, comm, timeout_seconds: float, techniques: str = "all", *, cached_locations: int = CACHED_LOCATIONS
+        self,
+        comm,
+        timeout_seconds: float,
+        techniques: str = "all",
+        *,
+        cached_locations: int = CACHED_LOCATIONS,
+        shared_memory: bool = True,
     ):
         super().__init__()
         self.techniques = techniques_named(techniques)
@@ -78,6 +88,7 @@ class SynchronousManager(Manager):
         self.moving = Moving(self)
         self._on_demand = OnDemand(self)
         self._shards = Shards(self)
+        self.neighbours = Neighbours(self, comm, shared_memory)
         self._handlers = self._message_handlers()
         self.transport = Transport(
             comm,
@@ -98,12 +109,24 @@ class SynchronousManager(Manager):
 
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = super().add_tables(specs)
-        self.barrier()  # nobody asks for rows of a table that another rank does not know yet
+        self.neighbours.share(added)  # nobody asks for rows of a table that another rank does not know yet
         return added
+
+    def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
+        return self.neighbours.new_store(record_class, capacity)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return self.neighbours.writing()
+
+    @property
+    def machine_ranks(self) -> int:
+        return self.neighbours.ranks
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         with self.still(), self.asking.planning:
             self._on_background(lambda: self._replace_rule(table, spec))
+            self.neighbours.share([table])
+            self._on_background(lambda: self.serving.send_slots_again(table))
 
     def _replace_rule(self, table: Table, spec: TableSpec) -> None:
         with self.structure:
@@ -111,6 +134,7 @@ class SynchronousManager(Manager):
             keys, slots = table.store.index.items()
             mine = table_of(keys) == table.number
             moves = notes.moves(slots[mine])
+            self.neighbours.forget(table)
             super().replace_rule(table, spec)
             notes.clear(slots[mine])
             self.serving.replaced(table, rows_of(keys[mine]), moves)
@@ -422,9 +446,12 @@ class SynchronousManager(Manager):
             Kind.RENORM: serving.on_renorm,
             Kind.SHARD: self._shards.on_shard,
             Kind.ROWS: self.asking.on_rows,
+            Kind.SLOTS: self.asking.on_slots,
             Kind.FORWARDED: self.asking.on_forwarded,
             Kind.HOLDS: self.asking.on_holds,
             Kind.READY: self._on_ready,
+            Kind.STORE: self.neighbours.on_store,
+            Kind.MAPPED: self.neighbours.on_mapped,
             Kind.PULLED: self._on_demand.on_pulled,
             Kind.LOCATED: self._on_demand.on_located,
             Kind.CLOSED: self._on_closed,

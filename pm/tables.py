@@ -95,7 +95,8 @@ class RowPlan:
     `rows` (int64 `[U]`) are distinct. With one rank `slots` (int64 `[U]`) are theirs, in `store`. With several, `own`
     holds the positions in `rows` of those that are here, and `slots` their slots. The others have tickets, 0 to T - 1:
     `order[t]` is the position of ticket t, `where[t]` the rank that serves it, this one if its record has come here, -1
-    while nobody has said that it does; `staging[t]` its value. `arrived` are (positions, slots) of the records that
+    while nobody has said that it does; `slots_there[t]` its slot there, if it is to be read from that rank's memory, -1
+    if not; `staging[t]` then its value (there is no staging before there is such a value). `arrived` are (positions, slots) of the records that
     have come, of which `own` has the first `arrivals`.
 
     `asked` are the ranks that were sent tickets at first, `unplaced` is the number of tickets that nobody serves,
@@ -113,6 +114,7 @@ class RowPlan:
     own: np.ndarray | None = None
     order: np.ndarray | None = None
     where: np.ndarray | None = None
+    slots_there: np.ndarray | None = None
     staging: np.ndarray | None = None
     asked: list[int] = field(default_factory=list)
     arrived: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
