@@ -65,7 +65,9 @@ class Asking:
             plan.slots_there = np.full(len(order), -1, np.int64)
             self._plans[plan.number] = plan
             own_rows = rows[own]
-            manager.transport.post(lambda: manager.serving.note_own(plan.number, table, own_rows, slots, expected, held))
+            manager.transport.post(
+                lambda: manager.serving.note_own(plan.number, table, own_rows, slots, expected, held)
+            )
             for peer in manager.peers:
                 first = int(counts[:peer].sum())
                 part = rows[plan.order[first : first + int(counts[peer])]]

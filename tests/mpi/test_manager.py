@@ -24,7 +24,9 @@ def test_random_programs_equal_dense_tables(managers, seed, number, shared_memor
 
 @pytest.mark.parametrize("shared_memory", [(True, True), (False, False), (True, False)])
 def test_a_program_repeats_bit_by_bit(managers, seed, shared_memory):
-    first, second = (World(managers(shared_memory=shared), np.random.default_rng(seed)).run() for shared in shared_memory)
+    first, second = (
+        World(managers(shared_memory=shared), np.random.default_rng(seed)).run() for shared in shared_memory
+    )
     for one, other in zip(first, second, strict=True):
         for row in one.keys() & other.keys():  # rows that were only intended may not have been made everywhere
             value, state = one[row]
