@@ -178,7 +178,7 @@ class Session:
         `step`. bytes_sent, bytes_received: of rows, gradients, intents. bytes_by_kind: those sent, by kind of message.
         replica_steps: copies of rows that were sent again because they had changed. hops: rows asked of a rank that did
         not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
-        machine_ranks: ranks that share memory, this one included; neighbour_rows: rows that this one read from the others'.
+        machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
         memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
         rows that this rank gave to another, and replications, rows that it copied to another for a batch. seconds:
         where time went, on whatever thread.

@@ -46,8 +46,8 @@ class AskedPlan:
     which no known intent touches it before the plan uses it; `copied[i]` says whether the rank has had a copy of it.
     Rows are not sent early before version `next_due`, which is 0 until they were first looked at. `pending` is the last
     step for which the plan has a gradient. The rank of a `direct` plan reads these rows in this rank's memory: it is
-    sent none. `held` says whether the rows are kept here for the plan (see `SlotNotes`). `arrived` are (rows, slots) of those that have come here since, where the
-    plan is this rank's own.
+    sent none. `held` says whether the rows are kept here for the plan (see `SlotNotes`). `arrived` are (rows, slots) of
+    those that have come here since, where the plan is this rank's own.
     """
 
     number: int

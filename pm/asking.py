@@ -52,6 +52,11 @@ class Asking:
             self._numbers += 1
             if not manager.techniques.plans:
                 return RowPlan(self._numbers, table, rows, expected, NO_ROWS, table.store)
+            if manager.in_place.takes(table):
+                plan = manager.in_place.plan(self._numbers, table, rows, expected)
+                self._plans[plan.number] = plan
+                manager.in_place.ask_for_slots(plan)
+                return plan
             with manager.structure:
                 slots = manager.slots_here(table, rows)
                 own, absent = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
@@ -78,7 +83,7 @@ class Asking:
         """The plan is not needed any more; owners hear of it with `take_released`."""
         if not plan.released:
             plan.released = True
-            if self._plans.pop(plan.number, None) is not None:
+            if self._plans.pop(plan.number, None) is not None and not plan.in_place:
                 self._released.append(plan.number)
 
     def take_released(self) -> np.ndarray:
@@ -96,13 +101,22 @@ class Asking:
         for plan in list(self._plans.values()):
             plan.expected = _NEVER  # so that it is asked for again
 
+    def leave_in_place(self, table: Table) -> None:
+        """The records of `table` leave for other stores: plans that name their slots are void. Under `planning`."""
+        for plan in list(self._plans.values()):
+            if plan.in_place and plan.table is table:
+                self.release(plan)
+        self._manager.in_place.forget()
+
     # Reading
 
     def read(self, plan: RowPlan, out: np.ndarray) -> None:
         """Write the plan's rows at the current version to `out` `[U, dim]`; wait for those that are not here."""
         manager = self._manager
         manager.settle()
-        if plan.expected > manager.steps or not manager.techniques.copies_ahead:
+        if plan.in_place:
+            manager.in_place.await_slots(plan)
+        elif plan.expected > manager.steps or not manager.techniques.copies_ahead:
             self._want(plan)
         elif not self._is_here(plan):
             asked = manager.peers if plan.unplaced else {*plan.asked, *tuple(plan.promised)}
@@ -234,12 +248,19 @@ class Asking:
             tickets = widen(tickets) if len(tickets) else np.flatnonzero(plan.where == source)
             plan.slots_there[tickets] = widen(slots)
 
+    def on_found(self, source: int, message: Message) -> None:
+        """FOUND(plan; tickets, slots): where rows of a SEEK are in the memory of `source`."""
+        plan = self._plans.get(message.numbers[0])
+        if plan is not None:
+            tickets, slots = message.arrays
+            self._manager.in_place.found(plan, widen(tickets), widen(slots))
+
     def forget_slots(self, source: int, table_number: int) -> None:
         """The records of a table of `source` are in another store."""
         for plan in list(self._plans.values()):
             if plan.table.number == table_number and plan.where is not None:
                 theirs = plan.where == source
-                if (plan.slots_there[theirs] >= 0).any():
+                if not plan.in_place and (plan.slots_there[theirs] >= 0).any():
                     plan.slots_there[theirs] = -1
                     plan.expected = _NEVER  # so that its rows are asked for, should there be no slots again
 

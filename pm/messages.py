@@ -43,6 +43,8 @@ class Kind(IntEnum):
     STORE = 24
     MAPPED = 25
     SLOTS = 26
+    SEEK = 27
+    FOUND = 28
     PRESENT = 40
     SHARE = 41
     SHARED = 42

@@ -50,6 +50,7 @@ class Neighbours:
         self._serials = itertools.count()
         self._serial_of: dict[SharedBlock, int] = {}
         self._readers: dict[int, set[int]] = {}
+        self._whole: set[int] = set()
         self._mapped: dict[tuple[int, int], np.ndarray] = {}  # by rank and serial number
         self._places: dict[tuple[int, int], int] = {}  # serial number by rank and table
 
@@ -62,9 +63,12 @@ class Neighbours:
         """Return whether `rank` reads rows of `table` here without a message."""
         return rank in self._readers.get(table.number, ())
 
-    def all_read(self, table: Table) -> bool:
-        """Return whether all ranks do: then no row of `table` that is here is ever copied, or moves."""
-        return len(self._readers.get(table.number, ())) == self._manager.ranks - 1
+    def have_all(self, table: Table) -> bool:
+        """Return whether every rank reads every row of `table` without a message: then none is copied, and none moves.
+
+        All ranks agree on that.
+        """
+        return table.number in self._whole
 
     # Stores
 
@@ -94,10 +98,24 @@ class Neighbours:
                 manager.transport.send(peer, Message(Kind.STORE, numbers))
         manager.barrier()  # all have mapped what they can, and said so
         manager.barrier()  # and all have heard it
+        if self.ranks == manager.ranks:  # as on all of them
+            self._agree_on_whole(tables)
+
+    def _agree_on_whole(self, tables: Sequence[Table]) -> None:
+        from mpi4py import MPI
+
+        manager = self._manager
+        everyone = set(manager.peers)
+        whole = np.array([self._readers.get(table.number) == everyone for table in tables])
+        manager.transport.collective(
+            lambda comm: comm.Iallreduce(MPI.IN_PLACE, whole, MPI.LAND), manager.timeout_seconds
+        )
+        self._whole.update(table.number for table, is_whole in zip(tables, whole, strict=True) if is_whole)
 
     def forget(self, table: Table) -> None:
         """The records of `table` leave for another store."""
         self._readers.pop(table.number, None)
+        self._whole.discard(table.number)
 
     def on_store(self, source: int, message: Message) -> None:
         """STORE(table, serial number, file, size): the records of a table of `source` are in that file of its own."""

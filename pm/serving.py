@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ALL_ROWS = np.empty(0, np.int32)
 """In place of tickets in a ROWS message: it brings every row of its plan that the sender owns."""
 NO_ROWS = np.empty(0, np.int64)
+AT_ROWS, AT_SLOTS = -1, -2
+"""In place of a plan's number in a GRADIENT message: what it is for is said by rows, or by slots of the receiver."""
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -95,7 +97,7 @@ class Serving:
 
     def hold_for_plan(self, table: Table, slots: np.ndarray, rank: int) -> bool:
         """As `hold`, where rows of `table` may leave; return whether they may."""
-        if self._manager.neighbours.all_read(table):
+        if self._manager.neighbours.have_all(table):
             return False
         self.hold(table, slots, rank)
         return True
@@ -357,11 +359,13 @@ class Serving:
         return self._rounds[step]
 
     def on_gradient(self, source: int, message: Message) -> None:
-        """GRADIENT(step, table, plan or -1, ordinal, has counts; rows unless of a plan, values, scale, counts)."""
+        """GRADIENT(step, table, plan, AT_SLOTS or AT_ROWS, ordinal, has counts; slots or rows, values, scale, counts)."""
         step, table_number, number, ordinal, counted = message.numbers
         rows, values, scale, counts = message.arrays
         if number >= 0:
             slots = self._asked[source].plans[number].slots
+        elif number == AT_SLOTS:
+            slots = widen(rows)
         else:
             slots = self._manager.touch(self._manager.tables[table_number], widen(rows))
         piece = Piece(slots, values, float(scale[0]), ordinal, counts if counted else None)

@@ -18,6 +18,7 @@ import numpy as np
 import cuda_ops
 from pm.asking import Asking
 from pm.directory import Directory
+from pm.in_place import InPlace
 from pm.keys import rows_of, table_of
 from pm.manager import Manager
 from pm.messages import Kind, Message, narrow
@@ -27,7 +28,7 @@ from pm.on_demand import OnDemand
 from pm.peers import Peers
 from pm.pieces import Piece, Summing
 from pm.requests import Requests
-from pm.serving import NO_ROWS, Serving
+from pm.serving import AT_ROWS, AT_SLOTS, NO_ROWS, Serving
 from pm.shards import Shards
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
@@ -89,6 +90,7 @@ class SynchronousManager(Manager):
         self._on_demand = OnDemand(self)
         self._shards = Shards(self)
         self.neighbours = Neighbours(self, comm, shared_memory)
+        self.in_place = InPlace(self, cached_locations)
         self._handlers = self._message_handlers()
         self.transport = Transport(
             comm,
@@ -124,6 +126,7 @@ class SynchronousManager(Manager):
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         with self.still(), self.asking.planning:
+            self.asking.leave_in_place(table)
             self._on_background(lambda: self._replace_rule(table, spec))
             self.neighbours.share([table])
             self._on_background(lambda: self.serving.send_slots_again(table))
@@ -193,6 +196,10 @@ class SynchronousManager(Manager):
             row = rows[slots.argmin()]
             raise RuntimeError(f"rank {self.rank} does not own row {row} of table {table.spec.name!r}")
         return slots
+
+    def touch_at_home(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """As `touch`, for rows that never moved and of which this rank is the home."""
+        return super().touch(table, rows)
 
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         keys = table.keys(rows)
@@ -282,7 +289,10 @@ class SynchronousManager(Manager):
         owners = iter(self._on_demand.locate([(g.table, g.rows) for g in others]) if others else ())
         for gradient, has_plan in zip(gradients, planned, strict=True):
             parts = self.asking.parts(gradient.plan) if has_plan else self._by_rank(next(owners))
-            self._send_gradient(gradient, gradient.plan.number if has_plan else -1, parts)
+            number = AT_ROWS
+            if has_plan:
+                number = AT_SLOTS if gradient.plan.in_place else gradient.plan.number
+            self._send_gradient(gradient, number, parts)
 
     def _by_rank(self, ranks: np.ndarray) -> list[np.ndarray]:
         """Return, per rank, the positions in `ranks` (int64 `[n]`) at which it is."""
@@ -290,7 +300,7 @@ class SynchronousManager(Manager):
         return np.split(order, np.cumsum(counts)[:-1])
 
     def _send_gradient(self, gradient: TableGradient, number: int, parts: list[np.ndarray]) -> None:
-        """Send each rank the rows at its part of the positions: those of a plan, or of none (`number` is -1)."""
+        """Send each rank the rows at its part of the positions; `number` as in GRADIENT."""
         dim = gradient.table.spec.dim
         counted = gradient.counts is not None
         scale = np.array([gradient.scale], np.float64)
@@ -303,7 +313,10 @@ class SynchronousManager(Manager):
             if peer == self.rank:
                 self._take_own_piece(gradient, number, part, values, counts if counted else None)
             else:
-                rows = narrow(gradient.rows[part]) if number < 0 else NO_ROWS
+                rows = narrow(gradient.rows[part]) if number == AT_ROWS else NO_ROWS
+                if number == AT_SLOTS:
+                    plan = gradient.plan
+                    rows = narrow(plan.slots_there[plan.where == peer])
                 self.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
 
     def _take_own_piece(
@@ -311,7 +324,7 @@ class SynchronousManager(Manager):
     ) -> None:
         """Hand the part of a gradient that is for rows of this rank to the background thread; they cannot leave now."""
         table, step = gradient.table, self.steps
-        slots = gradient.plan.slots if number >= 0 else self.touch(table, gradient.rows[part])
+        slots = self.touch(table, gradient.rows[part]) if number == AT_ROWS else gradient.plan.slots
         piece = Piece(slots, values, gradient.scale, gradient.ordinal, counts)
         self.transport.post(lambda: self.serving.take_piece(self.rank, step, table.number, number, piece))
 
@@ -447,6 +460,8 @@ class SynchronousManager(Manager):
             Kind.SHARD: self._shards.on_shard,
             Kind.ROWS: self.asking.on_rows,
             Kind.SLOTS: self.asking.on_slots,
+            Kind.SEEK: self.in_place.on_seek,
+            Kind.FOUND: self.asking.on_found,
             Kind.FORWARDED: self.asking.on_forwarded,
             Kind.HOLDS: self.asking.on_holds,
             Kind.READY: self._on_ready,
@@ -481,7 +496,8 @@ class SynchronousManager(Manager):
 
     @property
     def memory_bytes(self) -> int:
-        return super().memory_bytes + self.serving.memory_bytes + self.directory.memory_bytes
+        own = self.serving.memory_bytes + self.directory.memory_bytes + self.in_place.memory_bytes
+        return super().memory_bytes + own
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:
