@@ -106,7 +106,7 @@ class Neighbours:
 
         manager = self._manager
         everyone = set(manager.peers)
-        whole = np.array([self._readers.get(table.number) == everyone for table in tables])
+        whole = np.array([self._readers.get(table.number) == everyone for table in tables], bool)
         manager.transport.collective(
             lambda comm: comm.Iallreduce(MPI.IN_PLACE, whole, MPI.LAND), manager.timeout_seconds
         )

@@ -359,7 +359,7 @@ class Serving:
         return self._rounds[step]
 
     def on_gradient(self, source: int, message: Message) -> None:
-        """GRADIENT(step, table, plan, AT_SLOTS or AT_ROWS, ordinal, has counts; slots or rows, values, scale, counts)."""
+        """GRADIENT(step, table, plan or AT_..., ordinal, has counts; slots or rows, values, scale, counts)."""
         step, table_number, number, ordinal, counted = message.numbers
         rows, values, scale, counts = message.arrays
         if number >= 0:
