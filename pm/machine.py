@@ -47,7 +47,7 @@ def meet(comm, wanted: bool) -> Machine:
     from mpi4py import MPI  # only where there are ranks to talk to
 
     machine = Machine({}, {})
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    node = ranks_of_machine(comm)
     try:
         block = None
         why_not = None if wanted else "shared_memory=False"
@@ -73,6 +73,13 @@ def meet(comm, wanted: bool) -> Machine:
     if wanted and len(everyones) > 1:
         log.warning("rank %d shares no memory with others on its machine: %s", comm.rank, why_not or "others cannot")
     return Machine({}, {})
+
+
+def ranks_of_machine(comm):
+    """Return a communicator of the ranks of this rank's machine, as MPI sees it (collective)."""
+    from mpi4py import MPI
+
+    return comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
 
 
 def _exchange(node, rank: int, block: SharedBlock | None) -> np.ndarray:
