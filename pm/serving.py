@@ -323,7 +323,7 @@ class Serving:
 
     def _ready_in_place(self, peer: int, plan: AskedPlan, answer: bool) -> None:
         """Bring rows that `peer` reads in this rank's memory to the last step."""
-        self._manager.catch_up(plan.table, plan.slots)
+        self._manager.catch_up(plan.table, plan.slots, states=False)
         if answer:
             nothing = np.empty((0, plan.table.spec.dim), plan.table.spec.dtype)
             self._manager.transport.send(peer, Message(Kind.ROWS, (plan.number, 1), (ALL_ROWS, nothing)))
