@@ -13,7 +13,8 @@ from pm.shared_memory import SharedBlock, map_block
 
 log = logging.getLogger("adaloader")
 
-_PAGE_WORDS = 512
+_PAGE_BYTES = 4096
+_AREA_BYTES = 1 << 28
 _TOKEN, _WRITES = 0, 1
 
 
@@ -22,10 +23,12 @@ class Machine:
     """The ranks of one machine, this one included, that can map each other's memory.
 
     `pages` (by rank) are int64 words that all of them see, `processes` (by rank) their process ids. Word `_WRITES` of a
-    page counts the beginnings and ends of writes to that rank's records which no step orders.
+    page counts the beginnings and ends of writes to that rank's records which no step orders. `areas` (by rank) are
+    bytes that all see, and which take memory as they are written (see `SharedGradients`).
     """
 
     pages: dict[int, np.ndarray]
+    areas: dict[int, np.ndarray]
     processes: dict[int, int]
 
     def writes(self, rank: int) -> int:
@@ -46,14 +49,14 @@ def meet(comm, wanted: bool) -> Machine:
     """
     from mpi4py import MPI  # only where there are ranks to talk to
 
-    machine = Machine({}, {})
+    machine = Machine({}, {}, {})
     node = ranks_of_machine(comm)
     try:
         block = None
         why_not = None if wanted else "shared_memory=False"
         if wanted and node.size > 1:
             try:
-                block = SharedBlock(_PAGE_WORDS * 8)
+                block = SharedBlock(_PAGE_BYTES + _AREA_BYTES)
             except OSError as error:
                 why_not = str(error)
         everyones = _exchange(node, comm.rank, block)
@@ -72,7 +75,7 @@ def meet(comm, wanted: bool) -> Machine:
         return machine
     if wanted and len(everyones) > 1:
         log.warning("rank %d shares no memory with others on its machine: %s", comm.rank, why_not or "others cannot")
-    return Machine({}, {})
+    return Machine({}, {}, {})
 
 
 def ranks_of_machine(comm):
@@ -86,7 +89,7 @@ def _exchange(node, rank: int, block: SharedBlock | None) -> np.ndarray:
     """Return (rank, file or -1, process, token) of each rank of the machine (collective)."""
     token = secrets.randbits(62)
     if block is not None:
-        np.frombuffer(block.memory, np.int64)[_TOKEN] = token
+        np.frombuffer(block.memory, np.int64, _PAGE_BYTES // 8)[_TOKEN] = token
     mine = np.array([rank, -1 if block is None else block.file, os.getpid(), token], np.int64)
     everyones = np.empty((node.size, len(mine)), np.int64)
     node.Allgather(mine, everyones)
@@ -96,7 +99,8 @@ def _exchange(node, rank: int, block: SharedBlock | None) -> np.ndarray:
 def _map_pages(machine: Machine, everyones: np.ndarray, rank: int, own: SharedBlock) -> None:
     for peer, file, process, token in everyones.tolist():
         memory = own.memory if peer == rank else map_block(process, file, own.size)
-        page = np.frombuffer(memory, np.int64)
+        page = np.frombuffer(memory, np.int64, _PAGE_BYTES // 8)
         if page[_TOKEN] != token:
             raise OSError(f"process {process} is another one here than it is for itself")
         machine.pages[peer], machine.processes[peer] = page, process
+        machine.areas[peer] = np.frombuffer(memory, np.uint8, offset=_PAGE_BYTES)

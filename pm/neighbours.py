@@ -19,6 +19,7 @@ import numpy as np
 import cuda_ops
 from pm.machine import meet
 from pm.messages import Kind, Message
+from pm.shared_gradients import SharedGradients
 from pm.shared_memory import SharedBlock, map_block
 from pm.store import RecordClass, RecordStore
 from pm.tables import Table
@@ -47,6 +48,7 @@ class Neighbours:
         self._manager = manager
         self._machine = meet(comm, wanted)
         self.peers = sorted(set(self._machine.pages) - {comm.rank})
+        self.gradients = SharedGradients(self._machine, comm.rank, manager.others.ready)
         self._serials = itertools.count()
         self._serial_of: dict[SharedBlock, int] = {}
         self._readers: dict[int, set[int]] = {}

@@ -359,8 +359,11 @@ class Serving:
         return self._rounds[step]
 
     def on_gradient(self, source: int, message: Message) -> None:
-        """GRADIENT(step, table, plan or AT_..., ordinal, has counts; slots or rows, values, scale, counts)."""
-        step, table_number, number, ordinal, counted = message.numbers
+        """GRADIENT(step, table, plan or AT_..., ordinal, has counts, place; slots or rows, values, scale, counts).
+
+        `place` says where in shared memory the values are that the message does not have; -1 where it has them.
+        """
+        step, table_number, number, ordinal, counted, place = message.numbers
         rows, values, scale, counts = message.arrays
         if number >= 0:
             slots = self._asked[source].plans[number].slots
@@ -368,6 +371,8 @@ class Serving:
             slots = widen(rows)
         else:
             slots = self._manager.touch(self._manager.tables[table_number], widen(rows))
+        if place >= 0:
+            values = self._manager.neighbours.gradients.values(source, place, len(slots), values.shape[1], values.dtype)
         piece = Piece(slots, values, float(scale[0]), ordinal, counts if counted else None)
         self.take_piece(source, step, table_number, number, piece)
 

@@ -18,6 +18,7 @@ import numpy as np
 import cuda_ops
 from pm.asking import Asking
 from pm.directory import Directory
+from pm.handover import Handover, by_rank
 from pm.in_place import InPlace
 from pm.keys import rows_of, table_of
 from pm.manager import Manager
@@ -26,9 +27,9 @@ from pm.moving import Moving
 from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
 from pm.peers import Peers
-from pm.pieces import Piece, Summing
+from pm.pieces import Summing
 from pm.requests import Requests
-from pm.serving import AT_ROWS, AT_SLOTS, NO_ROWS, Serving
+from pm.serving import Serving
 from pm.shards import Shards
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
@@ -88,6 +89,7 @@ class SynchronousManager(Manager):
         self.requests = Requests(self)
         self.moving = Moving(self)
         self._on_demand = OnDemand(self)
+        self._handover = Handover(self)
         self._shards = Shards(self)
         self.neighbours = Neighbours(self, comm, shared_memory)
         self.in_place = InPlace(self, cached_locations)
@@ -249,7 +251,7 @@ class SynchronousManager(Manager):
         self.settle()
         limits = np.array([max_norm, norm_type], np.float64)
         (owners,) = self._on_demand.locate([(table, rows)])
-        parts = self._by_rank(owners)
+        parts = by_rank(owners, self.ranks)
         for peer in self.peers:
             if len(parts[peer]):
                 self.transport.send(peer, Message(Kind.RENORM, (table.number,), (narrow(rows[parts[peer]]), limits)))
@@ -272,7 +274,7 @@ class SynchronousManager(Manager):
         self._check_open()
         started = time.perf_counter()
         self.serving.groups[self.steps] = groups
-        self._send_gradients(gradients)
+        self._handover.send(gradients)
         for plan in finished:
             self.release(plan)
         self._send_released()
@@ -283,50 +285,9 @@ class SynchronousManager(Manager):
         self.transport.wake()
         self.traffic.seconds["exchange"] += time.perf_counter() - started
 
-    def _send_gradients(self, gradients: Sequence[TableGradient]) -> None:
-        planned = [g.plan is not None and g.plan.complete and not g.plan.released for g in gradients]
-        others = [g for g, has_plan in zip(gradients, planned, strict=True) if not has_plan]
-        owners = iter(self._on_demand.locate([(g.table, g.rows) for g in others]) if others else ())
-        for gradient, has_plan in zip(gradients, planned, strict=True):
-            parts = self.asking.parts(gradient.plan) if has_plan else self._by_rank(next(owners))
-            number = AT_ROWS
-            if has_plan:
-                number = AT_SLOTS if gradient.plan.in_place else gradient.plan.number
-            self._send_gradient(gradient, number, parts)
-
-    def _by_rank(self, ranks: np.ndarray) -> list[np.ndarray]:
-        """Return, per rank, the positions in `ranks` (int64 `[n]`) at which it is."""
-        order, counts = cuda_ops.partition(ranks, self.ranks)
-        return np.split(order, np.cumsum(counts)[:-1])
-
-    def _send_gradient(self, gradient: TableGradient, number: int, parts: list[np.ndarray]) -> None:
-        """Send each rank the rows at its part of the positions; `number` as in GRADIENT."""
-        dim = gradient.table.spec.dim
-        counted = gradient.counts is not None
-        scale = np.array([gradient.scale], np.float64)
-        numbers = (self.steps, gradient.table.number, number, gradient.ordinal, int(counted))
-        flat = np.ascontiguousarray(gradient.values).reshape(-1)
-        for peer in (*self.peers, self.rank):
-            part = parts[peer]  # its values are copied here: the user may change the gradient once the step is over
-            values = cuda_ops.gather(flat, dim, part, np.empty((len(part), dim), flat.dtype))
-            counts = gradient.counts[part] if counted else NO_ROWS
-            if peer == self.rank:
-                self._take_own_piece(gradient, number, part, values, counts if counted else None)
-            else:
-                rows = narrow(gradient.rows[part]) if number == AT_ROWS else NO_ROWS
-                if number == AT_SLOTS:
-                    plan = gradient.plan
-                    rows = narrow(plan.slots_there[plan.where == peer])
-                self.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
-
-    def _take_own_piece(
-        self, gradient: TableGradient, number: int, part: np.ndarray, values: np.ndarray, counts: np.ndarray | None
-    ) -> None:
-        """Hand the part of a gradient that is for rows of this rank to the background thread; they cannot leave now."""
-        table, step = gradient.table, self.steps
-        slots = self.touch(table, gradient.rows[part]) if number == AT_ROWS else gradient.plan.slots
-        piece = Piece(slots, values, gradient.scale, gradient.ordinal, counts)
-        self.transport.post(lambda: self.serving.take_piece(self.rank, step, table.number, number, piece))
+    def locate(self, wanted: Sequence[tuple[Table, np.ndarray]]) -> list[np.ndarray]:
+        """Return the owners (int64 `[n]`) of each table's distinct `rows`, which stay there for this step."""
+        return self._on_demand.locate(wanted)
 
     def deliver(self, peer: int, message: Message) -> None:
         """Send to a peer, or hand to our own background thread: owners treat all ranks alike, in one order."""

@@ -135,6 +135,25 @@ def test_neighbours_send_no_rows(managers, comm, rule):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("area_bytes", [0, 2000, 1 << 28])
+def test_gradients_go_through_shared_memory_as_far_as_there_is_room(managers, seed, monkeypatch, area_bytes):
+    monkeypatch.setattr(pm.machine, "_AREA_BYTES", area_bytes)
+    manager = managers(shared_memory=True)
+    World(manager, np.random.default_rng(seed)).run()
+    (table,) = manager.add_tables([make_spec(len(manager.tables), 400, 64, "float32", "sgd")])
+    rows = np.arange(400, dtype=np.int64)
+    before = manager.bytes_by_kind.get("gradient", 0)
+    for _ in range(3):
+        gradient = pm.TableGradient(table, rows, np.ones((400, 64), np.float32))
+        manager.submit([gradient], {table.number: dict(table.spec.group)})
+        manager.settle()
+    manager.barrier()
+    sent = manager.bytes_by_kind["gradient"] - before
+    values = 3 * 4 * 64 * (400 - len(manager.rows_owned(table, rows)))
+    assert sent < values / 10 if area_bytes == 1 << 28 else sent > values
+
+
+@pytest.mark.ranks(2)
 def test_a_slot_is_asked_for_once(managers, comm):
     manager = managers(shared_memory=True)
     (table,) = manager.add_tables([make_spec(0, 200, 4, "float32", "sgd")])
