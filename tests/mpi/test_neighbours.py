@@ -234,15 +234,16 @@ def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monke
 def test_a_row_that_is_scaled_down_is_never_half_so(managers, comm):
     """Its owner scales rows down (max_norm) while a neighbour reads them."""
     manager = managers(shared_memory=True)
-    (table,) = manager.add_tables([make_spec(0, 400, 512, "float32", "sgd")])
-    rows = np.arange(400, dtype=np.int64)
+    dim = 100_000  # so that reading a row takes long enough
+    (table,) = manager.add_tables([make_spec(0, 16, dim, "float32", "sgd")])
+    rows = np.arange(16, dtype=np.int64)
     owned = manager.rows_owned(table, rows)
-    rounds = 12
+    rounds = 8
     plan = manager.intend(table, rows, 0)
     read(manager, plan)
     for _ in range(rounds):
         with manager.still():
-            manager.load_rows(table, owned, np.ones((len(owned), 512), np.float32), None)
+            manager.load_rows(table, owned, np.ones((len(owned), dim), np.float32), None)
             manager.rewrite_ended()
         manager.barrier()
         if manager.rank == 0:
