@@ -57,11 +57,16 @@ class TableExplanation:
 
 @dataclass
 class Explanation:
-    """What `loader.explain()` returns: prints as text, and `to_json()` gives the same to programs."""
+    """What `loader.explain()` returns: prints as text, and `to_json()` gives the same to programs.
+
+    `machine_ranks` of the `ranks` read rows in memory that they share, this one included.
+    """
 
     tables: list[TableExplanation]
     recordings: int
     min_rows: int
+    ranks: int = 1
+    machine_ranks: int = 1
 
     def __getitem__(self, name: str) -> TableExplanation:
         for table in self.tables:
@@ -75,6 +80,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"AdaLoader: {len(self.tables)} tables, {self.recordings} steps watched, min_rows={self.min_rows}"]
+        if self.ranks > 1:
+            lines.append(f"{self.ranks} ranks, of which {self.machine_ranks} read rows in memory that they share")
         for table in self.tables:
             lines += _lines_of(table)
         return "\n".join(lines)
@@ -111,7 +118,8 @@ def explain(managed: ManagedModel, feed: Feed, recordings: int) -> Explanation:
         for name, parameter, why in _dense_tables(managed)
         if name not in names
     ]
-    return Explanation(tables + dense, recordings, managed.settings["min_rows"])
+    manager = managed.manager
+    return Explanation(tables + dense, recordings, managed.settings["min_rows"], manager.ranks, manager.machine_ranks)
 
 
 def _explain_table(managed: ManagedModel, table: ManagedTable, feed: Feed) -> TableExplanation:

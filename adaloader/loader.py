@@ -69,6 +69,8 @@ class AdaLoader(StatefulDataLoader):
         update_threshold: with staleness: changes of copies that are smaller than this in every value are held back
             until they have added up to it, or a pass is over.
         max_rounds_per_second: with staleness: how often ranks exchange updates, at most.
+        shared_memory: at staleness 0: whether ranks of one machine read each other's rows in memory that they share,
+            without a message; False treats each rank as a machine of its own, as to see what crosses a network.
 
     Raises:
         ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
@@ -109,6 +111,7 @@ class AdaLoader(StatefulDataLoader):
         techniques: str = "all",
         update_threshold: float | None = None,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
+        shared_memory: bool = True,
         **kwargs,
     ):
         orders = (
@@ -145,6 +148,7 @@ class AdaLoader(StatefulDataLoader):
             techniques,
             update_threshold,
             max_rounds_per_second,
+            shared_memory,
         )
         if model is None:
             _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
@@ -189,6 +193,7 @@ class AdaLoader(StatefulDataLoader):
         techniques: str = "all",
         update_threshold: float | None = None,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
+        shared_memory: bool = True,
     ) -> WrappedLoader:
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
@@ -208,6 +213,7 @@ class AdaLoader(StatefulDataLoader):
             techniques,
             update_threshold,
             max_rounds_per_second,
+            shared_memory,
         )
         return WrappedLoader(iterable, model, optimizer, settings)
 

@@ -178,6 +178,7 @@ class Session:
         `step`. bytes_sent, bytes_received: of rows, gradients, intents. bytes_by_kind: those sent, by kind of message.
         replica_steps: copies of rows that were sent again because they had changed. hops: rows asked of a rank that did
         not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
+        machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
         memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
         rows that this rank gave to another, and replications, rows that it copied to another for a batch. seconds:
         where time went, on whatever thread.
@@ -202,6 +203,8 @@ class Session:
             "replica_steps": sum(traffic.replica_steps.values()),
             "hops": traffic.hops,
             "late_intents": traffic.late_intents,
+            "machine_ranks": manager.machine_ranks,
+            "neighbour_rows": traffic.neighbour_rows,
             "memory_bytes": manager.memory_bytes,
             "tables": {
                 name: {
@@ -311,7 +314,9 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
 
 def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
     if settings.staleness == 0:
-        return pm.SynchronousManager(comm, settings.timeout_seconds, settings.techniques)
+        return pm.SynchronousManager(
+            comm, settings.timeout_seconds, settings.techniques, shared_memory=settings.shared_memory
+        )
     return pm.EventualManager(
         comm,
         settings.timeout_seconds,

@@ -30,6 +30,7 @@ class Settings:
     techniques: str = "all"
     update_threshold: float | None = None
     max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND
+    shared_memory: bool = True
 
     def __post_init__(self):
         check_strategy(self.strategy)
@@ -50,6 +51,8 @@ class Settings:
             )
         if not _is_number(self.max_rounds_per_second) or not self.max_rounds_per_second > 0:
             raise ValueError(f"max_rounds_per_second must be positive; got {self.max_rounds_per_second!r}")
+        if not isinstance(self.shared_memory, bool):
+            raise ValueError(f"shared_memory must be True or False; got {self.shared_memory!r}")
         if not _is_int(self.min_rows) or self.min_rows < 1:
             raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
         if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:
@@ -63,7 +66,15 @@ class Settings:
 
     def shared(self) -> dict[str, object]:
         """What all loaders of one model must agree on."""
-        names = ("min_rows", "staleness", "comm", "techniques", "update_threshold", "max_rounds_per_second")
+        names = (
+            "min_rows",
+            "staleness",
+            "comm",
+            "techniques",
+            "update_threshold",
+            "max_rounds_per_second",
+            "shared_memory",
+        )
         return {name: getattr(self, name) for name in names}
 
 

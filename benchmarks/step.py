@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         min_rows=1,
         staleness=args.staleness,
         techniques=args.techniques,
+        shared_memory=not args.apart,
         **lookahead_of(args),
     )
     ours = Side(managed_table, optimizer, iter(loader))
@@ -229,6 +230,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--lookahead", type=int, help="batches to read ahead (the loader's default)")
     add("--staleness", type=staleness, default=0, help="0 (exact), a number of steps, or none (no bound) (%(default)s)")
     add("--techniques", choices=TECHNIQUES, default="all", help="how rows get where they are needed (%(default)s)")
+    add("--apart", action="store_true", help="each rank as on a machine of its own (shared_memory=False)")
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the figures")
     args = parser.parse_args(arguments)

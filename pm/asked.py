@@ -45,8 +45,9 @@ class AskedPlan:
     (ascending; see `RowPlan`). `sent_at[i]` is the version at which row i was last sent (-1: never), `due[i]` that from
     which no known intent touches it before the plan uses it; `copied[i]` says whether the rank has had a copy of it.
     Rows are not sent early before version `next_due`, which is 0 until they were first looked at. `pending` is the last
-    step for which the plan has a gradient. `arrived` are (rows, slots) of those that have come here since, where the
-    plan is this rank's own.
+    step for which the plan has a gradient. The rank of a `direct` plan reads these rows in this rank's memory: it is
+    sent none. `held` says whether the rows are kept here for the plan (see `SlotNotes`). `arrived` are (rows, slots) of
+    those that have come here since, where the plan is this rank's own.
     """
 
     number: int
@@ -61,12 +62,16 @@ class AskedPlan:
     next_due: int = 0
     pending: int = -1
     arrived: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    direct: bool = False
+    held: bool = True
 
     @classmethod
-    def of(cls, number, table, rows, slots, tickets, expected, due) -> AskedPlan:
+    def of(cls, number, table, rows, slots, tickets, expected, due, direct=False, held=True) -> AskedPlan:
         """Return a plan of which nothing was sent."""
         sent_at, copied = np.full(len(rows), -1, np.int64), np.zeros(len(rows), bool)
-        return cls(number, table, rows, slots, tickets, expected, due, sent_at, copied)
+        made = cls(number, table, rows, slots, tickets, expected, due, sent_at, copied)
+        made.direct, made.held = direct, held
+        return made
 
     _BY_ROW: ClassVar = ("rows", "slots", "tickets", "due", "sent_at", "copied")
 
@@ -117,4 +122,5 @@ class AskedRows:
             and plan.next_due <= version
             and (plan.next_due == 0 or plan.expected == version + 1)
             and plan.table.history is None
+            and not plan.direct
         )

@@ -52,20 +52,27 @@ class Asking:
             self._numbers += 1
             if not manager.techniques.plans:
                 return RowPlan(self._numbers, table, rows, expected, NO_ROWS, table.store)
+            if manager.in_place.takes(table):
+                plan = manager.in_place.plan(self._numbers, table, rows, expected)
+                self._plans[plan.number] = plan
+                manager.in_place.ask_for_slots(plan)
+                return plan
             with manager.structure:
                 slots = manager.slots_here(table, rows)
                 own, absent = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
                 slots = slots[own]
-                manager.serving.hold(table, slots, manager.rank)
+                held = manager.serving.hold_for_plan(table, slots, manager.rank)
                 ranks = manager.directory.ask_at(table.keys(rows[absent]))
             order, counts = cuda_ops.partition(ranks, manager.ranks)
             plan = RowPlan(self._numbers, table, rows, expected, slots, table.store, own)
             plan.order, plan.where = absent[order], ranks[order]
             plan.asked = np.flatnonzero(counts).tolist()
-            plan.staging = np.empty((len(order), table.spec.dim), table.spec.dtype)
+            plan.slots_there = np.full(len(order), -1, np.int64)
             self._plans[plan.number] = plan
             own_rows = rows[own]
-            manager.transport.post(lambda: manager.serving.note_own(plan.number, table, own_rows, slots, expected))
+            manager.transport.post(
+                lambda: manager.serving.note_own(plan.number, table, own_rows, slots, expected, held)
+            )
             for peer in manager.peers:
                 first = int(counts[:peer].sum())
                 part = rows[plan.order[first : first + int(counts[peer])]]
@@ -76,7 +83,7 @@ class Asking:
         """The plan is not needed any more; owners hear of it with `take_released`."""
         if not plan.released:
             plan.released = True
-            if self._plans.pop(plan.number, None) is not None:
+            if self._plans.pop(plan.number, None) is not None and not plan.in_place:
                 self._released.append(plan.number)
 
     def take_released(self) -> np.ndarray:
@@ -94,28 +101,48 @@ class Asking:
         for plan in list(self._plans.values()):
             plan.expected = _NEVER  # so that it is asked for again
 
+    def leave_in_place(self, table: Table) -> None:
+        """The records of `table` leave for other stores: plans that name their slots are void. Under `planning`."""
+        for plan in list(self._plans.values()):
+            if plan.in_place and plan.table is table:
+                self.release(plan)
+        self._manager.in_place.forget()
+
     # Reading
 
     def read(self, plan: RowPlan, out: np.ndarray) -> None:
         """Write the plan's rows at the current version to `out` `[U, dim]`; wait for those that are not here."""
         manager = self._manager
         manager.settle()
-        if plan.expected > manager.steps or not manager.techniques.copies_ahead:
+        if plan.in_place:
+            manager.in_place.await_slots(plan)
+        elif plan.expected > manager.steps or not manager.techniques.copies_ahead:
             self._want(plan)
         elif not self._is_here(plan):
             asked = manager.peers if plan.unplaced else {*plan.asked, *tuple(plan.promised)}
             manager.wait_for_rows(lambda: self._is_here(plan), sorted(asked))
         started = time.perf_counter()
-        remote = plan.where != manager.rank
-        order, staged = plan.order, plan.staging
-        if not remote.all():
-            tickets = np.flatnonzero(remote)
-            order, staged = order[tickets], staged[tickets]
         own, slots = self.own_part(plan)
         manager.gather_own(plan.table, slots, out, own)
-        cuda_ops.scatter(out.reshape(-1), plan.table.spec.dim, order, staged)
+        self._gather_from_neighbours(plan, out)
+        self._take_staged(plan, out)
         plan.complete = True
         manager.traffic.seconds["gather"] += time.perf_counter() - started
+
+    def _gather_from_neighbours(self, plan: RowPlan, out: np.ndarray) -> None:
+        manager = self._manager
+        for peer in manager.neighbours.peers:
+            tickets = np.flatnonzero((plan.where == peer) & (plan.slots_there >= 0))
+            if len(tickets):
+                manager.neighbours.gather(peer, plan.table, plan.slots_there[tickets], out, plan.order[tickets])
+                manager.traffic.neighbour_rows += len(tickets)
+
+    def _take_staged(self, plan: RowPlan, out: np.ndarray) -> None:
+        tickets = np.flatnonzero((plan.where != self._manager.rank) & (plan.slots_there < 0))
+        if len(tickets):
+            whole = len(tickets) == len(plan.order)
+            staged = plan.staging if whole else plan.staging[tickets]
+            cuda_ops.scatter(out.reshape(-1), plan.table.spec.dim, plan.order[tickets], staged)
 
     def _is_here(self, plan: RowPlan) -> bool:
         """Whether every rank that serves rows of the plan has said so, and READY since."""
@@ -157,8 +184,13 @@ class Asking:
         plan.expected = manager.steps
 
     def _serving(self, plan: RowPlan) -> set[int]:
-        """The other ranks that serve rows of the plan."""
-        return set(np.unique(plan.where).tolist()) - {self._manager.rank, _NOBODY}
+        """The other ranks that must be asked for rows of the plan.
+
+        A row that this rank reads in its owner's memory is good at any time, unless steps move it that do not touch it:
+        then its owner brings it to the last step when it is asked for.
+        """
+        where = plan.where if plan.table.history is not None else plan.where[plan.slots_there < 0]
+        return set(np.unique(where).tolist()) - {self._manager.rank, _NOBODY}
 
     def parts(self, plan: RowPlan) -> list[np.ndarray]:
         """Return, by rank, the positions of a complete plan's rows that it serves, in the order of their tickets."""
@@ -189,6 +221,7 @@ class Asking:
 
     def _place(self, plan: RowPlan, tickets: np.ndarray, rank: int) -> None:
         plan.where[tickets] = rank
+        plan.slots_there[tickets] = -1
         if plan.unplaced or rank == _NOBODY:
             plan.unplaced = int((plan.where == _NOBODY).sum())
 
@@ -201,9 +234,35 @@ class Asking:
         tickets, values = message.arrays
         if len(values):
             tickets = widen(tickets) if len(tickets) else np.flatnonzero(plan.where == source)
+            if plan.staging is None:
+                plan.staging = np.empty((len(plan.order), plan.table.spec.dim), plan.table.spec.dtype)
             cuda_ops.scatter(plan.staging.reshape(-1), plan.table.spec.dim, tickets, values)
         if answer:
             plan.answered.add(source)
+
+    def on_slots(self, source: int, message: Message) -> None:
+        """SLOTS(plan; tickets, none for all that the sender serves, and slots): where rows are in its memory."""
+        plan = self._plans.get(message.numbers[0])
+        if plan is not None:
+            tickets, slots = message.arrays
+            tickets = widen(tickets) if len(tickets) else np.flatnonzero(plan.where == source)
+            plan.slots_there[tickets] = widen(slots)
+
+    def on_found(self, source: int, message: Message) -> None:
+        """FOUND(plan; tickets, slots): where rows of a SEEK are in the memory of `source`."""
+        plan = self._plans.get(message.numbers[0])
+        if plan is not None:
+            tickets, slots = message.arrays
+            self._manager.in_place.found(plan, widen(tickets), widen(slots))
+
+    def forget_slots(self, source: int, table_number: int) -> None:
+        """The records of a table of `source` are in another store."""
+        for plan in list(self._plans.values()):
+            if plan.table.number == table_number and plan.where is not None:
+                theirs = plan.where == source
+                if not plan.in_place and (plan.slots_there[theirs] >= 0).any():
+                    plan.slots_there[theirs] = -1
+                    plan.expected = _NEVER  # so that its rows are asked for, should there be no slots again
 
     def on_forwarded(self, source: int, message: Message) -> None:
         """FORWARDED(plan; tickets): `source` does not have these rows; who has them says HOLDS, or has said so."""

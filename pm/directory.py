@@ -144,8 +144,9 @@ class Directory:
 
     def arrived(self, keys: np.ndarray) -> None:
         """The records of `keys` are here."""
-        self._away.remove(keys)
-        self._given.remove(keys)
+        mine = self.home_of(keys) == self.rank
+        self._away.remove(keys[mine])
+        self._given.remove(keys[~mine])
 
     def moved(self, keys: np.ndarray, rank: int, moves: np.ndarray, held: np.ndarray) -> None:
         """MOVED: `keys` of which this rank is the home went to `rank` in their `moves`-th moves.

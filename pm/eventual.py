@@ -80,7 +80,7 @@ class EventualManager(SynchronousManager):
         self._arrived: dict[int, Round] = {}
         self._updates = Updates(self)
         self._passes = Passes(self, comm.size)
-        super().__init__(comm, timeout_seconds)
+        super().__init__(comm, timeout_seconds, shared_memory=False)
 
     # Tables
 

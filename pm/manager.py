@@ -30,7 +30,8 @@ class Traffic:
 
     By number of table: `relocations` are rows that this rank gave to another, `replications` rows that it copied to one
     for a plan, `replica_steps` copies that it sent again because they had changed. `hops` are rows asked for that it
-    passed on to another rank, `late_intents` rows asked for when they might already have been needed.
+    passed on to another rank, `late_intents` rows asked for when they might already have been needed. `neighbour_rows`
+    are those that this rank read from the memory of another.
     """
 
     on_demand_pulls: int = 0
@@ -39,6 +40,7 @@ class Traffic:
     replica_steps: Counter[int] = field(default_factory=Counter)
     hops: int = 0
     late_intents: int = 0
+    neighbour_rows: int = 0
     wait_seconds: float = 0.0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("keys", "exchange", "gather", "backward", "update", "waiting"), 0.0)
@@ -54,6 +56,8 @@ class Manager:
 
     rank = 0
     ranks = 1
+    machine_ranks = 1
+    """Number of ranks that read each other's rows without a message, this one included."""
     in_lockstep = True
     """Whether no rank takes a step before all have taken the one before it."""
 
@@ -89,16 +93,19 @@ class Manager:
 
     def _store_for(self, record_class: RecordClass, rows: int, declared_rows: int) -> RecordStore:
         if record_class.catches_up:  # rows are caught up in turn, by slot: such a table has a store of its own
-            store = RecordStore(record_class, rows * _RESERVE_FACTOR)
+            store = self._new_store(record_class, rows * _RESERVE_FACTOR)
             self._stores.append((store, rows))
             return store
         for at, (store, declared) in enumerate(self._stores):
             if store.record_class == record_class and declared + rows <= store.capacity:
                 self._stores[at] = (store, declared + rows)
                 return store
-        store = RecordStore(record_class, max(rows, declared_rows) * _RESERVE_FACTOR)
+        store = self._new_store(record_class, max(rows, declared_rows) * _RESERVE_FACTOR)
         self._stores.append((store, rows))
         return store
+
+    def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
+        return RecordStore(record_class, capacity)
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         """Give `table` another update rule (collective): its records move to a store of the new class.
@@ -265,9 +272,13 @@ class Manager:
         self.catch_up(table, slots)
         values = table.store.values(slots, np.empty((len(rows), table.spec.dim), table.spec.dtype))
         changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
-        with self._values:
+        with self._values, self._writing():
             table.store.set_values(slots[changed], values[changed])
         self._mark_changed(table, slots[changed])
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        """Records are written inside, which others may be reading."""
+        return contextlib.nullcontext()
 
     def _mark_changed(self, table: Table, slots: np.ndarray) -> None:
         record_bytes = table.store.record_class.record_bytes

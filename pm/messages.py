@@ -40,6 +40,11 @@ class Kind(IntEnum):
     HOLDS = 21
     LOCATE = 22
     LOCATED = 23
+    STORE = 24
+    MAPPED = 25
+    SLOTS = 26
+    SEEK = 27
+    FOUND = 28
     PRESENT = 40
     SHARE = 41
     SHARED = 42

@@ -61,20 +61,24 @@ class OnDemand:
         Every row stays with its owner until that has applied the step that this rank hands over next.
         """
         manager = self._manager
+        owners = [manager.directory.home_of(table.keys(rows)) for table, rows in wanted]
         if not manager.techniques.moves:
-            return [manager.directory.home_of(table.keys(rows)) for table, rows in wanted]
-        owners, searches, asked = [], [], set()
-        for table, rows in wanted:
+            return owners
+        searched, searches, asked = [], [], set()
+        for at, (table, rows) in enumerate(wanted):
+            if manager.neighbours.have_all(table):
+                continue
             with manager.structure:
                 slots = manager.slots_here(table, rows)
                 pinned = manager.serving.pin(table, slots[slots >= 0])
                 absent = np.flatnonzero(slots < 0)
                 search, more = self._begin(Kind.LOCATE, table, rows, absent)
             manager.transport.post(lambda step=manager.steps, pin=pinned: manager.serving.unpin_after(step, *pin))
-            owners.append(np.full(len(rows), manager.rank, np.int64))
+            owners[at] = np.full(len(rows), manager.rank, np.int64)
+            searched.append(owners[at])
             searches.append(search)
             asked |= more
-        for found, search, answers in zip(owners, searches, self._await(searches, asked), strict=True):
+        for found, search, answers in zip(searched, searches, self._await(searches, asked), strict=True):
             for source, tickets, _ in answers:
                 found[search.order[tickets]] = source
         return owners

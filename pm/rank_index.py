@@ -27,15 +27,17 @@ class RankIndex:
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ranks int64 `[n]`, -1 for none; numbers int64 `[n]`, -1 for none)."""
+        if not len(self._index):
+            nothing = np.full(len(keys), NOBODY, np.int64)
+            return nothing, nothing.copy()
         found = self._index.find(keys)
         return np.where(found < 0, NOBODY, found & _RANK_MASK), found >> _RANK_BITS
 
     def put(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray | int) -> None:
         """Set what distinct `keys` (int64 `[n]`) map to."""
-        self._index.remove(keys)
         entries = np.empty(len(keys), np.int64)
         entries[...] = numbers
-        self._index.add(keys, (entries << _RANK_BITS) | ranks)
+        self._index.put(keys, (entries << _RANK_BITS) | ranks)
 
     def put_newer(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray) -> None:
         """As `put`, but for keys that are there with a number that is not smaller."""
@@ -44,7 +46,8 @@ class RankIndex:
             self.put(keys[newer], ranks if np.isscalar(ranks) else ranks[newer], numbers[newer])
 
     def remove(self, keys: np.ndarray) -> None:
-        self._index.remove(keys)
+        if len(self._index):
+            self._index.remove(keys)
 
     def items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (keys, ranks, numbers), int64 each, in no order."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ALL_ROWS = np.empty(0, np.int32)
 """In place of tickets in a ROWS message: it brings every row of its plan that the sender owns."""
 NO_ROWS = np.empty(0, np.int64)
+AT_ROWS, AT_SLOTS = -1, -2
+"""In place of a plan's number in a GRADIENT message: what it is for is said by rows, or by slots of the receiver."""
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -93,6 +95,13 @@ class Serving:
         with self._manager.structure:
             self.notes_of(table.store).hold(slots, rank)
 
+    def hold_for_plan(self, table: Table, slots: np.ndarray, rank: int) -> bool:
+        """As `hold`, where rows of `table` may leave; return whether they may."""
+        if self._manager.neighbours.have_all(table):
+            return False
+        self.hold(table, slots, rank)
+        return True
+
     def pin(self, table: Table, slots: np.ndarray) -> tuple[SlotNotes, np.ndarray]:
         """Keep `slots` of `table` here; `unpin_after` says until when."""
         notes = self.notes_of(table.store)
@@ -119,7 +128,6 @@ class Serving:
         if request.what == Kind.INTENT and asker == manager.rank:  # the row came here while its request went round
             manager.asking.took_over(request.number, request.tickets, slots)
         elif request.what == Kind.INTENT:
-            self.hold(request.table, slots, asker)
             self._note(request, slots, forwarded)
         elif request.what == Kind.PULL:
             self._send_pulled(request, slots)
@@ -134,10 +142,19 @@ class Serving:
         table, asked = request.table, self._asked[asker]
         if request.version <= self.applied:
             manager.traffic.late_intents += len(slots)
-        due = self.notes_of(table.store).touch(slots, request.version)
-        plan = AskedPlan.of(number, table, request.rows, slots, request.tickets, request.version, due)
+        if forwarded and asked.plans[number].held:
+            self.hold(table, slots, asker)
+        held = asked.plans[number].held if forwarded else self.hold_for_plan(table, slots, asker)
+        due = self._note_touches(table, slots, request.version, held)
+        direct = manager.neighbours.reads(asker, table)
+        plan = AskedPlan.of(
+            number, table, request.rows, slots, request.tickets, request.version, due, direct=direct, held=held
+        )
         if forwarded:
             manager.transport.send(asker, Message(Kind.HOLDS, (number,), (narrow(request.tickets),)))
+        if direct and len(slots):
+            self._send_slots(asker, plan, whole=not forwarded)
+        if forwarded:
             asked.plans[number].extend(plan)
             plan = asked.plans[number]
         else:
@@ -145,7 +162,7 @@ class Serving:
         needed_now = plan.expected <= self.applied
         if needed_now:
             self._send_rows(asker, plan)
-        else:
+        elif not direct:
             self._post_early()
         if needed_now or forwarded:  # READY lets the asker count on what HOLDS has said
             self._send_ready(asker)
@@ -153,20 +170,42 @@ class Serving:
             for late in asked.overtaken.pop(number, ()):
                 manager.requests.take_again(late)
 
-    def note_own(self, number: int, table: Table, rows: np.ndarray, slots: np.ndarray, expected: int) -> None:
-        """This rank has a plan of its own; its rows here are held already."""
-        due = self.notes_of(table.store).touch(slots, expected)
+    def _note_touches(self, table: Table, slots: np.ndarray, version: int, held: bool) -> np.ndarray:
+        """Note when rows will be used, if copies of them are ever sent; return from when each is left alone."""
+        return self.notes_of(table.store).touch(slots, version) if held else np.zeros(len(slots), np.int64)
+
+    def _send_slots(self, asker: int, plan: AskedPlan, *, whole: bool) -> None:
+        tickets = ALL_ROWS if whole else narrow(plan.tickets)
+        self._manager.transport.send(asker, Message(Kind.SLOTS, (plan.number,), (tickets, narrow(plan.slots))))
+
+    def send_slots_again(self, table: Table) -> None:
+        """The records of `table` are in another store: tell those that read them there."""
+        for rank, asked in enumerate(self._asked):
+            for plan in asked.plans.values():
+                if plan.table is table and rank != self._manager.rank:
+                    plan.direct = self._manager.neighbours.reads(rank, table)
+                    if plan.direct and len(plan.slots):
+                        self._send_slots(rank, plan, whole=False)
+
+    def note_own(
+        self, number: int, table: Table, rows: np.ndarray, slots: np.ndarray, expected: int, held: bool
+    ) -> None:
+        """This rank has a plan of its own; its rows here are held already, if they are to be."""
+        due = self._note_touches(table, slots, expected, held)
         tickets = np.full(len(rows), -1, np.int64)
-        self._asked[self._manager.rank].add(AskedPlan.of(number, table, rows, slots, tickets, expected, due))
-        self._post_early()
+        plan = AskedPlan.of(number, table, rows, slots, tickets, expected, due, held=held)
+        self._asked[self._manager.rank].add(plan)
+        if held:
+            self._post_early()
 
     def extend_own(self, number: int, rows: np.ndarray, slots: np.ndarray) -> bool:
         """Rows of a plan of this rank have come here: hold them for it. Return whether it is still going on."""
         plan = self._asked[self._manager.rank].plans.get(number)
         if plan is None:
             return False
-        self.hold(plan.table, slots, self._manager.rank)
-        self.notes_of(plan.table.store).touch(slots, plan.expected)
+        if plan.held:
+            self.hold(plan.table, slots, self._manager.rank)
+        self._note_touches(plan.table, slots, plan.expected, plan.held)
         plan.arrived.append((rows, slots))
         return True
 
@@ -189,6 +228,8 @@ class Serving:
             self._let_go(source, plan)
 
     def _let_go(self, source: int, plan: AskedPlan) -> None:
+        if not plan.held:
+            return
         notes = self.notes_of(plan.table.store)
         with self._manager.structure:
             for slots in (plan.slots, *(slots for _, slots in plan.arrived)):
@@ -220,7 +261,7 @@ class Serving:
             for rank, asked in enumerate(self._asked):
                 for plan in asked.plans.values():
                     if plan.table is table:
-                        plan.slots = manager.touch(table, plan.rows)
+                        plan.slots, plan.held = manager.touch(table, plan.rows), True
                         plan.sent_at[:] = -1  # the new records do not say when they last changed
                         notes.hold(plan.slots, rank)
                         notes.pin(plan.slots[plan.copied])
@@ -248,6 +289,9 @@ class Serving:
         Rows that may move leave as RECORDS instead.
         """
         table, store, manager = plan.table, plan.table.store, self._manager
+        if plan.direct:
+            self._ready_in_place(peer, plan, answer)
+            return
         if table.history is not None:  # each of its steps moves every row, also those that it does not touch
             plan.sent_at[plan.sent_at < table.changed_at] = -1
         copies = answer or manager.techniques.copies_ahead
@@ -276,6 +320,13 @@ class Serving:
         values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
         arrays = (ALL_ROWS if whole else narrow(plan.tickets[positions]), values)
         manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
+
+    def _ready_in_place(self, peer: int, plan: AskedPlan, answer: bool) -> None:
+        """Bring rows that `peer` reads in this rank's memory to the last step."""
+        self._manager.catch_up(plan.table, plan.slots, states=False)
+        if answer:
+            nothing = np.empty((0, plan.table.spec.dim), plan.table.spec.dtype)
+            self._manager.transport.send(peer, Message(Kind.ROWS, (plan.number, 1), (ALL_ROWS, nothing)))
 
     def _count_copies(self, plan: AskedPlan, positions: np.ndarray, slots: np.ndarray) -> None:
         """Count rows that are copied; those that are for the first time stay here until the plan is over."""
@@ -308,13 +359,20 @@ class Serving:
         return self._rounds[step]
 
     def on_gradient(self, source: int, message: Message) -> None:
-        """GRADIENT(step, table, plan or -1, ordinal, has counts; rows unless of a plan, values, scale, counts)."""
-        step, table_number, number, ordinal, counted = message.numbers
+        """GRADIENT(step, table, plan or AT_..., ordinal, has counts, place; slots or rows, values, scale, counts).
+
+        `place` says where in shared memory the values are that the message does not have; -1 where it has them.
+        """
+        step, table_number, number, ordinal, counted, place = message.numbers
         rows, values, scale, counts = message.arrays
         if number >= 0:
             slots = self._asked[source].plans[number].slots
+        elif number == AT_SLOTS:
+            slots = widen(rows)
         else:
             slots = self._manager.touch(self._manager.tables[table_number], widen(rows))
+        if place >= 0:
+            values = self._manager.neighbours.gradients.values(source, place, len(slots), values.shape[1], values.dtype)
         piece = Piece(slots, values, float(scale[0]), ordinal, counts if counted else None)
         self.take_piece(source, step, table_number, number, piece)
 

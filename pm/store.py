@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import cuda_ops
+from pm.shared_memory import MAP_NORESERVE, SharedBlock
 
-# Not in Python's mmap module before 3.11; reserve address space only, so that a declared table costs no memory.
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _STEP_BYTES = 8
 
 
@@ -58,24 +57,20 @@ class RecordStore:
     Args:
         record_class: the layout.
         capacity: most records that can ever be held (address space, not memory).
+        block: memory of `bytes_of(record_class, capacity)` that other processes see too; None for memory of its own.
 
     Raises:
         MemoryError: if the address space cannot be reserved.
     """
 
-    def __init__(self, record_class: RecordClass, capacity: int):
+    def __init__(self, record_class: RecordClass, capacity: int, block: SharedBlock | None = None):
         self.record_class = record_class
         self.capacity = max(1, int(capacity))
         self.stride = record_class.stride
         dtype = np.dtype(record_class.dtype)
-        reserved_bytes = self.capacity * record_class.record_bytes
-        try:
-            self._memory = mmap.mmap(-1, reserved_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        except (OSError, OverflowError) as error:
-            raise MemoryError(
-                f"cannot reserve {reserved_bytes} bytes of address space for {self.capacity} records of "
-                f"{record_class.record_bytes} bytes ({error}); raise the limit on virtual memory (ulimit -v)"
-            ) from error
+        reserved_bytes = self.bytes_of(record_class, capacity)
+        self.block = block
+        self._memory = self._reserve(reserved_bytes) if block is None else block.memory
         if hasattr(mmap, "MADV_HUGEPAGE"):
             _advise_huge_pages(self._memory)
         self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride)
@@ -86,6 +81,20 @@ class RecordStore:
         self._free_count = 0
         self._pins: dict[int, int] = {}
         self._released_while_pinned: set[int] = set()
+
+    @staticmethod
+    def bytes_of(record_class: RecordClass, capacity: int) -> int:
+        """Return how many bytes of address space a store of this capacity takes."""
+        return max(1, int(capacity)) * record_class.record_bytes
+
+    def _reserve(self, size: int) -> mmap.mmap:
+        try:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(
+                f"cannot reserve {size} bytes of address space for {self.capacity} records of "
+                f"{self.record_class.record_bytes} bytes ({error}); raise the limit on virtual memory (ulimit -v)"
+            ) from error
 
     def __len__(self) -> int:
         return self._next_slot - self._free_count
@@ -194,7 +203,7 @@ class RecordStore:
 def reserve_zeros(count: int, dtype: type) -> np.ndarray:
     """Return zeros `[count]` that take address space only, and memory page by page as they are first written."""
     size = max(1, count) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return np.frombuffer(memory, dtype, count)
 
 

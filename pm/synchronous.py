@@ -18,16 +18,20 @@ import numpy as np
 import cuda_ops
 from pm.asking import Asking
 from pm.directory import Directory
+from pm.handover import Handover, by_rank
+from pm.in_place import InPlace
 from pm.keys import rows_of, table_of
 from pm.manager import Manager
 from pm.messages import Kind, Message, narrow
 from pm.moving import Moving
+from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
 from pm.peers import Peers
-from pm.pieces import Piece, Summing
+from pm.pieces import Summing
 from pm.requests import Requests
-from pm.serving import NO_ROWS, Serving
+from pm.serving import Serving
 from pm.shards import Shards
+from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.techniques import techniques_named
 from pm.transport import Transport
@@ -50,13 +54,21 @@ class SynchronousManager(Manager):
             they are used. "replication": they are copied, and stay where they are. "none": they are fetched when they
             are used. Results are the same to the bit.
         cached_locations: most keys whose whereabouts this rank remembers without need.
+        shared_memory: whether ranks of one machine read each other's rows without a message; all of them must say so.
+            False: each rank is as if on a machine of its own.
 
     Raises:
         ValueError: if there are no such techniques.
     """
 
     def __init__(
-        self, comm, timeout_seconds: float, techniques: str = "all", *, cached_locations: int = CACHED_LOCATIONS
+        self,
+        comm,
+        timeout_seconds: float,
+        techniques: str = "all",
+        *,
+        cached_locations: int = CACHED_LOCATIONS,
+        shared_memory: bool = True,
     ):
         super().__init__()
         self.techniques = techniques_named(techniques)
@@ -77,7 +89,10 @@ class SynchronousManager(Manager):
         self.requests = Requests(self)
         self.moving = Moving(self)
         self._on_demand = OnDemand(self)
+        self._handover = Handover(self)
         self._shards = Shards(self)
+        self.neighbours = Neighbours(self, comm, shared_memory)
+        self.in_place = InPlace(self, cached_locations)
         self._handlers = self._message_handlers()
         self.transport = Transport(
             comm,
@@ -98,12 +113,25 @@ class SynchronousManager(Manager):
 
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = super().add_tables(specs)
-        self.barrier()  # nobody asks for rows of a table that another rank does not know yet
+        self.neighbours.share(added)  # nobody asks for rows of a table that another rank does not know yet
         return added
+
+    def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
+        return self.neighbours.new_store(record_class, capacity)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return self.neighbours.writing()
+
+    @property
+    def machine_ranks(self) -> int:
+        return self.neighbours.ranks
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         with self.still(), self.asking.planning:
+            self.asking.leave_in_place(table)
             self._on_background(lambda: self._replace_rule(table, spec))
+            self.neighbours.share([table])
+            self._on_background(lambda: self.serving.send_slots_again(table))
 
     def _replace_rule(self, table: Table, spec: TableSpec) -> None:
         with self.structure:
@@ -111,6 +139,7 @@ class SynchronousManager(Manager):
             keys, slots = table.store.index.items()
             mine = table_of(keys) == table.number
             moves = notes.moves(slots[mine])
+            self.neighbours.forget(table)
             super().replace_rule(table, spec)
             notes.clear(slots[mine])
             self.serving.replaced(table, rows_of(keys[mine]), moves)
@@ -170,6 +199,10 @@ class SynchronousManager(Manager):
             raise RuntimeError(f"rank {self.rank} does not own row {row} of table {table.spec.name!r}")
         return slots
 
+    def touch_at_home(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """As `touch`, for rows that never moved and of which this rank is the home."""
+        return super().touch(table, rows)
+
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         keys = table.keys(rows)
         with self.structure:
@@ -218,7 +251,7 @@ class SynchronousManager(Manager):
         self.settle()
         limits = np.array([max_norm, norm_type], np.float64)
         (owners,) = self._on_demand.locate([(table, rows)])
-        parts = self._by_rank(owners)
+        parts = by_rank(owners, self.ranks)
         for peer in self.peers:
             if len(parts[peer]):
                 self.transport.send(peer, Message(Kind.RENORM, (table.number,), (narrow(rows[parts[peer]]), limits)))
@@ -241,7 +274,7 @@ class SynchronousManager(Manager):
         self._check_open()
         started = time.perf_counter()
         self.serving.groups[self.steps] = groups
-        self._send_gradients(gradients)
+        self._handover.send(gradients)
         for plan in finished:
             self.release(plan)
         self._send_released()
@@ -252,44 +285,9 @@ class SynchronousManager(Manager):
         self.transport.wake()
         self.traffic.seconds["exchange"] += time.perf_counter() - started
 
-    def _send_gradients(self, gradients: Sequence[TableGradient]) -> None:
-        planned = [g.plan is not None and g.plan.complete and not g.plan.released for g in gradients]
-        others = [g for g, has_plan in zip(gradients, planned, strict=True) if not has_plan]
-        owners = iter(self._on_demand.locate([(g.table, g.rows) for g in others]) if others else ())
-        for gradient, has_plan in zip(gradients, planned, strict=True):
-            parts = self.asking.parts(gradient.plan) if has_plan else self._by_rank(next(owners))
-            self._send_gradient(gradient, gradient.plan.number if has_plan else -1, parts)
-
-    def _by_rank(self, ranks: np.ndarray) -> list[np.ndarray]:
-        """Return, per rank, the positions in `ranks` (int64 `[n]`) at which it is."""
-        order, counts = cuda_ops.partition(ranks, self.ranks)
-        return np.split(order, np.cumsum(counts)[:-1])
-
-    def _send_gradient(self, gradient: TableGradient, number: int, parts: list[np.ndarray]) -> None:
-        """Send each rank the rows at its part of the positions: those of a plan, or of none (`number` is -1)."""
-        dim = gradient.table.spec.dim
-        counted = gradient.counts is not None
-        scale = np.array([gradient.scale], np.float64)
-        numbers = (self.steps, gradient.table.number, number, gradient.ordinal, int(counted))
-        flat = np.ascontiguousarray(gradient.values).reshape(-1)
-        for peer in (*self.peers, self.rank):
-            part = parts[peer]  # its values are copied here: the user may change the gradient once the step is over
-            values = cuda_ops.gather(flat, dim, part, np.empty((len(part), dim), flat.dtype))
-            counts = gradient.counts[part] if counted else NO_ROWS
-            if peer == self.rank:
-                self._take_own_piece(gradient, number, part, values, counts if counted else None)
-            else:
-                rows = narrow(gradient.rows[part]) if number < 0 else NO_ROWS
-                self.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
-
-    def _take_own_piece(
-        self, gradient: TableGradient, number: int, part: np.ndarray, values: np.ndarray, counts: np.ndarray | None
-    ) -> None:
-        """Hand the part of a gradient that is for rows of this rank to the background thread; they cannot leave now."""
-        table, step = gradient.table, self.steps
-        slots = gradient.plan.slots if number >= 0 else self.touch(table, gradient.rows[part])
-        piece = Piece(slots, values, gradient.scale, gradient.ordinal, counts)
-        self.transport.post(lambda: self.serving.take_piece(self.rank, step, table.number, number, piece))
+    def locate(self, wanted: Sequence[tuple[Table, np.ndarray]]) -> list[np.ndarray]:
+        """Return the owners (int64 `[n]`) of each table's distinct `rows`, which stay there for this step."""
+        return self._on_demand.locate(wanted)
 
     def deliver(self, peer: int, message: Message) -> None:
         """Send to a peer, or hand to our own background thread: owners treat all ranks alike, in one order."""
@@ -422,9 +420,14 @@ class SynchronousManager(Manager):
             Kind.RENORM: serving.on_renorm,
             Kind.SHARD: self._shards.on_shard,
             Kind.ROWS: self.asking.on_rows,
+            Kind.SLOTS: self.asking.on_slots,
+            Kind.SEEK: self.in_place.on_seek,
+            Kind.FOUND: self.asking.on_found,
             Kind.FORWARDED: self.asking.on_forwarded,
             Kind.HOLDS: self.asking.on_holds,
             Kind.READY: self._on_ready,
+            Kind.STORE: self.neighbours.on_store,
+            Kind.MAPPED: self.neighbours.on_mapped,
             Kind.PULLED: self._on_demand.on_pulled,
             Kind.LOCATED: self._on_demand.on_located,
             Kind.CLOSED: self._on_closed,
@@ -454,7 +457,8 @@ class SynchronousManager(Manager):
 
     @property
     def memory_bytes(self) -> int:
-        return super().memory_bytes + self.serving.memory_bytes + self.directory.memory_bytes
+        own = self.serving.memory_bytes + self.directory.memory_bytes + self.in_place.memory_bytes
+        return super().memory_bytes + own
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:

@@ -108,12 +108,14 @@ class RowPlan:
     `rows` (int64 `[U]`) are distinct. With one rank `slots` (int64 `[U]`) are theirs, in `store`. With several, `own`
     holds the positions in `rows` of those that are here, and `slots` their slots. The others have tickets, 0 to T - 1:
     `order[t]` is the position of ticket t, `where[t]` the rank that serves it, this one if its record has come here, -1
-    while nobody has said that it does; `staging[t]` its value. `arrived` are (positions, slots) of the records that
-    have come, of which `own` has the first `arrivals`.
+    while nobody has said that it does; `slots_there[t]` its slot there, if it is to be read from that rank's memory, -1
+    if not; `staging[t]` then its value (there is no staging before there is such a value). `arrived` are (positions,
+    slots) of the records that have come, of which `own` has the first `arrivals`.
 
     `asked` are the ranks that were sent tickets at first, `unplaced` is the number of tickets that nobody serves,
     `promised` has the ranks that took some over and are not ready since, `late` those that did while others were asked
-    for values, `answered` those that have sent them. The plan is `complete` once all its rows were
+    for values, `answered` those that have sent them. Of a plan that is `in_place` (see `InPlace`) owners know nothing;
+    `unknown` is its number of tickets whose slots nobody has said yet. The plan is `complete` once all its rows were
     read: from then on until it is released no row of it moves.
     """
 
@@ -126,6 +128,7 @@ class RowPlan:
     own: np.ndarray | None = None
     order: np.ndarray | None = None
     where: np.ndarray | None = None
+    slots_there: np.ndarray | None = None
     staging: np.ndarray | None = None
     asked: list[int] = field(default_factory=list)
     arrived: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -136,6 +139,8 @@ class RowPlan:
     answered: set[int] = field(default_factory=set)
     complete: bool = False
     released: bool = False
+    in_place: bool = False
+    unknown: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,7 @@ class KeyIndex:
         """
         keys = _keys(keys, "add")
         slots = int_vector(as_array(slots, "KeyIndex.add"), "slots")
-        if keys.size != slots.size:
-            raise ValueError(f"{keys.size} keys given with {slots.size} slots")
-        if keys.size and (keys.min() < 0 or slots.min() < 0):
-            raise ValueError(f"keys and slots must not be negative, got key {keys.min()} and slot {slots.min()}")
+        _check_pairs(keys, slots)
         if self._size + keys.size > self._capacity * _MAX_LOAD:
             self._grow(self._size + keys.size)
         added, duplicate = _add(self._entries, self._capacity, keys, slots, 0)
@@ -85,6 +82,28 @@ class KeyIndex:
             _remove(self._entries, self._capacity, keys[:added], np.empty(added, np.int64))
             raise KeyError(f"key {keys[added]} (position {added}) is in the index already; find it before adding it")
         self._size += keys.size
+
+    def put(self, keys, slots):
+        """Set what keys map to, whether the index has them or not.
+
+        Args:
+            keys: [n] int64, not negative; where one is repeated the last wins.
+            slots: [n] int64, not negative.
+
+        Raises:
+            ValueError: a key or slot is negative, or the numbers differ; nothing is set.
+        """
+        keys = _keys(keys, "put")
+        slots = int_vector(as_array(slots, "KeyIndex.put"), "slots")
+        _check_pairs(keys, slots)
+        if self._size + keys.size > self._capacity * _MAX_LOAD:
+            self._grow(self._size + keys.size)
+        done, added = _put(self._entries, self._capacity, keys, slots, 0)
+        self._size += added
+        while done < keys.size:
+            self._grow(self._size + keys.size - done)
+            done, added = _put(self._entries, self._capacity, keys, slots, done)
+            self._size += added
 
     def remove(self, keys):
         """Remove keys and return their slots, -1 where a key is absent (or repeats in this call): int64 [n].
@@ -115,6 +134,13 @@ class KeyIndex:
 
 def _keys(keys, verb):
     return int_vector(as_array(keys, f"KeyIndex.{verb}"), "keys")
+
+
+def _check_pairs(keys, slots):
+    if keys.size != slots.size:
+        raise ValueError(f"{keys.size} keys given with {slots.size} slots")
+    if keys.size and (keys.min() < 0 or slots.min() < 0):
+        raise ValueError(f"keys and slots must not be negative, got key {keys.min()} and slot {slots.min()}")
 
 
 def _capacity_for(size):
@@ -179,6 +205,28 @@ def _add(entries, capacity, keys, slots, first):
         entries[place, 0] = keys[i]
         entries[place, 1] = slots[i]
     return keys.size, False
+
+
+@kernel
+def _put(entries, capacity, keys, slots, first):
+    """Set keys from the position `first` on, until the tail is full.
+
+    Return (position after the last that is set, number of keys that were not there).
+    """
+    last = len(entries) - 1
+    homes = np.empty(keys.size, np.int64)
+    _homes(keys, capacity, homes)
+    added = 0
+    for i in range(first, keys.size):
+        _touch_ahead(entries, homes, i)
+        place = _probe(entries, homes[i], keys[i])
+        if entries[place, 0] == _EMPTY:
+            if place == last:
+                return i, added
+            entries[place, 0] = keys[i]
+            added += 1
+        entries[place, 1] = slots[i]
+    return keys.size, added
 
 
 @kernel

@@ -208,6 +208,7 @@ def test_keys_that_are_no_keys(keys, error, says):
         ({"techniques": "most"}, ValueError, "techniques.*'most'"),
         ({"staleness": None, "update_threshold": -1.0}, ValueError, "update_threshold must be .*got -1.0"),
         ({"update_threshold": 0.1}, ValueError, "update_threshold=0.1 holds changes back, which staleness=0"),
+        ({"shared_memory": 1}, ValueError, "shared_memory must be True or False; got 1"),
         ({"staleness": None, "max_rounds_per_second": 0}, ValueError, "max_rounds_per_second must be .*got 0"),
         ({"min_rows": 0}, ValueError, "min_rows must be .*got 0"),
         ({"min_rows": 2.0}, ValueError, "min_rows must be .*got 2.0"),

@@ -44,6 +44,13 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.add(np.array(new, np.int64), slots)
         self.model.update(zip(new, slots.tolist(), strict=True))
 
+    @rule(batch=st.lists(keys, max_size=60), first=st.integers(0, 2**40), part=st.integers(1, 4))
+    def put(self, batch, first, part):
+        batch = sorted(self.model)[::part] + batch  # some that are there, and some twice
+        slots = np.arange(first, first + len(batch))
+        self.index.put(np.array(batch, np.int64), slots)
+        self.model.update(zip(batch, slots.tolist(), strict=True))
+
     @rule(batch=st.lists(keys, unique=True, min_size=1, max_size=20), known=st.randoms(use_true_random=False))
     def add_a_known_key(self, batch, known):
         if not self.model:
@@ -115,33 +122,46 @@ def test_expected_keys_are_made_room_for_at_once():
     assert index.memory_bytes == before
 
 
-def test_a_full_tail_makes_the_index_grow(monkeypatch):
+@pytest.mark.parametrize("way", ["add", "put"])
+def test_a_full_tail_makes_the_index_grow(monkeypatch, way):
     monkeypatch.setattr(index_file, "_MAX_TAIL", 2)  # one place that can be taken: adds and copies meet its end
     rng = np.random.default_rng()
     index = cuda_ops.KeyIndex()
     universe = rng.permutation(20_000)
     for begin in range(0, 20_000, 50):
-        index.add(universe[begin : begin + 50], np.arange(begin, begin + 50))
+        getattr(index, way)(universe[begin : begin + 50], np.arange(begin, begin + 50))
         check_invariant(index)
     assert (index.find(universe) == np.arange(20_000)).all()
 
 
-def test_keys_crowded_at_the_end_make_it_grow_until_they_fit(monkeypatch):
+@pytest.mark.parametrize("way", ["add", "put"])
+def test_keys_crowded_at_the_end_make_it_grow_until_they_fit(monkeypatch, way):
     monkeypatch.setattr(index_file, "_MAX_TAIL", 2)
     candidates = np.unique(np.random.default_rng().integers(0, 2**62, 20_000))
     homes = np.empty(len(candidates), np.int64)
     index_file._homes(candidates, 1 << 30, homes)
     crowd = candidates[np.argsort(homes)[-8:]]  # all at the very end of a small index
     index = cuda_ops.KeyIndex()
-    index.add(crowd, np.arange(8))
+    getattr(index, way)(crowd, np.arange(8))
     check_invariant(index)
     assert (index.find(crowd) == np.arange(8)).all()
+
+
+def test_setting_what_is_there_takes_no_room():
+    index = cuda_ops.KeyIndex()
+    keys = np.random.default_rng().permutation(50_000)
+    for turn in range(6):
+        index.put(keys, keys + turn)
+        check_invariant(index)
+    assert (index.find(keys) == keys + 5).all()
+    assert len(index) == 50_000 and index.memory_bytes <= 100_000 * 16 / 0.85 * 1.5 + 16 * 300
 
 
 def test_empty_batches():
     index = cuda_ops.KeyIndex()
     nothing = np.empty(0, np.int64)
     index.add(nothing, nothing)
+    index.put(nothing, nothing)
     assert index.find(nothing).size == index.remove(nothing).size == len(index) == 0
     assert [part.size for part in index.items()] == [0, 0]
 
@@ -168,6 +188,8 @@ def test_bad_input_is_named():
     index = cuda_ops.KeyIndex()
     with pytest.raises(ValueError, match="key -4"):
         index.add(np.array([1, -4]), np.array([0, 1]))
+    with pytest.raises(ValueError, match="key -4"):
+        index.put(np.array([1, -4]), np.array([0, 1]))
     with pytest.raises(ValueError, match="slot -2"):
         index.add(np.array([1, 4]), np.array([0, -2]))
     with pytest.raises(ValueError, match="2 keys given with 1 slots"):

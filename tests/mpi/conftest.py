@@ -183,11 +183,12 @@ def comm():
 def managers(comm):
     """A function that makes managers, all of them closed when the test is over."""
     import pm
-    from tests.mpi.worlds import TECHNIQUES, TIMEOUT
+    from tests.mpi.worlds import SHARED_MEMORY, TECHNIQUES, TIMEOUT
 
     made = []
 
     def make(timeout_seconds: float = TIMEOUT, techniques: str = TECHNIQUES, **options) -> pm.SynchronousManager:
+        options.setdefault("shared_memory", SHARED_MEMORY)
         made.append(pm.SynchronousManager(comm, timeout_seconds, techniques, **options))
         return made[-1]
 

@@ -12,6 +12,8 @@ from pm.messages import Kind
 from tests.mpi.worlds import World, assert_nothing_is_held, gathered, meet, pulled, read
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
+APART = {"shared_memory": False}
+"""Each rank as on a machine of its own: rows do not move between ranks that read each other's memory."""
 KINDS = ("intent", "records", "pull", "want")
 ALL = ["all", "relocation", "replication", "none"]
 
@@ -86,7 +88,7 @@ def train(manager, table, dense, rows_of, steps, lookahead, meets=True) -> list[
 @pytest.mark.parametrize("techniques", ALL)
 @pytest.mark.parametrize("cached", [0, 8])
 def test_random_programs_equal_dense_tables(managers, comm, seed, techniques, cached):
-    manager = managers(techniques=techniques, cached_locations=cached)
+    manager = managers(techniques=techniques, cached_locations=cached, **APART)
     delay_messages(manager, seed)
     world = World(manager, np.random.default_rng([seed, cached]))
     world.run()
@@ -99,7 +101,7 @@ def test_random_programs_equal_dense_tables(managers, comm, seed, techniques, ca
 def test_techniques_and_delays_do_not_change_a_bit(managers, seed):
     results = []
     for turn, techniques in enumerate(("all", "all", "relocation", "none")):
-        manager = managers(techniques=techniques)
+        manager = managers(techniques=techniques, shared_memory=turn == 1)
         delay_messages(manager, seed + turn)
         results.append(World(manager, np.random.default_rng(seed)).run())
     for other in results[1:]:
@@ -115,7 +117,7 @@ def test_techniques_and_delays_do_not_change_a_bit(managers, seed):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam"])
 def test_a_row_that_one_rank_uses_lives_there(managers, comm, rule):
-    manager = managers()
+    manager = managers(**APART)
     (table,) = manager.add_tables([make_spec(0, 90, 8, "float32", rule)])
     dense = DenseTable(0, table.spec)
     parts = np.array_split(np.arange(90, dtype=np.int64), manager.ranks)
@@ -136,7 +138,7 @@ def test_a_row_that_one_rank_uses_lives_there(managers, comm, rule):
 
 @pytest.mark.ranks(2)
 def test_rows_that_all_ranks_use_are_copied_and_stay(managers, comm):
-    manager = managers()
+    manager = managers(**APART)
     (table,) = manager.add_tables([make_spec(0, 60, 4, "float32", "adagrad")])
     hot = np.arange(60, dtype=np.int64)
     for plan in train(manager, table, DenseTable(0, table.spec), lambda step, rank: hot, 9, 3):
@@ -154,7 +156,7 @@ def test_rows_that_all_ranks_use_are_copied_and_stay(managers, comm):
 @pytest.mark.parametrize("rule", ["sgd", "adamw_amsgrad"])
 def test_wandering_rows(managers, comm, seed, cached, rule):
     """Every row is used by another rank at every other step, so that most of what ranks believe of it is wrong."""
-    manager = managers(cached_locations=cached)
+    manager = managers(cached_locations=cached, **APART)
     delay_messages(manager, seed)
     ranks, steps = manager.ranks, 12
     (table,) = manager.add_tables([make_spec(0, 80, 3, "float64", rule)])
@@ -185,7 +187,7 @@ def test_wandering_rows(managers, comm, seed, cached, rule):
 
 @pytest.mark.ranks(3)
 def test_a_stale_belief_is_corrected_by_forwarding(managers, comm):
-    manager = managers()
+    manager = managers(**APART)
     (table,) = manager.add_tables([make_spec(0, 300, 2, "float32", "sgd")])
     dense = DenseTable(0, table.spec)
     rows, none = np.arange(300, dtype=np.int64), np.empty(0, np.int64)
@@ -200,7 +202,7 @@ def test_a_stale_belief_is_corrected_by_forwarding(managers, comm):
 @pytest.mark.ranks(2)
 def test_a_late_plan_finds_rows_that_have_moved(managers, comm):
     """A plan for the very step at hand, of rows that live elsewhere, is served before that step changes them."""
-    manager = managers()
+    manager = managers(**APART)
     (table,) = manager.add_tables([make_spec(0, 120, 4, "float64", "adagrad")])
     dense = DenseTable(0, table.spec)
     rows = np.arange(120, dtype=np.int64)
@@ -230,7 +232,7 @@ def test_a_late_plan_finds_rows_that_have_moved(managers, comm):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("rule", DENSE_RULES[::3])
 def test_rows_that_moved_far_from_home_are_overwritten_and_given_another_rule(managers, comm, rule):
-    manager = managers()
+    manager = managers(**APART)
     specs = [make_spec(0, 70, 3, "float64", rule), make_spec(1, 70, 3, "float64", "sgd")]
     tables = manager.add_tables(specs)
     dense = [DenseTable(number, spec) for number, spec in enumerate(specs)]
@@ -262,7 +264,7 @@ def test_rows_that_moved_far_from_home_are_overwritten_and_given_another_rule(ma
 def test_a_rank_that_has_closed_serves_rows_that_moved_to_it(managers, comm):
     rows = np.arange(50, dtype=np.int64)
     for closes in range(comm.size):
-        manager = managers()
+        manager = managers(**APART)
         (table,) = manager.add_tables([make_spec(0, 50, 2, "float32", "sgd")])
         dense = DenseTable(0, table.spec)
         train(manager, table, dense, lambda step, rank, to=closes: rows if rank == to else rows[:0], 2, 0)
@@ -285,7 +287,7 @@ def test_a_rank_that_has_closed_serves_rows_that_moved_to_it(managers, comm):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("techniques", ALL)
 def test_what_each_technique_sends(managers, comm, techniques):
-    manager = managers(techniques=techniques)
+    manager = managers(techniques=techniques, **APART)
     (table,) = manager.add_tables([make_spec(0, 200, 4, "float32", "sgd")])
     dense = DenseTable(0, table.spec)
     train(manager, table, dense, lambda step, rank: np.arange(100, dtype=np.int64) + 50 * (rank % 3), 5, 1)
@@ -311,7 +313,7 @@ def test_unknown_techniques_are_refused(comm):
 @pytest.mark.ranks(2)
 def test_a_row_used_once_costs_one_message(managers):
     """A row that nobody else needs leaves once, and nothing comes back for it."""
-    manager = managers()
+    manager = managers(**APART)
     (table,) = manager.add_tables([make_spec(0, 100_000, 16, "float32", "sgd")])
     steps, per_step = 6, 200
     schedule = np.random.default_rng(5).permutation(100_000)[: steps * manager.ranks * per_step]

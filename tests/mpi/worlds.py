@@ -14,6 +14,7 @@ from tests.pm.oracle import RULES, DenseTable, make_spec, random_gradient, some_
 
 TIMEOUT = 100.0
 TECHNIQUES = os.environ.get("ADALOADER_TEST_TECHNIQUES", "all")
+SHARED_MEMORY = os.environ.get("ADALOADER_TEST_SHARED_MEMORY", "1") == "1"
 
 
 def meet(comm) -> None:
