@@ -342,7 +342,7 @@ setattr(AdaLoader, "__pl_saved_args", lightning_arguments)  # a name that Python
 def _last_batch(shares: Shares) -> tuple[bool, float | None]:
     """Return whether some ranks have no share of the last batch, and how many samples it has."""
     last = shares.global_batches - 1
-    if last < 0:
+    if last < shares.first_number:
         return False, None
     samples = shares.share(last)[1]
     return samples < shares.ranks, float(samples)

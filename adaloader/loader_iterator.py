@@ -18,6 +18,7 @@ class LoaderIterator(Iterator):
 
     def __init__(self, loader, iterator: LookaheadIterator, epoch: EpochIterator | None = None):
         self._loader, self._iterator, self._epoch = loader, iterator, epoch
+        self._resumed = loader._session.take_resumption()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -25,7 +26,13 @@ class LoaderIterator(Iterator):
     def __next__(self):
         if self._epoch is not None:
             self._epoch.keep_up(self._iterator.place.yielded + 1)
-        return next(self._iterator)
+        if self._resumed is None:
+            return next(self._iterator)
+        resumed, self._resumed = self._resumed, None
+        try:
+            return next(self._iterator)
+        finally:
+            resumed()
 
     def close(self) -> None:
         """Drop what was read ahead; no more batches come."""

@@ -80,6 +80,7 @@ class ManagedModel:
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
         self.dense_because: dict[str, str] = {}
         self.exporting = False
+        self.leaving_tables_out = False
         self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
         self._hook_handles: list[object] = []

@@ -85,6 +85,7 @@ class Session:
         self._number = managed.sessions_made
         self.draws = Passes(self.rank, self._number)
         self._uneven_iterations = 0
+        self._resumption: Callable[[], None] | None = None
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         # A loader, or an iterator of its, that nobody holds any more leaves no thread behind.
         self._close_feed = weakref.finalize(self, self.feed.close)
@@ -112,6 +113,22 @@ class Session:
         if self.managed.follower is not None:
             self.managed.follower.finish()
         self.managed.pass_begins()
+
+    def when_resumed(self, call: Callable[[], None] | None) -> None:
+        """Have `call` called when the next iteration has handed out its first batch: what making it drew from random
+        generators, the run that goes on from there drew before it was saved."""
+        self._resumption = call
+
+    def take_resumption(self) -> Callable[[], None] | None:
+        call, self._resumption = self._resumption, None
+        return call
+
+    def leave_iterations(self) -> None:
+        """What loops still hold of this loader's iterations is forgotten: the next one begins elsewhere."""
+        for iteration in list(self._iterations):
+            iteration.end_if_over()
+            if not iteration.ended:
+                iteration.leave()
 
     def iteration(
         self,

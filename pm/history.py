@@ -90,6 +90,25 @@ class History:
         self.slow = self.slow or entry.slow or not entry.dies_out
         self._count += 1
 
+    def restore(self, steps: np.ndarray, bounds: np.ndarray, slow: bool, mu_product: np.floating) -> None:
+        """Be the history whose `steps` (float64 `[steps, columns]`), `bounds` (float64 `[4]`) and rest these are.
+
+        Raises:
+            ValueError: if they are not those of a history of this kind.
+        """
+        if steps.dtype != np.float64 or steps.ndim != 2 or steps.shape[1] != self._steps.shape[1]:
+            raise ValueError(
+                f"a history of {self.kind} has float64 steps of {self._steps.shape[1]} numbers, got {steps.dtype} "
+                f"{list(steps.shape)}"
+            )
+        if bounds.dtype != np.float64 or bounds.shape != self.bounds.shape:
+            raise ValueError(f"a history has {len(self.bounds)} bounds of float64, got {bounds.dtype} {bounds.shape}")
+        self._count = len(steps)
+        self._steps = np.zeros((max(_FIRST_ROOM, len(steps)), steps.shape[1]))
+        self._steps[: len(steps)] = steps
+        self.bounds[:] = bounds
+        self.slow, self.mu_product = bool(slow), mu_product
+
     def _log(self, factor: float) -> float:
         rounded = abs(float(self._dtype(factor)))
         return max(_SMALLEST_LOG, math.log(rounded)) if rounded else _SMALLEST_LOG

@@ -180,7 +180,12 @@ class RecordStore:
         """Write `states` `[n, state_words]` as the optimizer state of `slots` (int64 `[n]`, distinct)."""
         cuda_ops.scatter(self.words, self.stride, slots, states, offset=self.record_class.dim)
 
-    def set_caught_up(self, slots: np.ndarray, count: int) -> None:
+    def caught_up(self, slots: np.ndarray) -> np.ndarray:
+        """Return up to which step of their table's history the records at `slots` are caught up (int64 `[n]`)."""
+        record_longs = self.record_class.record_bytes // _STEP_BYTES
+        return self.steps[(slots + 1) * record_longs - 2]
+
+    def set_caught_up(self, slots: np.ndarray, count: int | np.ndarray) -> None:
         """Say that the records at `slots` (int64 `[n]`) are caught up to step `count` of their table's history."""
         record_longs = self.record_class.record_bytes // _STEP_BYTES
         self.steps[(slots + 1) * record_longs - 2] = count
