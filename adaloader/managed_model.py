@@ -37,6 +37,7 @@ from adaloader.slabs import Buffers, Part
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
+    from adaloader.checkpoint.periodic import Periodic
     from adaloader.combining import Combiner
     from adaloader.following import Follower
 
@@ -68,6 +69,7 @@ class ManagedModel:
         self.joining = False
         self.follower: Follower | None = None
         self.combiner: Combiner | None = None
+        self.periodic: Periodic | None = None
         self.gradient_hooks = GradientHooks(self)
         self.scalers = Scalers()
         self.optimizer_steps = 0

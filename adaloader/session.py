@@ -8,7 +8,8 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -48,6 +49,9 @@ from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
 from pm.launch import default_comm, launched_ranks
 
+if TYPE_CHECKING:
+    from adaloader.checkpoint.periodic import Periodic
+
 _ONE_DATASET = (
     "give all ranks the whole dataset, which is shared out here, or all ranks batches of their own: "
     "AdaLoader.wrap(DataLoader(...), ...)"
@@ -85,6 +89,7 @@ class Session:
         self._number = managed.sessions_made
         self.draws = Passes(self.rank, self._number)
         self._uneven_iterations = 0
+        self.periodic: Periodic | None = None
         self._resumption: Callable[[], None] | None = None
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         # A loader, or an iterator of its, that nobody holds any more leaves no thread behind.
@@ -118,6 +123,16 @@ class Session:
         """Have `call` called when the next iteration has handed out its first batch: what making it drew from random
         generators, the run that goes on from there drew before it was saved."""
         self._resumption = call
+
+    def begin_checkpoints(self, loader, folder, every_steps, every_minutes, keep, extra, signals) -> None:
+        """See `AdaLoader.checkpoint`."""
+        from adaloader.checkpoint.periodic import Periodic, default_folder  # which imports loaders
+
+        if self.managed.periodic is not None:
+            raise ValueError("a loader of this model makes checkpoints already: close it, or ask for them once")
+        where = default_folder() if folder is None else Path(folder)
+        made = Periodic(loader, where, every_steps, every_minutes, keep, extra, signals)
+        self.periodic = self.managed.periodic = made
 
     def take_resumption(self) -> Callable[[], None] | None:
         call, self._resumption = self._resumption, None
@@ -240,6 +255,9 @@ class Session:
     def close(self) -> None:
         if not self._close_feed.alive:
             return
+        if self.periodic is not None:
+            self.periodic.close()
+            self.periodic = self.managed.periodic = None
         managed = self.managed
         if managed.follower is not None:
             managed.follower.finish()

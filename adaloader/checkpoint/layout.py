@@ -30,7 +30,7 @@ INDEX = "index.json"
 _MOST_INDEX_BYTES = 1 << 28
 _DATA = re.compile(r"data-[0-9a-f]{16}")
 _FILE = re.compile(r"rank-[0-9]{5,9}\.safetensors")
-_STEP = re.compile(r"step-([0-9]{12})")
+STEP_NAME = re.compile(r"step-([0-9]{12})")
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def complete_in(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder of several, the oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(each for each in folder.iterdir() if _STEP.fullmatch(each.name) and (each / INDEX).is_file())
+    return sorted(each for each in folder.iterdir() if STEP_NAME.fullmatch(each.name) and (each / INDEX).is_file())
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -23,15 +23,25 @@ def describe_loader(loader: AdaLoader | WrappedLoader) -> dict[str, Any]:
     return {"kind": OWN}
 
 
-def position_of(loader: AdaLoader | WrappedLoader) -> dict[str, Any] | None:
-    """Return where a loader is; None before its first pass."""
+def position_of(loader: AdaLoader | WrappedLoader, before: tuple[int, Any] | None = None) -> dict[str, Any] | None:
+    """Return where a loader is; None before its first pass.
+
+    `before`: batches handed out, and the source's state, at a position of the present pass that is wanted instead.
+    """
     if isinstance(loader, WrappedLoader):
+        if before is not None:
+            return {
+                "state": {"yielded": before[0], "ended": False, "source": before[1]},
+                "ended": False,
+                "order": None,
+            }
         if loader._position is None and loader._resume is None:
             return None
         state = {name: value for name, value in loader.state_dict().items() if not name.startswith("_")}
         return {"state": state, "ended": bool(state["ended"]), "order": None}
     place = loader._place
     state = loader.next_iter_state if place is None or place.state is None else place.state
+    state = state if before is None else before[1]
     if state is None:
         resume = None if loader._ordered is None else loader._ordered._resume
         return None if resume is None else {"state": None, "ended": False, "order": resume}

@@ -72,6 +72,12 @@ def save(path: str | os.PathLike, loader: AdaLoader | WrappedLoader, extra: Mapp
         CheckpointError: on every rank, saying on which the disk is full, a folder cannot be written, or what cannot be
             saved. Then nothing was changed, what was saved before is intact, and the run can go on.
     """
+    return save_at(path, loader, extra, None)
+
+
+def save_at(path, loader, extra, before: tuple[int, Any] | None) -> Saved:
+    """As `save` (collective); `before`: batches handed out, and the loader's state, at the position to save, if not the
+    last batch handed out."""
     started = time.perf_counter()
     managed = managed_by(loader)
     manager = managed.manager
@@ -79,7 +85,7 @@ def save(path: str | os.PathLike, loader: AdaLoader | WrappedLoader, extra: Mapp
     agree_on_candidates(managed)
     folder = Path(path)
     encoder = Encoder()
-    state, problem = _encode_state(managed, loader, extra, encoder)
+    state, problem = _encode_state(managed, loader, extra, encoder, before)
     raise_together(manager, problem)
     data = text_of_rank_0(manager, f"data-{secrets.token_hex(8)}")
     raise_together(manager, _make_folder(folder / data) if manager.rank == 0 else "")
@@ -117,7 +123,7 @@ def managed_by(loader: AdaLoader | WrappedLoader) -> ManagedModel:
     return session.managed
 
 
-def _encode_state(managed: ManagedModel, loader, extra, encoder: Encoder) -> tuple[dict[str, Any], str]:
+def _encode_state(managed: ManagedModel, loader, extra, encoder: Encoder, before) -> tuple[dict[str, Any], str]:
     """Return this rank's nodes but for its rows, and what cannot be saved, an empty text if all can."""
     nodes: dict[str, Any] = {"trees": {}, "own": {}, "tables": {}}
     model = managed.model()
@@ -125,7 +131,7 @@ def _encode_state(managed: ManagedModel, loader, extra, encoder: Encoder) -> tup
         if extra is not None and not isinstance(extra, Mapping):
             raise CheckpointError(f"extra must be a dictionary of what to keep by name, got {type(extra).__name__}")
         own = {
-            "position": position_of(loader),
+            "position": position_of(loader, before),
             "random": random_states(getattr(loader, "generator", None)),
             "draws": loader._session.draws.position(),
             "extra": stateful(dict(extra or {})),

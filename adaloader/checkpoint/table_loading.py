@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import cuda_ops
 import pm
 from adaloader.candidate import CandidateParameter, decide_now
 from adaloader.checkpoint.layout import Index, TableEntry, held_name
@@ -22,9 +21,7 @@ from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.probation import confirm
 from adaloader.program_fill import program_fill
-from pm.history import History
 from pm.records import Records, initial_records, write_records
-from pm.store import RecordClass, RecordStore
 
 _CHUNK_BYTES = 4 << 20
 
@@ -165,29 +162,3 @@ def _own_records(
 
 def _side_by_side(parts: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
-
-
-def caught_up_values(entry: TableEntry, history: History | None, records: Records) -> np.ndarray:
-    """Return the values `[n, dim]` of records at the last step of their table."""
-    if history is None or not len(history):
-        return records.values
-    words = sum(entry.state_widths)
-    store = RecordStore(RecordClass(entry.dim, entry.dtype, entry.rule, words, True), len(records.rows))
-    slots = store.allocate(len(records.rows))
-    store.set_values(slots, records.values)
-    store.set_states(slots, records.states)
-    store.set_caught_up(slots, records.caught_up)
-    cuda_ops.advance(
-        history.kind,
-        store.words,
-        store.stride,
-        entry.dim,
-        store.steps,
-        slots,
-        None,
-        history.steps,
-        history.bounds,
-        1.0,
-        0,
-    )
-    return store.values(slots, np.empty_like(records.values))
