@@ -40,6 +40,7 @@ from adaloader.ranks import (
     end_job_unless,
     same_comm,
 )
+from adaloader.registry import ends, register
 from adaloader.sampling import random_state, set_random_state
 from adaloader.settings import Settings
 from adaloader.state import hook_modules, hook_state_dicts
@@ -319,6 +320,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         manager = _manager_of_ranks(comm, settings)
         manager.on_failure = partial(end_job_unless, partial(getattr, manager, "failure_is_known"))
         _open_managers.add(manager)
+    register(manager.rank, manager.ranks)
     managed = ManagedModel(model, manager, settings.shared(), strategy)
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
@@ -474,3 +476,4 @@ def _serve_until_all_are_done() -> None:
     for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
         for manager in managers:
             manager.close(linger=linger)
+    ends()

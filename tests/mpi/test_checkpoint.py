@@ -1,4 +1,4 @@
-"""Checkpoints on 1 to 4 ranks: the resumed run is the uninterrupted one, and other numbers of ranks go on with the rest."""
+"""Checkpoints on 1 to 4 ranks: a resumed run is the uninterrupted one; other numbers of ranks go on with the rest."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, fol
 
 
 def test_resumes_under_another_technique_and_staleness(comm, seed, folder):
-    begun = Script(comm, "adagrad", seed=seed, options={"techniques": "all"}).start().run(5)
+    begun = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options={"techniques": "all"}).start().run(5)
     begun.save(folder / "saved")
     before = begun.state()
     begun.close()
     for options in ({"techniques": "none"}, {"techniques": "replication"}, {"staleness": 2}, {"staleness": None}):
-        again = Script(comm, "adagrad", seed=seed, options=options).start(model_seed=seed + 2)
+        again = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start(model_seed=seed + 2)
         again.load(folder / "saved")
         after = again.state()
         for name in before:
@@ -112,11 +112,11 @@ def test_resumes_under_another_technique_and_staleness(comm, seed, folder):
 
 def test_stale_run_is_saved_and_resumed(comm, seed, folder):
     options = {"staleness": None, "techniques": "all"}
-    begun = Script(comm, "adagrad", seed=seed, options=options).start().run(6)
+    begun = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start().run(6)
     begun.save(folder / "saved")
     before = begun.state()
     begun.close()
-    again = Script(comm, "adagrad", seed=seed, options=options).start(model_seed=seed + 2)
+    again = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start(model_seed=seed + 2)
     again.load(folder / "saved")
     after = again.state()
     for name in before:
@@ -126,7 +126,7 @@ def test_stale_run_is_saved_and_resumed(comm, seed, folder):
 
 
 def test_failing_to_write_is_an_error_on_every_rank_and_the_run_goes_on(comm, seed, folder):
-    script = Script(comm, "adagrad", seed=seed).start().run(2)
+    script = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed).start().run(2)
     script.save(folder / "saved")
     (folder / "file").write_text("no folder")
     with pytest.raises(adaloader.CheckpointError, match="Not a directory|File exists"):
@@ -135,7 +135,7 @@ def test_failing_to_write_is_an_error_on_every_rank_and_the_run_goes_on(comm, se
     with pytest.raises(adaloader.CheckpointError, match="own/extra/what.*builtins.object"):
         adaloader.save(folder / "saved", script.loader, unsavable)
     script.run(2)
-    again = Script(comm, "adagrad", seed=seed).start()
+    again = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed).start()
     assert len(again.load(folder / "saved")["losses"]) == 2
     comm.Barrier()
     again.close(), script.close()
