@@ -127,6 +127,8 @@ class Batches:
 
     def looked_up_late(self, table_number: int, ids: np.ndarray) -> bool:
         """Return whether these are ids of a batch that is finished; if so, keep batches for longer from now on."""
+        if self._forward_goes_on and self.current in self.active:
+            return False  # few ids, which this forward looks up unforeseen, may have been another batch's by chance
         for batch in self._finished:
             needed = batch.tables.get(table_number)
             if needed is not None and needed.positions_of(ids) is not None:

@@ -21,7 +21,7 @@ from cuda_ops.cpu import segment as _segment
 from cuda_ops.cpu import sparse_update as _sparse_update
 from cuda_ops.cpu import steps as _steps
 from cuda_ops.cpu import update as _update
-from cuda_ops.cpu.advance import history_columns
+from cuda_ops.cpu.advance import caught_up_word, history_columns
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.dispatch import by_device
@@ -59,6 +59,7 @@ __all__ = [
     "add_holds",
     "advance",
     "alias_table",
+    "caught_up_word",
     "dedup",
     "dedup_counts",
     "delta",

@@ -166,7 +166,7 @@ class _AdamLike(DenseRule):
             coefficient=float(coefficient),
             eps=eps,
             weight_decay=coupled,
-            dies_out=ratio <= 1 and kept > 0,
+            dies_out=ratio <= min(1.0, kept) and kept > 0,
             slow=coupled != 0 or _is_slow(ratio),
         )
 

@@ -23,7 +23,8 @@ class Entry:
         coefficient: factor of the first moment in the update, at most.
         eps: what the optimizer adds to a root.
         weight_decay: that which makes a gradient of the value (not the decoupled one).
-        dies_out: whether what is left of a gradient moves the value less at each later step.
+        dies_out: whether what is left of a gradient moves the value less at each later step, also in parts of a value
+            that decays.
         slow: whether rows may still move a thousand steps after their last gradient.
     """
 
@@ -39,8 +40,8 @@ class Entry:
 class History:
     """Entries by number, from when the table was adopted on; the same on every rank.
 
-    Memory: 72 to 112 bytes a step, kept as long as the table. `bounds` are those of `cuda_ops.advance`. `mu_product` is
-    NAdam's, one number for the whole table, in the dtype in which PyTorch keeps it.
+    Memory: 80 to 120 bytes a step, kept as long as the table. `mu_product` is NAdam's, one number for the whole table,
+    in the dtype in which PyTorch keeps it.
 
     Args:
         kind: of optimizer, as `cuda_ops.advance` names it.
@@ -51,7 +52,7 @@ class History:
         self.kind = kind
         self.mu_product: np.floating = np.float32(1.0)
         self.slow = False
-        self.bounds = np.array([0.0, math.inf, 0.0, 1.0])
+        self._bounds = [(0.0, math.inf, 0.0, 1.0)]
         self._dtype = np.dtype(dtype).type
         self._scalars, columns = cuda_ops.history_columns(kind)
         self._steps = np.zeros((_FIRST_ROOM, columns))
@@ -66,6 +67,11 @@ class History:
         return self._steps[: self._count]
 
     @property
+    def bounds(self) -> np.ndarray:
+        """Bounds of all steps up to one, by its regime: float64 `[regimes, 4]` (see `cuda_ops.advance`)."""
+        return np.array(self._bounds)
+
+    @property
     def memory_bytes(self) -> int:
         return self._steps.nbytes
 
@@ -75,20 +81,28 @@ class History:
             self._steps = np.concatenate([self._steps, np.zeros_like(self._steps)])
         row = self._steps[self._count]
         row[: len(entry.scalars)] = entry.scalars
-        logs = row[self._scalars :]
+        logs = row[self._scalars : -1]
         for at, factor in enumerate(entry.factors):
             logs[at] = self._log(factor)
         if self._count:
-            logs += self._steps[self._count - 1, self._scalars :]
-        coefficient, least_eps, most_decay, dies_out = self.bounds
-        self.bounds[:] = (
-            max(coefficient, abs(entry.coefficient)),
+            logs += self._steps[self._count - 1, self._scalars : -1]
+        self._widen_bounds(entry)
+        row[-1] = len(self._bounds) - 1
+        self.slow = self.slow or entry.slow or not entry.dies_out
+        self._count += 1
+
+    def _widen_bounds(self, entry: Entry) -> None:
+        coefficient, least_eps, most_decay, dies_out = self._bounds[-1]
+        if abs(entry.coefficient) > coefficient:
+            coefficient = 2.0 ** math.ceil(math.log2(abs(entry.coefficient)))  # few regimes while a rate warms up
+        widened = (
+            coefficient,
             min(least_eps, entry.eps),
             max(most_decay, abs(entry.weight_decay)),
             min(dies_out, float(entry.dies_out)),
         )
-        self.slow = self.slow or entry.slow or not entry.dies_out
-        self._count += 1
+        if widened != self._bounds[-1]:
+            self._bounds.append(widened)
 
     def restore(self, steps: np.ndarray, bounds: np.ndarray, slow: bool, mu_product: np.floating) -> None:
         """Be the history whose `steps` (float64 `[steps, columns]`), `bounds` (float64 `[4]`) and rest these are.

@@ -183,15 +183,16 @@ class Manager:
 
     # Rows that steps moved without touching them
 
-    def catch_up(self, table: Table, slots: np.ndarray) -> None:
+    def catch_up(self, table: Table, slots: np.ndarray, *, states: bool = True) -> None:
         """Bring the records at `slots` (int64 `[n]`, distinct) to the table's last step. Any thread.
 
         Whoever reads or writes a value or a state does this before; it costs nothing where rows move only when they are
-        touched.
+        touched. Without `states` only values are sure to be those of the last step: so it is where they are but read,
+        at a time that another run may not have; then what a row becomes does not depend on it to the bit.
         """
         if table.history is not None and len(table.history):
             with self._values:
-                table.advance(table.store, slots)
+                table.advance(table.store, slots, states=states)
 
     def _sweep(self, table: Table) -> None:
         """Catch up the next records in turn, so that no held one is ever more than `SWEPT_STEPS` steps behind.
@@ -204,7 +205,7 @@ class Manager:
             share = -(-in_use // SWEPT_STEPS)
             start = table.swept if table.swept < in_use else 0
             stop = min(start + share, in_use)
-            self.catch_up(table, np.arange(start, stop, dtype=np.int64))
+            self.catch_up(table, np.arange(start, stop, dtype=np.int64), states=False)
             table.swept = stop
 
     def unmade_rows(self, table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +249,7 @@ class Manager:
         """Write the plan's rows at the current version to `out` `[U, dim]`, waiting for those not here yet."""
         started = time.perf_counter()
         slots = self.slots_of(plan)
-        self.catch_up(plan.table, slots)
+        self.catch_up(plan.table, slots, states=False)
         plan.table.store.values(slots, out)
         self.traffic.seconds["gather"] += time.perf_counter() - started
         return out
@@ -257,7 +258,7 @@ class Manager:
         """Write distinct `rows` (int64 `[n]`, in range) at the current version to `out` `[n, dim]`, on demand."""
         self.traffic.on_demand_pulls += 1
         slots = self.touch(table, rows)
-        self.catch_up(table, slots)
+        self.catch_up(table, slots, states=False)
         return table.store.values(slots, out)
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:

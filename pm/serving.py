@@ -272,7 +272,7 @@ class Serving:
         whole = len(positions) == len(plan.slots)
         slots = plan.slots if whole else plan.slots[positions]
         self._count_copies(plan, positions, slots)
-        manager.catch_up(table, slots)
+        manager.catch_up(table, slots, states=False)
         values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
         arrays = (ALL_ROWS if whole else narrow(plan.tickets[positions]), values)
         manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
@@ -363,7 +363,7 @@ class Serving:
     def _send_pulled(self, request: Request, slots: np.ndarray) -> None:
         """Send rows as they are: PULLED(number; tickets, values). The asker has READY of the version it must see."""
         manager, table = self._manager, request.table
-        manager.catch_up(table, slots)
+        manager.catch_up(table, slots, states=False)
         values = table.store.values(slots, np.empty((len(slots), table.spec.dim), table.spec.dtype))
         manager.deliver(request.asker, Message(Kind.PULLED, (request.number,), (narrow(request.tickets), values)))
 

@@ -36,7 +36,7 @@ class RecordClass:
     def stride(self) -> int:
         """Words per record: value, state, and 8-byte words, aligned to 8 bytes.
 
-        These are, with `catches_up`, the step that the record is caught up to; and the step of the last update.
+        These are, with `catches_up`, the steps that the record is caught up to; and the step of the last update.
         """
         itemsize = np.dtype(self.dtype).itemsize
         payload = (self.dim + self.state_words) * itemsize
@@ -188,7 +188,7 @@ class RecordStore:
     def set_caught_up(self, slots: np.ndarray, count: int | np.ndarray) -> None:
         """Say that the records at `slots` (int64 `[n]`) are caught up to step `count` of their table's history."""
         record_longs = self.record_class.record_bytes // _STEP_BYTES
-        self.steps[(slots + 1) * record_longs - 2] = count
+        self.steps[(slots + 1) * record_longs - 2] = cuda_ops.caught_up_word(count)
 
     @property
     def slots_in_use(self) -> int:

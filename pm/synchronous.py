@@ -211,7 +211,7 @@ class SynchronousManager(Manager):
         """Write the values of `slots` to rows `positions` of `out`."""
         with self._values:  # steps wait for the trainer, but other ranks' renorm does not
             if table.history is not None:
-                table.advance(table.store, slots)
+                table.advance(table.store, slots, states=False)
             cuda_ops.gather(table.store.words, table.store.stride, slots, out, positions=positions)
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:

@@ -68,8 +68,20 @@ class Table:
         self.history = History(rule.kind, self.spec.dtype) if rule.catches_up else None
         self.begun, self.swept = False, 0
 
-    def advance(self, store: RecordStore, slots: np.ndarray, grads=None, scale: float = 1.0, version: int = 0) -> None:
-        """Bring the records at `slots` of `store` to the table's last step, which has the gradient `grads` if given."""
+    def advance(
+        self,
+        store: RecordStore,
+        slots: np.ndarray,
+        grads: np.ndarray | None = None,
+        scale: float = 1.0,
+        version: int = 0,
+        *,
+        states: bool = True,
+    ) -> None:
+        """Bring the records at `slots` of `store` to the table's last step, which has the gradient `grads` if given.
+
+        Without `states` only their values: see `Manager.catch_up`.
+        """
         cuda_ops.advance(
             self.history.kind,
             store.words,
@@ -82,6 +94,7 @@ class Table:
             self.history.bounds,
             scale,
             version,
+            states,
         )
 
     def keys(self, rows: np.ndarray) -> np.ndarray:

@@ -4,10 +4,10 @@ State: the first moment, the second (Adamax: the norm), and with AMSGrad the lar
 the history: those of adam_steps.py, and running sums for the value and the two moments.
 
 Why it may be cut short: at a step j without gradient the value moves by |u_j| = |c_j| |m_j| / (sqrt(v_j) / s_j + eps_j)
-with s_j <= 1. While beta1^2 <= beta2 at every step, |m| / (sqrt(v) + eps) only shrinks, so that no later |u| is larger
-than max|c| |m_j| / (sqrt(v_j) + min eps). Once that is below half the last place of the value, rounding leaves the
-value as it is for good, but for decoupled decay; coupled decay makes a gradient of the value itself, so that only rows
-that are zero may be cut short.
+with s_j <= 1. |m| / (sqrt(v) + eps) shrinks by beta1 / sqrt(beta2) a step, or faster. While the value's own decay is
+slower than that at every step, |u| in parts of the value is at most max|c| |m_j| / (sqrt(v_j) + min eps) / |value_j|
+from step j on. Once that is below half the last place, rounding leaves the value as it is for good, but for decoupled
+decay; coupled decay makes a gradient of the value itself, so that only rows that are zero may be cut short.
 """
 
 import numpy as np
@@ -18,16 +18,22 @@ from cuda_ops.cpu.gaps import (
     DIES_OUT,
     LEAST_EPS,
     LOGS,
+    LOOK_EVERY,
     MOST_DECAY,
+    bounds_at,
     decay_value,
     factor_between,
     next_look,
+    regime_end,
     rounding,
     scale_by,
+    state_step,
+    value_step,
+    word_of,
 )
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, touch
 
-COLUMNS = 10 + LOGS
+COLUMNS = 10 + LOGS + 1
 _VALUE_LOG, _FIRST_LOG, _SECOND_LOG = 10, 11, 12
 
 
@@ -44,9 +50,12 @@ def _step(kind, value, m, v, largest, grad, scale, history, start, stop):
 
 
 @helper
-def _is_over(kind, value, m, denominator, bounds, shrinks_to):
-    """Whether no later step can move a value, which decays to `shrinks_to` times itself meanwhile."""
-    least = rounding(value) * shrinks_to
+def _is_over(kind, value, m, denominator, history, at, all_bounds):
+    """Whether no later step can do more to a value than let it decay."""
+    if at % LOOK_EVERY != 0:
+        return False
+    bounds = bounds_at(history, all_bounds, at)
+    least = rounding(value)
     for j in range(value.size):
         moment, size = abs(np.float64(m[j])), np.float64(denominator[j])
         if size + bounds[LEAST_EPS] == 0:  # 0 / 0 is to come, as in PyTorch
@@ -65,8 +74,7 @@ def _is_over(kind, value, m, denominator, bounds, shrinks_to):
 
 @helper
 def _skip(kind, value, m, v, history, at, stop):
-    """Make the steps from `at` to `stop` in one."""
-    decay_value(value, history, VALUE_FACTOR, _VALUE_LOG, at, stop)
+    """Make the steps from `at` to `stop` in one, as far as the state is concerned."""
     scale_by(m, factor_between(history, _FIRST_LOG, at, stop))
     scale_by(v, factor_between(history, _SECOND_LOG, at, stop))
     if kind == ADAMAX:
@@ -76,7 +84,7 @@ def _skip(kind, value, m, v, history, at, stop):
 
 
 @fused_kernel
-def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bounds, scale, version):
+def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bounds, scale, version, whole):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     dtype = words.dtype.type
     record_longs = stride * words.itemsize // 8
@@ -91,17 +99,24 @@ def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bou
         m = words[begin + dim : begin + 2 * dim]
         v = words[begin + 2 * dim : begin + 3 * dim]
         largest = words[begin + 3 * dim : begin + 4 * dim] if kind == AMSGRAD else v
-        first = at = look = longs[last - 1]
+        at, caught = state_step(longs[last - 1]), value_step(longs[last - 1])
         while at < stop:
-            if at >= look:
-                shrinks_to = factor_between(history, _VALUE_LOG, at, stop)
-                if _is_over(kind, value, m, largest, bounds, shrinks_to):
-                    _skip(kind, value, m, v, history, at, stop)
+            if caught > at or _is_over(kind, value, m, largest, history, at, bounds):
+                end = regime_end(history, at, stop)
+                start = max(at, caught)
+                if start < end:
+                    decay_value(value, history, VALUE_FACTOR, _VALUE_LOG, start, end)
+                caught = end
+                if caught == stop and not whole:
                     break
-                look = next_look(at, first)
-            _step(kind, value, m, v, largest, zeros, dtype(0), history, at, min(look, stop))
-            at = min(look, stop)
+                _skip(kind, value, m, v, history, at, caught)
+                at = caught
+            else:
+                until = min(next_look(at), stop)
+                _step(kind, value, m, v, largest, zeros, dtype(0), history, at, until)
+                at = until
         if stepping:
             _step(kind, value, m, v, largest, grad[i], dtype(scale), history, stop, stop + 1)
             longs[last] = version
-        longs[last - 1] = len(history)
+            at = caught = len(history)
+        longs[last - 1] = word_of(at, max(at, caught))

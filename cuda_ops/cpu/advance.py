@@ -35,31 +35,38 @@ _SQUARE_KINDS = {"adagrad": root_mean_square.ADAGRAD, "adadelta": root_mean_squa
 def history_columns(kind):
     """Return (columns that hold scalars, columns in all) of the history of optimizer `kind`."""
     columns = _LAYOUTS[kind][1]
-    return columns - LOGS, columns
+    return columns - LOGS - 1, columns
 
 
-def advance(kind, words, stride, dim, steps, slots, grad, history, bounds, scale, version):
+def caught_up_word(count):
+    """Return the word of a record whose value and state are those after step `count` of its table's history."""
+    return count << 32 | count
+
+
+def advance(kind, words, stride, dim, steps, slots, grad, history, bounds, scale, version, states=True):
     """Bring records to the last step of a history; with `grad`, as a step that has a gradient of them.
 
     The arithmetic is that of torch.optim's single-tensor implementations in the value dtype, step by step. It is cut
     short, or replaced by a product, only where that does not change a value (gaps.py, and the file of each optimizer,
     say why). Without coupled weight decay a row takes a few hundred iterations at most after it was last touched, with
-    it as many as it has missed steps.
+    it as many as it has missed steps. To the bit, what a record becomes depends on its gradients and on when it was
+    caught up with its state, not on when its value alone was.
 
     Args:
         kind: "sgd" (weight decay alone), "sgd_momentum", "adagrad", "rmsprop" (also "_centered", "_momentum",
             "_centered_momentum"), "adadelta", "adam", "amsgrad", "nadam", "radam", "adamax".
         words: [any] float32 or float64, the record store (see rows.py), updated in place: `dim` words of value, the
-            parts of the state, and before the last-step word an int64 with the step that the record is caught up to.
+            parts of the state, and before the last-step word an int64 with the steps that the record is caught up to.
         stride: words per record.
         dim: words of value.
         steps: [words.nbytes // 8] int64 view of the same bytes.
         slots: [n] int64, distinct.
         grad: [n, dim], dtype of `words`; None to catch up only.
         history: [steps, columns] float64, the scalars of each step; with `grad` the last is the one to take now.
-        bounds: [4] float64, over the whole history (gaps.py).
+        bounds: [regimes, 4] float64, by the last column of the history (gaps.py).
         scale: factor of the gradient (negative to maximise).
         version: int, written to the last-step word where a gradient is applied.
+        states: whether the state must be that of the last step too, not only the value.
 
     Raises:
         IndexError: a slot is outside the store.
@@ -86,7 +93,9 @@ def advance(kind, words, stride, dim, steps, slots, grad, history, bounds, scale
         return
     else:
         grad = np.empty((0, dim), words.dtype)
-    rest = (slots, grad, stepping, history, bounds, float(scale), int(version))
+    if bounds.dtype != np.float64 or bounds.ndim != 2 or bounds.shape[1] != 4:
+        raise ValueError(f"bounds must be float64 [regimes, 4], got {bounds.dtype} {list(bounds.shape)}")
+    rest = (slots, grad, stepping, history, bounds, float(scale), int(version), bool(stepping or states))
     if kind in _ADAM_KINDS:
         adam.advance(_ADAM_KINDS[kind], words, stride, dim, steps, *rest)
     elif kind.startswith("sgd"):

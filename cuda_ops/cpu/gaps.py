@@ -6,9 +6,16 @@ scalars each step was made. A row is brought up to date when it is next needed, 
 a zero gradient, once for each step that it missed. That is cut short where the rest cannot change the value any more:
 then its state decays by a product that the history knows.
 
-History: float64 `[steps, columns]`, one row per step; the last `LOGS` columns are running sums of the logarithms of the
-factors by which a step without gradient multiplies the value (decoupled decay) and up to three parts of the state,
-each rounded to the value dtype as the step itself uses it. Bounds over all of it: float64 `[4]`, see below.
+What a row becomes must not depend on when it was looked at in between, to the bit: other ranks ask for rows at times of
+their own. So whether a row is over is judged at fixed steps only, by what was known of the steps up to there; and its
+state stays at the step where it was found over, until the step of its next gradient. Therefore the word holds two
+numbers: the step of the state, and that of the value. (Only a value that decays for more than `EXACT_STEPS` steps
+between two looks is rounded differently with other looks.)
+
+History: float64 `[steps, columns]`, one row per step. The last column is the step's regime: the row of `bounds` float64
+`[regimes, 4]` (see below) that holds for all steps up to it; it grows from step to step, or stays. The `LOGS` columns
+before it are running sums of the logarithms of the factors by which a step without gradient multiplies the value
+(decoupled decay) and up to three parts of the state, each rounded to the value dtype as the step itself uses it.
 """
 
 import numpy as np
@@ -16,23 +23,65 @@ import numpy as np
 from cuda_ops.cpu.kernels import helper
 
 LOGS = 4
-"""Columns of running sums at the end of each row of a history: of the value, and of three parts of the state."""
+"""Columns of running sums in each row of a history: of the value, and of three parts of the state."""
+REGIME = -1
+"""Column of the regime."""
 
 COEFFICIENT, LEAST_EPS, MOST_DECAY, DIES_OUT = range(4)
 """Bounds: the largest |factor| of the first moment in any step's update; the smallest eps; the largest coupled weight
-decay; 1 where, at every step, the update that is left of a gradient shrinks and no factor is negative, else 0."""
+decay; 1 where, at every step, the update that is left of a gradient shrinks at least as fast as the value, and no
+factor is negative, else 0."""
 
 EXACT_STEPS = 2048
 """A value that only decays is multiplied step by step, as PyTorch does, for this many steps; then by one product."""
 
-_FIRST_LOOK = 16
-_MOST_BETWEEN_LOOKS = 256
+LOOK_EVERY = 32
+"""Whether a row has died out is looked at where its step is a multiple of this."""
 
 
 @helper
-def next_look(at, first):
-    """When to look again, at step `at`, whether a row that began at step `first` has died out."""
-    return at + min(max(_FIRST_LOOK, at - first), _MOST_BETWEEN_LOOKS)
+def next_look(at):
+    return at + LOOK_EVERY - at % LOOK_EVERY
+
+
+@helper
+def state_step(word):
+    """Up to which step the state of a record is caught up."""
+    return word & 0xFFFFFFFF
+
+
+@helper
+def value_step(word):
+    """Up to which step the value of a record is caught up: beyond that of its state, it is over."""
+    return word >> 32
+
+
+@helper
+def word_of(of_state, of_value):
+    return of_value << 32 | of_state
+
+
+@helper
+def bounds_at(history, bounds, at):
+    """Bounds of all steps up to `at`."""
+    return bounds[np.int64(history[at, history.shape[1] + REGIME])]
+
+
+@helper
+def regime_end(history, at, stop):
+    """First step in (at, stop) of another regime than that of step `at`, or `stop`."""
+    column = history.shape[1] + REGIME
+    regime = history[at, column]
+    if history[stop - 1, column] == regime:
+        return stop
+    same, other = at, stop - 1
+    while other - same > 1:
+        middle = (same + other) // 2
+        if history[middle, column] == regime:
+            same = middle
+        else:
+            other = middle
+    return other
 
 
 @helper

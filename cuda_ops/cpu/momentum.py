@@ -10,15 +10,21 @@ from cuda_ops.cpu.gaps import (
     DIES_OUT,
     EXACT_STEPS,
     LOGS,
+    LOOK_EVERY,
+    bounds_at,
     factor_between,
     linear_part_is_over,
     next_look,
+    regime_end,
     scale_by,
+    state_step,
+    value_step,
+    word_of,
 )
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, touch
 
 LR, MOMENTUM, KEPT, WEIGHT_DECAY, NESTEROV = range(5)
-COLUMNS = 5 + LOGS
+COLUMNS = 5 + LOGS + 1
 _VALUE_LOG, _BUFFER_LOG = 5, 6
 
 
@@ -48,21 +54,23 @@ def _step(value, buffer, grad, scale, history, start, stop):
 
 
 @helper
-def _skip_rest(value, buffer, history, bounds, at, first, stop):
-    """Whether the steps from `at` to `stop` were made in one, because it makes no difference."""
-    if buffer.size:
-        if not linear_part_is_over(value, buffer, bounds):
-            return False
-        scale_by(buffer, factor_between(history, _BUFFER_LOG, at, stop))
-        return True
-    if at < first + EXACT_STEPS or bounds[DIES_OUT] == 0:
-        return False
-    scale_by(value, factor_between(history, _VALUE_LOG, at, stop))
-    return True
+def _decay(value, buffer, zeros, history, at, stop, bounds):
+    """Steps [at, stop) where there is no buffer: the value only decays."""
+    exact = stop
+    if stop - at > EXACT_STEPS and bounds_at(history, bounds, stop - 1)[DIES_OUT] != 0:
+        exact = at + EXACT_STEPS
+    _step(value, buffer, zeros, value.dtype.type(0), history, at, exact)
+    if exact < stop:
+        scale_by(value, factor_between(history, _VALUE_LOG, exact, stop))
+
+
+@helper
+def _is_over(value, buffer, history, at, bounds):
+    return at % LOOK_EVERY == 0 and linear_part_is_over(value, buffer, bounds_at(history, bounds, at))
 
 
 @fused_kernel
-def advance(words, stride, dim, longs, state_parts, slots, grad, stepping, history, bounds, scale, version):
+def advance(words, stride, dim, longs, state_parts, slots, grad, stepping, history, bounds, scale, version, whole):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     dtype = words.dtype.type
     record_longs = stride * words.itemsize // 8
@@ -75,15 +83,23 @@ def advance(words, stride, dim, longs, state_parts, slots, grad, stepping, histo
         last = (slots[i] + 1) * record_longs - 1
         value = words[begin : begin + dim]
         buffer = words[begin + dim : begin + dim + dim * state_parts]
-        first = at = look = longs[last - 1]
+        at, caught = state_step(longs[last - 1]), value_step(longs[last - 1])
+        if buffer.size == 0 and at < stop:
+            _decay(value, buffer, zeros, history, at, stop, bounds)
+            at = stop
         while at < stop:
-            if at >= look:
-                if _skip_rest(value, buffer, history, bounds, at, first, stop):
+            if caught > at or _is_over(value, buffer, history, at, bounds):
+                caught = regime_end(history, at, stop)
+                if caught == stop and not whole:
                     break
-                look = next_look(at, first)
-            _step(value, buffer, zeros, dtype(0), history, at, min(look, stop))
-            at = min(look, stop)
+                scale_by(buffer, factor_between(history, _BUFFER_LOG, at, caught))
+                at = caught
+            else:
+                until = min(next_look(at), stop)
+                _step(value, buffer, zeros, dtype(0), history, at, until)
+                at = until
         if stepping:
             _step(value, buffer, grad[i], dtype(scale), history, stop, stop + 1)
             longs[last] = version
-        longs[last - 1] = len(history)
+            at = caught = len(history)
+        longs[last - 1] = word_of(at, max(at, caught))

@@ -10,17 +10,23 @@ import numpy as np
 from cuda_ops.cpu.gaps import (
     LEAST_EPS,
     LOGS,
+    LOOK_EVERY,
     MOST_DECAY,
     all_zero,
+    bounds_at,
     factor_between,
     linear_part_is_over,
     next_look,
+    regime_end,
     scale_by,
+    state_step,
+    value_step,
+    word_of,
 )
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, touch
 
 LR, KEPT, WEIGHT, EPS, WEIGHT_DECAY, MOMENTUM = range(6)
-COLUMNS = 6 + LOGS
+COLUMNS = 6 + LOGS + 1
 _BUFFER_LOG, _SQUARES_LOG, _AVERAGE_LOG = 7, 8, 9
 RMSPROP, ADADELTA, ADAGRAD = range(3)
 
@@ -90,13 +96,14 @@ def _step(kind, value, squares, second, third, grad, scale, history, start, stop
 
 
 @helper
-def _is_over(kind, value, buffer, bounds):
+def _is_over(kind, value, buffer, history, at, all_bounds):
     """Whether no later step can move a value: without gradient only momentum and weight decay do."""
+    bounds = bounds_at(history, all_bounds, at)
     if bounds[LEAST_EPS] == 0:  # 0 / 0 may be to come, as in PyTorch
         return False
     if kind == RMSPROP and buffer.size:
-        return linear_part_is_over(value, buffer, bounds)
-    return bounds[MOST_DECAY] == 0 or all_zero(value)
+        return at % LOOK_EVERY == 0 and linear_part_is_over(value, buffer, bounds)
+    return bounds[MOST_DECAY] == 0 or (at % LOOK_EVERY == 0 and all_zero(value))
 
 
 @helper
@@ -114,7 +121,7 @@ def _skip(kind, squares, second, third, history, at, stop):
 
 
 @fused_kernel
-def advance(kind, words, stride, dim, longs, parts, slots, grad, stepping, history, bounds, scale, version):
+def advance(kind, words, stride, dim, longs, parts, slots, grad, stepping, history, bounds, scale, version, whole):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     buffered, centered = parts
     dtype = words.dtype.type
@@ -132,16 +139,20 @@ def advance(kind, words, stride, dim, longs, parts, slots, grad, stepping, histo
         second = words[begin : begin + dim * (buffered or kind == ADADELTA)]
         begin += dim * (buffered or kind == ADADELTA)
         third = words[begin : begin + dim * centered]
-        first = at = look = longs[last - 1]
+        at, caught = state_step(longs[last - 1]), value_step(longs[last - 1])
         while at < stop:
-            if at >= look:
-                if _is_over(kind, value, second, bounds):
-                    _skip(kind, squares, second, third, history, at, stop)
+            if caught > at or _is_over(kind, value, second, history, at, bounds):
+                caught = regime_end(history, at, stop)
+                if caught == stop and not whole:
                     break
-                look = next_look(at, first)
-            _step(kind, value, squares, second, third, zeros, dtype(0), history, at, min(look, stop))
-            at = min(look, stop)
+                _skip(kind, squares, second, third, history, at, caught)
+                at = caught
+            else:
+                until = min(next_look(at), stop)
+                _step(kind, value, squares, second, third, zeros, dtype(0), history, at, until)
+                at = until
         if stepping:
             _step(kind, value, squares, second, third, grad[i], dtype(scale), history, stop, stop + 1)
             longs[last] = version
-        longs[last - 1] = len(history)
+            at = caught = len(history)
+        longs[last - 1] = word_of(at, max(at, caught))

@@ -12,7 +12,7 @@ import numpy as np
 import pm
 from tests.pm.oracle import RULES, DenseTable, make_spec, random_gradient, some_rows
 
-TIMEOUT = 60.0
+TIMEOUT = 100.0
 TECHNIQUES = os.environ.get("ADALOADER_TEST_TECHNIQUES", "all")
 
 
