@@ -30,9 +30,13 @@ _MOST_IN_VAIN = 3
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="start it again up to N times (%(default)s)")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="start it again up to N times (%(default)s)"
+    )
     parser.add_argument("--run-folder", type=Path, help="where ranks register, and checkpoints go (a new one here)")
-    parser.add_argument("job", nargs=argparse.REMAINDER, metavar="-- mpirun ...", help="the command that starts the job")
+    parser.add_argument(
+        "job", nargs=argparse.REMAINDER, metavar="-- mpirun ...", help="the command that starts the job"
+    )
 
 
 def run_job(args: argparse.Namespace) -> int:
@@ -40,7 +44,10 @@ def run_job(args: argparse.Namespace) -> int:
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
     if not command or args.restarts < 0 or shutil.which(command[0]) is None:
         what = f"no program {command[0]!r}" if command else "no command"
-        print(f"adaloader: {what}: give it after --, as in: run --restarts 3 -- mpirun -n 2 python train.py", file=sys.stderr)
+        print(
+            f"adaloader: {what}: give it after --, as in: run --restarts 3 -- mpirun -n 2 python train.py",
+            file=sys.stderr,
+        )
         return 2
     folder = (args.run_folder or Path(f"run-{time.strftime('%Y%m%d-%H%M%S')}")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,4 +205,3 @@ def _newest(folder: Path) -> Path | None:
 
 def _say(text: str) -> None:
     print(f"adaloader: {text}", file=sys.stderr, flush=True)
-

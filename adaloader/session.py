@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -476,4 +477,5 @@ def _serve_until_all_are_done() -> None:
     for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
         for manager in managers:
             manager.close(linger=linger)
-    ends()
+    error = getattr(sys, "last_value", None)
+    ends("" if error is None else type(error).__name__)

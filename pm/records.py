@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cuda_ops
 from pm.manager import Manager
 from pm.tables import Table
 
@@ -23,7 +24,8 @@ class Records:
         rows: distinct row ids, int64 `[n]`.
         values: `[n, dim]` in the table's dtype.
         states: optimizer state `[n, state_words]` in the table's dtype.
-        caught_up: the step of the table's history that each reflects, int64 `[n]`; None for tables without one.
+        caught_up: which steps of the table's history each reflects, as the store says it (int64 `[n]`); None for tables
+            without one.
     """
 
     rows: np.ndarray
@@ -53,7 +55,7 @@ def read_records(table: Table, rows: np.ndarray, slots: np.ndarray, chunk_rows: 
     for start in range(0, len(rows), chunk_rows):
         some = slots[start : start + chunk_rows]
         values = store.values(some, np.empty((len(some), dim), table.spec.dtype))
-        caught_up = None if table.history is None else store.caught_up(some)
+        caught_up = None if table.history is None else store.caught_up_words(some)
         yield Records(rows[start : start + chunk_rows], values, store.states(some), caught_up)
 
 
@@ -66,11 +68,24 @@ def write_records(manager: Manager, table: Table, records: Records) -> None:
     if records.states.shape[1]:
         store.set_states(slots, records.states)
     if table.history is not None:
-        store.set_caught_up(slots, 0 if records.caught_up is None else records.caught_up)
+        store.set_caught_up_words(slots, records.caught_up)
     manager.records_changed(table, slots)
 
 
 def initial_records(manager: Manager, table: Table, rows: np.ndarray) -> Records:
     """Return what distinct `rows` (int64 `[n]`) are before any step."""
     values, states = manager.initial_rows(table, rows)
-    return Records(rows, values, states, None if table.history is None else np.zeros(len(rows), np.int64))
+    return Records(rows, values, states, caught_up_to(table, 0, len(rows)))
+
+
+def caught_up_to(table: Table, count: int, records: int) -> np.ndarray | None:
+    """Return what so many records say that are caught up to step `count`; None for tables without a history."""
+    return None if table.history is None else np.full(records, cuda_ops.caught_up_word(count), np.int64)
+
+
+def latest_caught_up(words: np.ndarray) -> int:
+    """Return the last step that any of records with these words (int64 `[n]`) says it is caught up to; -1 for a word
+    that is none."""
+    if words.min(initial=0) < 0:
+        return -1
+    return int(max((words >> 32).max(initial=0), (words & 0xFFFFFFFF).max(initial=0)))

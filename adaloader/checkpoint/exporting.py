@@ -134,7 +134,9 @@ def _unmade(table: TableEntry, fill, history: History | None, rows: np.ndarray) 
     values = np.empty((len(rows), table.dim), table.dtype)
     fill(rows, values)
     states = np.full((len(rows), sum(table.state_widths)), table.initial_state, table.dtype)
-    return caught_up_values(table, history, Records(rows, values, states, np.zeros(len(rows), np.int64)))
+    return caught_up_values(
+        table, history, Records(rows, values, states, np.full(len(rows), cuda_ops.caught_up_word(0)))
+    )
 
 
 def history_of(table: TableEntry, file: TensorFile) -> History | None:
@@ -163,7 +165,7 @@ def caught_up_values(table: TableEntry, history: History | None, records: Record
     slots = store.allocate(len(records.rows))
     store.set_values(slots, records.values)
     store.set_states(slots, records.states)
-    store.set_caught_up(slots, records.caught_up)
+    store.set_caught_up_words(slots, records.caught_up)
     arguments = (history.kind, store.words, store.stride, table.dim, store.steps, slots, None)
     cuda_ops.advance(*arguments, history.steps, history.bounds, 1.0, 0)
     return store.values(slots, np.empty_like(records.values))

@@ -23,6 +23,7 @@ import numpy as np
 
 from adaloader.checkpoint.tensor_file import TensorFile, open_regular, parse_json
 from adaloader.errors import CheckpointError
+from pm.records import latest_caught_up
 
 FORMAT = "adaloader-checkpoint"
 VERSION = 1
@@ -56,8 +57,8 @@ class TableEntry:
         gradient_steps, begun: see `pm.Table`.
         initial_state: what the state of a row starts from.
         program: how rows that nobody touched start, for tables declared under `deferred_init`; None where all are here.
-        history: node of the steps that rows may still have to catch up with; None for tables whose steps do not move
-            rows that they do not touch.
+        history_steps, history: number and node of the steps that rows may still have to catch up with; None for tables
+            whose steps do not move rows that they do not touch.
     """
 
     rows: int
@@ -72,6 +73,7 @@ class TableEntry:
     begun: bool
     initial_state: float
     program: dict[str, Any] | None
+    history_steps: int = 0
     history: Any = None
 
 
@@ -180,7 +182,9 @@ def _problem(index: Index) -> str:
     for name, table in index.tables.items():
         if not (_is_count(table.rows) and _is_count(table.dim) and _is_count(table.held) and table.held <= table.rows):
             return f"table {name!r} has {table.held} of {table.rows} rows of {table.dim}"
-        if table.dtype not in ("float32", "float64") or not _is_count(table.gradient_steps):
+        if table.dtype not in ("float32", "float64") or not (
+            _is_count(table.gradient_steps) and _is_count(table.history_steps)
+        ):
             return f"table {name!r} has dtype {table.dtype!r} and {table.gradient_steps!r} steps"
         if not (isinstance(table.states, list) and isinstance(table.state_widths, list)) or len(table.states) != len(
             table.state_widths
@@ -299,6 +303,10 @@ def _check_rows(opened: TensorFile, name: str, table: TableEntry) -> str:
         if part[0] <= last or (np.diff(part) <= 0).any() or part[-1] >= table.rows:
             return f"the rows of table {name!r} are not ascending from 0 to {table.rows - 1}"
         last = int(part[-1])
+        if table.history is not None:
+            words = opened.rows(held_name("caught_up", name), start, start + chunk)
+            if not 0 <= latest_caught_up(words) <= table.history_steps:
+                return f"rows of table {name!r} are caught up to other steps than its {table.history_steps}"
     return ""
 
 

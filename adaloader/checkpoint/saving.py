@@ -115,8 +115,8 @@ def managed_by(loader: AdaLoader | WrappedLoader) -> ManagedModel:
     session = getattr(loader, "_session", None)
     if session is None:
         raise ValueError(
-            f"{type(loader).__name__} manages no model, so there is nothing to save or load: pass an AdaLoader that was "
-            "built with model="
+            f"{type(loader).__name__} manages no model, so there is nothing to save or load: pass an AdaLoader that "
+            "was built with model="
         )
     if session.managed.follower is not None:
         session.managed.follower.finish()

@@ -21,7 +21,8 @@ from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.probation import confirm
 from adaloader.program_fill import program_fill
-from pm.records import Records, initial_records, write_records
+from pm.history import History
+from pm.records import Records, caught_up_to, initial_records, write_records
 
 _CHUNK_BYTES = 4 << 20
 
@@ -55,7 +56,9 @@ def _check_files(name: str, entry: TableEntry, files: list[TensorFile]) -> None:
     if held != entry.held or (entry.program is None and held != entry.rows):
         raise CheckpointError(f"table {name!r} has {held} rows in its files, {entry.held} of {entry.rows} in the index")
     try:
-        _history_in(entry, files[0])
+        history = _history_in(entry, files[0])
+        if history is not None and len(history["steps"]) != entry.history_steps:
+            raise ValueError(f"{len(history['steps'])} steps, {entry.history_steps} in the index")
         if entry.program is not None:
             program_fill(decode(entry.program, files[0].tensor))
     except (KeyError, TypeError, ValueError) as error:
@@ -123,17 +126,18 @@ def _begin_as_saved(table: pm.Table, entry: TableEntry, file: TensorFile, same_r
         table.gradient_steps = 0
         return
     table.gradient_steps, table.begun = entry.gradient_steps, entry.begun
-    history = _history_in(entry, file)
-    if table.history is not None and history is not None:
-        table.history.restore(**history)
+    if table.history is not None:
+        table.history.restore(**_history_in(entry, file))
 
 
 def _history_in(entry: TableEntry, file: TensorFile) -> dict[str, Any] | None:
-    """Return the arguments of `History.restore`."""
+    """Return the arguments of `History.restore`, which were tried."""
     if entry.history is None:
         return None
-    history = decode(entry.history, file.tensor)
-    return {name: history[name] for name in ("steps", "bounds", "slow", "mu_product")}
+    saved = decode(entry.history, file.tensor)
+    arguments = {name: saved[name] for name in ("steps", "bounds", "slow", "mu_product")}
+    History(saved["kind"], entry.dtype).restore(**arguments)
+    return arguments
 
 
 def _own_records(
@@ -155,7 +159,8 @@ def _own_records(
         parts = [file.rows(held_name("state", name, state), start, stop)[at] for state in states]
         caught_up = None
         if of.history is not None:
-            caught_up = file.rows(held_name("caught_up", name), start, stop)[at] if same_rule else np.zeros_like(own)
+            fresh = caught_up_to(of, 0, len(own))
+            caught_up = file.rows(held_name("caught_up", name), start, stop)[at] if same_rule else fresh
         held_states = _side_by_side(parts) if states else manager.initial_rows(of, own)[1]
         yield Records(own, np.ascontiguousarray(values), held_states, caught_up)
 

@@ -15,7 +15,7 @@ from adaloader.held_state import state_names
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.program_fill import ProgramFill
-from pm.records import Records, owned_in_order, read_records
+from pm.records import Records, caught_up_to, owned_in_order, read_records
 
 _CHUNK_BYTES = 4 << 20
 _FORMS = {"float32": "F32", "float64": "F64"}
@@ -66,8 +66,8 @@ class OwnRows:
         for start in range(0, len(self.rows), chunk_rows):
             rows = self.rows[start : start + chunk_rows]
             values, states = manager.initial_rows(table, rows)
-            caught_up = None if table.history is None else np.full(len(rows), len(table.history))
-            yield Records(rows, values, states, caught_up)
+            count = 0 if table.history is None else len(table.history)
+            yield Records(rows, values, states, caught_up_to(table, count, len(rows)))
 
 
 def own_rows(model: ManagedModel) -> list[OwnRows]:
@@ -107,6 +107,7 @@ def table_entry(table: ManagedTable, held: int, encoder: Encoder, aliases: list[
         begun=of.begun,
         initial_state=float(spec.rule.initial_state(spec.group)),
         program=None if program is None else encoder.encode(program, f"program/{table.name}"),
+        history_steps=0 if of.history is None else len(of.history),
         history=None if of.history is None else encoder.encode(_history(of), f"history/{table.name}"),
     )
 

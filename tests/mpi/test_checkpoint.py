@@ -99,7 +99,9 @@ def test_resumes_under_another_technique_and_staleness(comm, seed, folder):
     before = begun.state()
     begun.close()
     for options in ({"techniques": "none"}, {"techniques": "replication"}, {"staleness": 2}, {"staleness": None}):
-        again = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start(model_seed=seed + 2)
+        again = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start(
+            model_seed=seed + 2
+        )
         again.load(folder / "saved")
         after = again.state()
         for name in before:
