@@ -84,7 +84,7 @@ def _check_same_everywhere(managed: ManagedModel, folder: Path, index: Index) ->
     seen = all_texts(managed.manager, f"{folder.name}/{index.data}")
     if len(set(seen)) > 1:
         raise CheckpointError(
-            f"ranks found different checkpoints in {folder.parent}: {', '.join(sorted(set(seen)))}; all must see one folder"
+            f"ranks found different checkpoints in {folder.parent}: {', '.join(sorted(set(seen)))}; they must see one"
         )
 
 
