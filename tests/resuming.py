@@ -157,7 +157,7 @@ def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
         for name in ours
         if not torch.equal(torch.nan_to_num(ours[name]), torch.nan_to_num(theirs[name]))
     }
-    assert not differing
+    assert not differing, differing
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -34,9 +34,10 @@ class DenseState:
             optimizers = [_items(node) for node in index.trees["optimizers"]["list"]]
             self._states = [{key: _items(of) for key, of in _items(each["state"]).items()} for each in optimizers]
             self._param_groups = [decode(each["param_groups"], file.tensor) for each in optimizers]
+            self.kinds: list[str] = index.trees["kinds"]
             self.groups: list[list[list[str]]] = index.trees["parameters"]
             sizes = [[len(group["params"]) for group in groups] for groups in self._param_groups]
-            if sizes != [[len(names) for names in groups] for groups in self.groups]:
+            if len(self.kinds) != len(sizes) or sizes != [[len(names) for names in groups] for groups in self.groups]:
                 raise ValueError("the optimizers' groups have other parameters than are named")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the index has no state of a model and its optimizers: {error!r}") from error
@@ -87,8 +88,10 @@ class DenseState:
             return [f"it has {len(self.groups)} optimizers, the loader {len(managed.optimizers)}"]
         problems = []
         for at, (optimizer, groups) in enumerate(zip(managed.optimizers, self.groups, strict=True)):
-            mine = parameter_names(managed, optimizer)
-            if mine != groups:
+            mine, kind = parameter_names(managed, optimizer), type(optimizer).__qualname__
+            if kind != self.kinds[at]:
+                problems.append(f"optimizer {at} is a {kind}, and was a {self.kinds[at]}")
+            elif mine != groups:
                 differing = {n for g in mine for n in g} ^ {n for g in groups for n in g}
                 what = f"{sorted(differing)[:5]} are not in both" if differing else "in another order, or other groups"
                 problems.append(f"optimizer {at} ({type(optimizer).__name__}) holds other parameters: {what}")
@@ -121,8 +124,11 @@ def load_dense(managed: ManagedModel, dense: DenseState, buffers: Mapping[str, t
 
 
 def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Give an optimizer's tensors the dtypes that they had: PyTorch converts them to the parameter's when it loads, also
-    those that it made in another (NAdam's product), and would then go on otherwise."""
+    """Give an optimizer's tensors the dtypes that they had.
+
+    PyTorch converts them to the parameter's when it loads, also what it made in another (NAdam's product), and would
+    then go on otherwise.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     keys = [key for group in state["param_groups"] for key in group["params"]]
     for key, parameter in zip(keys, parameters, strict=True):

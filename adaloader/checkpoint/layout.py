@@ -3,8 +3,8 @@
     PATH/index.json                 what there is, with sizes and checksums; renamed into place when all else is on disk
     PATH/data-XXXX/rank-00000.safetensors
 
-The index is what makes a checkpoint: without one, or beside another one's data, files are of a save that did not end. So
-at any instant the folder holds the last complete checkpoint, or none yet.
+The index is what makes a checkpoint: without one, or beside another one's data, files are of a save that did not end.
+So at any instant the folder holds the last complete checkpoint, or none yet.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class TableEntry:
 
     Args:
         rows, dim, dtype: as declared.
-        rule: how steps update its rows; `states` are the names of the parts of its state, `state_widths` how many numbers
-            of a row each has.
+        rule: how steps update its rows; `states` are the names of the parts of its state, `state_widths` how many
+            numbers of a row each has.
         aliases: all names under which the model's state_dict has it.
         held: rows of all files together.
         gradient_steps, begun: see `pm.Table`.
@@ -79,7 +79,7 @@ class TableEntry:
 
 @dataclass(frozen=True)
 class Index:
-    """What is in a checkpoint; `trees` are nodes of `tree.decode`, of rank 0's file, `of_ranks` those of each rank's."""
+    """What is in a checkpoint; `trees` are nodes of `tree.decode` of rank 0's file, `of_ranks` of each rank's."""
 
     data: str
     steps: int
@@ -142,7 +142,11 @@ def read_index(folder: Path) -> Index:
             f"{VERSION}: install a newer one to load it"
         )
     content = parsed.get("content")
-    if not isinstance(content, dict) or parsed.get("digest") != _digest(content):
+    try:
+        is_sound = isinstance(content, dict) and parsed.get("digest") == _digest(content)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is malformed: it is nested too deep") from error
+    if not is_sound:
         raise CheckpointError(f"{path} is damaged: its content does not have the digest that it gives")
     return _index_of(content, path)
 

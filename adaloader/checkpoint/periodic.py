@@ -1,8 +1,8 @@
 """Checkpoints that a loader makes by itself: every so many steps or minutes, and when a signal asks the run to end.
 
-They are made where the loop asks for its next batch: all that it does with the batch before, schedules included, is done
-then. Ranks come to that place apart, so whoever wants a checkpoint tells the others, and they meet when all have taken
-as many steps.
+They are made where the loop asks for its next batch: all that it does with the batch before, schedules included, is
+done then. Ranks come to that place apart, so whoever wants a checkpoint tells the others, and they meet when all have
+taken as many steps.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Periodic:
             self._put_off += 1
             if self._put_off == _MOST_PUT_OFF:
                 log.warning(
-                    "no checkpoint was made for %d batches: whenever the loop asks for its next batch, it has a gradient "
-                    "with which it has not stepped; call adaloader.save after optimizer.step()",
+                    "no checkpoint was made for %d batches: whenever the loop asks for its next batch, it has a "
+                    "gradient with which it has not stepped; call adaloader.save after optimizer.step()",
                     _MOST_PUT_OFF,
                 )
             return
@@ -215,5 +215,5 @@ def _check(every_steps: int | None, every_minutes: float | None, keep: int) -> N
 
 
 def default_folder() -> Path:
-    """Return where checkpoints go if nothing else is said: into the run folder of `python -m adaloader run`, or here."""
+    """Return where checkpoints go if nothing is said: into the run folder of `python -m adaloader run`, or here."""
     return Path(os.environ.get("ADALOADER_RUN_FOLDER", ".")) / "checkpoints"

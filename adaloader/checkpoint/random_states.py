@@ -24,6 +24,16 @@ def random_states(generator: torch.Generator | None) -> dict[str, Any]:
     return states
 
 
+def check_random_states(states: dict[str, Any]) -> None:
+    """Raise what `set_random_states` would, with generators of their own: KeyError, TypeError, ValueError, RuntimeError."""
+    version, words, gauss = states["python"]
+    random.Random().setstate((version, tuple(words.tolist()), gauss))
+    np.random.RandomState().set_state(tuple(states["numpy"]))
+    for name in ("torch", "loader"):
+        if name in states or name == "torch":
+            torch.Generator().set_state(states[name])
+
+
 def set_random_states(states: dict[str, Any], generator: torch.Generator | None) -> None:
     """Put the generators in the states that `random_states` gave; what is not there stays as it is."""
     version, words, gauss = states["python"]

@@ -15,7 +15,7 @@ from adaloader.checkpoint.dense_state import DenseState, load_dense
 from adaloader.checkpoint.layout import Index, find_checkpoint, open_file, read_index, verify_file
 from adaloader.checkpoint.plain import load_plain
 from adaloader.checkpoint.positions import go_on_from
-from adaloader.checkpoint.random_states import set_random_states
+from adaloader.checkpoint.random_states import check_random_states, set_random_states
 from adaloader.checkpoint.report import Restored
 from adaloader.checkpoint.saving import managed_by
 from adaloader.checkpoint.table_loading import check_tables, load_tables
@@ -110,6 +110,7 @@ def _load(
     own, dense, problem = {}, None, ""
     try:
         own = {name: decode(node, files[own_rank].tensor, name) for name, node in index.of_ranks[own_rank].items()}
+        _check_own(own)
         dense = DenseState(index, files[0])
         lines, left_out = check_tables(managed, index, files)
         report = [*lines, *dense.check(managed, index)]
@@ -129,6 +130,19 @@ def _load(
     for name, each in extra.items():
         each.load_state_dict(own["extra"][name])
     return Restored(own["extra"], folder, index.steps, report)
+
+
+def _check_own(own: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless what a rank has of its own can be taken up; nothing is changed."""
+    try:
+        position, draws = own["position"], own["draws"]
+        if position is not None and not {"state", "ended", "order"} <= set(position):
+            raise ValueError("the position of the loader is none")
+        if not isinstance(own["extra"], dict) or not isinstance(draws["pass"], int) or draws["seed"] == "":
+            raise ValueError("extra or the place of random ids is none")
+        check_random_states(own["random"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"the state of a rank in the index is malformed: {error!r}"[:300]) from error
 
 
 def _check_extra(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -141,6 +141,7 @@ def _encode_state(managed: ManagedModel, loader, extra, encoder: Encoder, before
                 nodes["trees"]["model"] = encoder.encode(dict(model.state_dict()), "model")
                 optimizers = [each.state_dict() for each in managed.optimizers]
                 nodes["trees"]["optimizers"] = encoder.encode(optimizers, "optimizers")
+                nodes["trees"]["kinds"] = [type(each).__qualname__ for each in managed.optimizers]
                 nodes["trees"]["parameters"] = [parameter_names(managed, each) for each in managed.optimizers]
             else:
                 saved = model.state_dict()
