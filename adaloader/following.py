@@ -208,7 +208,7 @@ class Follower:
         periodic = model.periodic
 
         def checkpoint_asked() -> bool:
-            return periodic is not None and periodic.is_asked
+            return periodic is not None and periodic.meeting.others_wait
 
         manager.wait_until(
             lambda: (
@@ -224,7 +224,7 @@ class Follower:
             lambda: f"rank {self._still_busy(iteration)} to end its iteration of the loader",
         )
         if checkpoint_asked():
-            periodic.decline()
+            periodic.meeting.decline()
         elif sum_begun():
             self._join_sum(model)
         elif model.combiner.begun_by_others():

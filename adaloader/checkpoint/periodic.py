@@ -1,8 +1,7 @@
 """Checkpoints that a loader makes by itself: every so many steps or minutes, and when a signal asks the run to end.
 
 They are made where the loop asks for its next batch: all that it does with the batch before, schedules included, is
-done then. Ranks come to that place apart, so whoever wants a checkpoint tells the others, and they meet when all have
-taken as many steps.
+done then. Ranks come to that place apart: `meeting.py` brings them together.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from adaloader.checkpoint.layout import INDEX, STEP_NAME, complete_in, remove_checkpoint, step_folder
+from adaloader.checkpoint.meeting import FOLLOWING, Meeting
 from adaloader.checkpoint.saving import save_at
 from adaloader.checkpoint.signals import Signals
 from adaloader.errors import CheckpointError
-from pm.messages import Kind, Message
 
 if TYPE_CHECKING:
     from adaloader.iteration import Iteration
@@ -30,16 +27,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adaloader")
 
-_FOLLOWING = -1
 # A loop that takes its next batch before it has stepped for the last one always has a gradient that is not saved.
 _MOST_PUT_OFF = 1000
 
 
 class Periodic:
     """Makes the checkpoints of one loader (construction is collective).
-
-    Invariant: `_met` exchanges have taken place, on all ranks alike; another is due once `_asked`, the highest number
-    that a rank has asked for, is above it.
 
     Args:
         loader: the loader.
@@ -64,29 +57,20 @@ class Periodic:
         _check(every_steps, every_minutes, keep)
         self._loader = weakref.ref(loader)
         self._managed = loader._session.managed
-        self._manager = manager = self._managed.manager
+        self._rank = self._managed.manager.rank
         self._folder, self._keep, self._extra = folder, keep, extra
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._last_steps, self._last_time = self._managed.optimizer_steps, time.monotonic()
-        self._asked = self._met = 0
         self._put_off = 0
-        self._others_ended: weakref.ref | None = None
+        self._iteration: weakref.ref[Iteration] | None = None
+        self._others_ended = False
+        self.meeting = Meeting(self._managed.manager) if self._managed.ranks > 1 else None
         self._signals = Signals() if signals else None
-        if manager.ranks > 1:
-            self._passed_on = manager.on_control
-            manager.on_control = self._receive
-            manager.barrier()  # nobody asks a rank that does not listen yet
 
     def close(self) -> None:
         """Give the signals back."""
         if self._signals is not None:
             self._signals.close()
-
-    def _receive(self, source: int, message: Message) -> None:
-        if message.kind == Kind.CHECKPOINT:
-            self._asked = max(self._asked, message.numbers[0])
-        elif self._passed_on is not None:
-            self._passed_on(source, message)
 
     # Where the loop asks for its next batch
 
@@ -96,33 +80,44 @@ class Periodic:
         Raises:
             CheckpointError: if the one that a signal has asked for cannot be made.
         """
-        iteration = iterator.iteration
-        if not iteration.trains or not (self._asked > self._met or self._is_due()):
+        if not iterator.iteration.trains:
             return
-        if self._others_ended is not None and self._others_ended() is iteration:
-            return  # ranks have run out of batches: after this pass
-        if not self._is_at_rest():
-            self._put_off += 1
-            if self._put_off == _MOST_PUT_OFF:
-                log.warning(
-                    "no checkpoint was made for %d batches: whenever the loop asks for its next batch, it has a "
-                    "gradient with which it has not stepped; call adaloader.save after optimizer.step()",
-                    _MOST_PUT_OFF,
-                )
+        if self._iteration is None or self._iteration() is not iterator.iteration:
+            self._iteration, self._others_ended = weakref.ref(iterator.iteration), False
+            if self.meeting is not None:
+                self.meeting.pass_begins()
+        at_meeting = self.meeting is not None and self.meeting.is_at_next_place()
+        by_steps = self._is_due_by_steps() and not self._others_ended
+        if self.meeting is not None and not at_meeting and not self._others_ended and self._is_due_here():
+            self.meeting.ask()
+        if not (at_meeting or by_steps or (self.meeting is None and self._is_due_here())):
             return
-        self._put_off = 0
-        is_ending = self._meet(iteration)
-        if is_ending is not None:
-            self._save(iterator, is_ending)
+        ready, ending = self._is_at_rest(), self._is_asked_to_end
+        if self.meeting is not None:
+            words, endings = self.meeting.meet(int(ready), int(ending))
+            self._others_ended = bool((words == FOLLOWING).any())
+            ready, ending = bool((words == 1).all()), bool(endings.any())
+        if ready:
+            self._put_off = 0
+            self._save(iterator, ending)
+        else:
+            self._say_put_off()
 
-    def _is_due(self) -> bool:
-        if self._signals is not None and self._signals.received is not None:
+    def _is_due_by_steps(self) -> bool:
+        """Whether a checkpoint is due, as all ranks find at the same place."""
+        return self._every_steps is not None and self._managed.optimizer_steps - self._last_steps >= self._every_steps
+
+    def _is_due_here(self) -> bool:
+        """Whether one is due for a reason that this rank alone may know of."""
+        if self._is_asked_to_end:
             return True
-        if self._every_steps is not None and self._managed.optimizer_steps - self._last_steps >= self._every_steps:
-            return True
-        if self._every_minutes is None or self._manager.rank:
+        if self._every_minutes is None or self._rank:
             return False
         return time.monotonic() - self._last_time >= 60.0 * self._every_minutes
+
+    @property
+    def _is_asked_to_end(self) -> bool:
+        return self._signals is not None and self._signals.received is not None
 
     def _is_at_rest(self) -> bool:
         """Whether no gradient waits for a step."""
@@ -131,45 +126,14 @@ class Periodic:
             return False
         return not any(table.has_gradient and not table.is_stepped for table in self._managed.tables)
 
-    def _meet(self, iteration: Iteration) -> bool | None:
-        """Wait until all ranks have come here with as many steps; return whether the run is to end.
-
-        None where they have not: others are further, or have run out of batches.
-        """
-        ending = self._signals is not None and self._signals.received is not None
-        if self._manager.ranks == 1:
-            return ending
-        number = self._met + 1
-        for peer in self._manager.peers:
-            self._manager.transport.send(peer, Message(Kind.CHECKPOINT, (number,)))
-        self._manager.transport.wake()
-        while True:
-            steps, endings = self._exchange(self._manager.steps, ending)
-            if (steps == _FOLLOWING).any():
-                self._met, self._others_ended = number, weakref.ref(iteration)
-                return None
-            if (steps == steps[0]).all():
-                self._met = number
-                return bool(endings.any())
-            if self._manager.steps < steps.max():
-                return None  # come again after the next step; whoever is further waits
-
-    def _exchange(self, steps: int, ending: bool) -> tuple[np.ndarray, np.ndarray]:
-        mine, everyones = np.array([steps, ending], np.int64), np.empty((self._manager.ranks, 2), np.int64)
-        self._manager.transport.collective(lambda comm: comm.Iallgather(mine, everyones), self._manager.timeout_seconds)
-        return everyones[:, 0], everyones[:, 1]
-
-    # What a rank does that follows others, as it has run out of batches
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether another rank waits for this one to come."""
-        return self._asked > self._met
-
-    def decline(self) -> None:
-        """Tell the others that this rank has left its loop (collective)."""
-        self._exchange(_FOLLOWING, False)
-        self._met += 1
+    def _say_put_off(self) -> None:
+        self._put_off += 1
+        if self._put_off == _MOST_PUT_OFF:
+            log.warning(
+                "no checkpoint was made for %d batches: whenever the loop asks for its next batch, it has a "
+                "gradient with which it has not stepped; call adaloader.save after optimizer.step()",
+                _MOST_PUT_OFF,
+            )
 
     # Saving
 
@@ -178,20 +142,20 @@ class Periodic:
         path = step_folder(self._folder, steps)
         extra = self._extra() if callable(self._extra) else self._extra
         self._last_steps, self._last_time = steps, time.monotonic()
-        if not (path / INDEX).exists() or self._manager.ranks > 1:
+        if not (path / INDEX).exists() or self.meeting is not None:
             try:
                 saved = save_at(path, self._loader(), extra, iterator.state_before_unused())
                 log.info("checkpoint %s: %d bytes in %.2f s", saved.path, saved.bytes, saved.seconds)
             except CheckpointError as error:
                 if is_ending:
                     raise
-                if self._manager.rank == 0:
+                if self._rank == 0:
                     print(f"adaloader: no checkpoint at step {steps}, and the run goes on: {error}", file=sys.stderr)
                 return
-            if self._manager.rank == 0:
+            if self._rank == 0:
                 self._remove_old(path)
         if is_ending:
-            if self._manager.rank == 0:
+            if self._rank == 0:
                 name = "another rank's signal" if self._signals is None else self._signals.name
                 print(f"adaloader: {name}: saved {path} after step {steps}, and ended", file=sys.stderr, flush=True)
             raise SystemExit(0)

@@ -25,7 +25,7 @@ def random_states(generator: torch.Generator | None) -> dict[str, Any]:
 
 
 def check_random_states(states: dict[str, Any]) -> None:
-    """Raise what `set_random_states` would, with generators of their own: KeyError, TypeError, ValueError, RuntimeError."""
+    """Raise what `set_random_states` would (KeyError, TypeError, ValueError, RuntimeError), and set nothing."""
     version, words, gauss = states["python"]
     random.Random().setstate((version, tuple(words.tolist()), gauss))
     np.random.RandomState().set_state(tuple(states["numpy"]))
