@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import adaloader
+from adaloader.checkpoint.layout import complete_in, open_file, read_index
 from tests.resuming import Script, assert_close, assert_identical
 
 CASES = [
@@ -146,10 +150,10 @@ def test_failing_to_write_is_an_error_on_every_rank_and_the_run_goes_on(comm, se
 def test_rows_of_a_rank_are_those_that_it_owns_and_somebody_touched(comm, seed, folder):
     script = Script(comm, "adam", seed=seed, samples=8).start().run(2)
     script.save(folder / "saved")
-    index = adaloader.checkpoint.layout.read_index(folder / "saved")
+    index = read_index(folder / "saved")
     rows = []
     for rank in range(index.ranks):
-        with adaloader.checkpoint.layout.open_file(folder / "saved", index, rank) as file:
+        with open_file(folder / "saved", index, rank) as file:
             rows.append(file.array("rows/declared.weight"))
     every = np.concatenate(rows)
     assert len(np.unique(every)) == len(every) == index.tables["declared.weight"].held
@@ -157,3 +161,51 @@ def test_rows_of_a_rank_are_those_that_it_owns_and_somebody_touched(comm, seed, 
     touched = script.loader.dataset.ids[[at for of_rank in seen for at in of_rank]].unique().numpy()
     assert np.isin(touched, every).all() and len(every) < 211
     script.close()
+
+
+@pytest.mark.parametrize("lookahead", [0, 4])
+def test_periodic_checkpoints_over_passes_with_uneven_ends_all_resume(comm, seed, folder, lookahead):
+    """The last batch has one sample, so that all ranks but one have run out of batches by then."""
+    each = 4 * comm.size
+
+    def script():
+        return Script(comm, "adagrad", samples=each * 5 + 1, seed=seed, options={"lookahead": lookahead})
+
+    whole = script().start()
+    extra = {"scheduler": whole.scheduler}
+    whole.loader.checkpoint(folder, every_steps=2, keep=99, extra=lambda: {**extra, "losses": list(whole.losses)})
+    whole.finish_pass().finish_pass()
+    expected = whole.state()
+    whole.close()
+    complete = complete_in(folder)
+    assert [read_index(path).steps for path in complete][:2] == [2, 4] and len(complete) >= 4
+    for path in (complete[1], complete[-1]):
+        resumed = script().start(model_seed=seed + 3)
+        done = len(resumed.load(path)["losses"])
+        resumed.finish_pass()
+        if read_index(path).steps < 6:
+            resumed.finish_pass()
+        assert resumed.losses == whole.losses[done:], path
+        assert_identical(resumed.state(), expected)
+        resumed.close()
+
+
+def test_signal_to_one_rank_is_heard_by_all_wherever_they_are(comm, seed, folder):
+    """Ranks come to their next batch at other times; all end after the same step, with one checkpoint."""
+    script = Script(comm, "sgd", samples=4 * comm.size * 50, seed=seed).start()
+    script.loader.checkpoint(folder)
+    before = signal.getsignal(signal.SIGUSR1)
+    steps = 0
+    with pytest.raises(SystemExit) as ended:
+        for _ in range(50):
+            if comm.rank == comm.size - 1 and steps == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.002 * ((comm.rank + steps) % 3))
+            script.one_batch()
+            steps += 1
+    assert ended.value.code == 0
+    taken = comm.allgather(script.loader.stats()["steps"])
+    assert len(set(taken)) == 1 and 5 <= taken[0] <= 9
+    assert [read_index(path).steps for path in complete_in(folder)] == taken[:1]
+    script.close()
+    assert signal.getsignal(signal.SIGUSR1) is not before
