@@ -1,0 +1,53 @@
+"""Which batch a lookup is of, where the ids alone do not say."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import pm
+from adaloader.batches import Batch, Batches
+from adaloader.managed_table import BatchRows
+
+
+@pytest.fixture
+def batches():
+    return Batches(SimpleNamespace(steps=0, release=lambda plan: None))
+
+
+class AnIteration:
+    ended, ahead, trains = False, 0, True
+
+    def first_used(self, batch):
+        """Nothing follows from it here."""
+
+
+def a_batch(number, rows):
+    """A batch that intends `rows` of table 0."""
+    batch = Batch(number, AnIteration(), (3.0, 6.0), None, number)
+    plan = pm.RowPlan(number, None, np.array(rows), number, np.arange(len(rows)), None)
+    batch.tables = {0: BatchRows(np.array(rows), [(np.array(rows), np.arange(len(rows)))], plan)}
+    return batch
+
+
+def test_ids_that_a_finished_batch_had_too_are_of_the_forward_that_goes_on(batches):
+    finished, now = a_batch(0, [3, 5]), a_batch(1, [4, 6])
+    for batch in (finished, now):
+        batches.handed_out(batch)
+        batches.used(batch)
+        if batch is finished:
+            batches._manager.steps = 1
+            batches.finish_used()
+    assert not batches.looked_up_late(0, np.array([3, 5]))
+    assert batches.current is now
+
+
+def test_a_batch_that_is_looked_up_again_after_its_step_is_the_current_one(batches):
+    finished = a_batch(0, [3, 5])
+    batches.handed_out(finished)
+    batches.used(finished)
+    batches.backward_goes_on()
+    batches._manager.steps = 1
+    batches.finish_used()
+    assert batches.looked_up_late(0, np.array([3, 5]))
+    assert batches.current is finished
