@@ -6,8 +6,9 @@ model looks rows up in; `feed.py` and `planner.py` read ahead. The room imports 
 `pm` (where rows are). Read `loader.py` first.
 """
 
+from adaloader.checkpoint import load, save
 from adaloader.deferred import deferred_init
-from adaloader.errors import ManagedTableError, UnsupportedOptimizerError
+from adaloader.errors import CheckpointError, ManagedTableError, UnsupportedOptimizerError
 from adaloader.init_program import DeferredInitError
 from adaloader.loader import AdaLoader
 from adaloader.optimizer_state import full_optimizer_state_dict, load_full_optimizer_state_dict
@@ -18,6 +19,7 @@ from pm import PeerError
 
 __all__ = [
     "AdaLoader",
+    "CheckpointError",
     "DeferredInitError",
     "ManagedTableError",
     "PeerError",
@@ -26,7 +28,9 @@ __all__ = [
     "deferred_init",
     "full_optimizer_state_dict",
     "full_state_dict",
+    "load",
     "load_full_optimizer_state_dict",
     "load_full_state_dict",
     "random_ids",
+    "save",
 ]

@@ -28,6 +28,7 @@ from adaloader.managed_model import ManagedModel, log
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizers import group_of, rule_for, snapshot
 from adaloader.probation import Probation
+from adaloader.program_fill import ProgramFill
 from adaloader.table_parameter import TableParameter, become_table
 from adaloader.table_values import broadcast_array, load_states
 
@@ -176,7 +177,7 @@ def _filler(name: str, parameter: nn.Parameter, seed: int | None) -> Callable[[n
     if program is None:
         return lambda rows, out: out.fill(0)  # replaced by the values that the table has, see `adopt`
     chosen = program.seed if seed is None else seed
-    return lambda rows, out: program.fill(rows, out, seed=chosen, name=name)
+    return ProgramFill(program, chosen, name)
 
 
 def adopt(model: ManagedModel, found: dict[str, nn.Parameter], specs: list[pm.TableSpec]) -> None:

@@ -11,3 +11,7 @@ class WholeTableError(ManagedTableError):
 
 class UnsupportedOptimizerError(ValueError):
     """An optimizer (or one of its options) that managed tables cannot be trained with."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or loaded into this model: names the file and what is wrong."""

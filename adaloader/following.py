@@ -205,9 +205,15 @@ class Follower:
             """A step may arrive before the sum that it follows is known here; after a rank's answer it cannot."""
             return self._answered.get(iteration, set()) | manager.closed_peers >= set(manager.peers)
 
+        periodic = model.periodic
+
+        def checkpoint_asked() -> bool:
+            return periodic is not None and periodic.meeting.others_wait
+
         manager.wait_until(
             lambda: (
-                all_answered()
+                checkpoint_asked()
+                or all_answered()
                 and (
                     sum_begun()
                     or model.combiner.begun_by_others()
@@ -217,7 +223,9 @@ class Follower:
             ),
             lambda: f"rank {self._still_busy(iteration)} to end its iteration of the loader",
         )
-        if sum_begun():
+        if checkpoint_asked():
+            periodic.meeting.decline()
+        elif sum_begun():
             self._join_sum(model)
         elif model.combiner.begun_by_others():
             model.combiner.join()

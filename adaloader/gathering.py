@@ -46,6 +46,16 @@ def exporting(managed: ManagedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def leaving_tables_out(managed: ManagedModel) -> Iterator[None]:
+    """What `state_dict()` of the model and its optimizers gives inside has nothing of managed tables."""
+    managed.leaving_tables_out = True
+    try:
+        yield
+    finally:
+        managed.leaving_tables_out = False
+
+
+@contextlib.contextmanager
 def importing(managed: ManagedModel) -> Iterator[dict[ManagedTable, torch.Tensor]]:
     """What is copied onto tables inside is not written, but collected in the mapping that this gives."""
     managed.importing = {}

@@ -153,6 +153,11 @@ class Iteration:
         read, self._read = list(self._read.values()), {}
         self._model.batches.drop(read + self._model.batches.of(self))
 
+    def unused_at_the_end(self) -> int:
+        """Return how many of the batches handed out last the loop has not worked on."""
+        last_used = self._start - 1 if self._last_used is None else self._last_used[0]
+        return sum(batch.number > last_used for batch in self._model.batches.unused(self))
+
     # Within
 
     def _steps_since_use(self) -> int | None:

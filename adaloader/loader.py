@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -267,7 +268,7 @@ class AdaLoader(StatefulDataLoader):
         )
         self._place = iterator.place
         passed.place = iterator.place if epoch is None else None
-        return LoaderIterator(self, iterator, epoch)
+        return LoaderIterator(self, iterator, passed, epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the last batch handed out, in torchdata's form (and `random_ids`' pass)."""
@@ -298,6 +299,35 @@ class AdaLoader(StatefulDataLoader):
         same.
         """
         return self._need_session().no_sync()
+
+    def checkpoint(
+        self,
+        folder: str | os.PathLike | None = None,
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int = 2,
+        extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        signals: bool = True,
+    ) -> None:
+        """Have this loader make checkpoints by itself, where its loop asks for the next batch (collective).
+
+        Each is a folder `step-...` in `folder`; `adaloader.load(folder, loader)` takes the newest complete one.
+        SIGTERM, SIGUSR1 and Ctrl-C then end the run with code 0 after the present step and a checkpoint; a second
+        Ctrl-C ends it at once. One that cannot be written (a full disk) is said, and the run goes on.
+
+        Args:
+            folder: by default `checkpoints` in the run folder of `python -m adaloader run`, or here.
+            every_steps: optimizer steps from one to the next; None: not by steps.
+            every_minutes: minutes from one to the next; None: not by time.
+            keep: how many complete ones stay.
+            extra: what `adaloader.save` takes as `extra`, or a function that returns it at the time.
+            signals: False to leave signals as they are.
+
+        Raises:
+            ValueError: for arguments out of range.
+        """
+        self._need_session().begin_checkpoints(self, folder, every_steps, every_minutes, keep, extra, signals)
 
     # What accelerate asks of a loader, see `trainers.py`
 
@@ -348,7 +378,7 @@ setattr(AdaLoader, "__pl_saved_args", lightning_arguments)  # a name that Python
 def _last_batch(shares: Shares) -> tuple[bool, float | None]:
     """Return whether some ranks have no share of the last batch, and how many samples it has."""
     last = shares.global_batches - 1
-    if last < 0:
+    if last < shares.first_number:
         return False, None
     samples = shares.share(last)[1]
     return samples < shares.ranks, float(samples)

@@ -37,6 +37,7 @@ from adaloader.slabs import Buffers, Part
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
+    from adaloader.checkpoint.periodic import Periodic
     from adaloader.combining import Combiner
     from adaloader.following import Follower
 
@@ -68,6 +69,7 @@ class ManagedModel:
         self.joining = False
         self.follower: Follower | None = None
         self.combiner: Combiner | None = None
+        self.periodic: Periodic | None = None
         self.gradient_hooks = GradientHooks(self)
         self.scalers = Scalers()
         self.optimizer_steps = 0
@@ -80,6 +82,7 @@ class ManagedModel:
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
         self.dense_because: dict[str, str] = {}
         self.exporting = False
+        self.leaving_tables_out = False
         self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
         self._hook_handles: list[object] = []

@@ -100,7 +100,9 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         managed = to_managed()
         state = state_dict["state"]
         for index, table in _indexed_tables(managed, optimizer) if managed is not None else ():
-            if (index in state or table.table.begun) and state_names(table.table.spec.rule):
+            if managed.leaving_tables_out:
+                state.pop(index, None)
+            elif (index in state or table.table.begun) and state_names(table.table.spec.rule):
                 refuse_on_several_ranks(
                     managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
                 )

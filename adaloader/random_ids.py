@@ -63,6 +63,17 @@ class Passes:
             return None
         return {"seed": stream.seed, "pass": stream.number + stream.is_over}
 
+    def position(self) -> dict[str, int | None]:
+        """Return the pass that is under way, or comes next, whether or not ids were drawn."""
+        if self._stream is None:
+            return {"seed": self._seed, "pass": self._next}
+        return {"seed": self._stream.seed, "pass": self._stream.number + self._stream.is_over}
+
+    def go_on_from(self, position: dict[str, int | None]) -> None:
+        """Have the next pass be the one that `position` gave."""
+        self._seed, self._next = position["seed"], int(position["pass"])
+        self._stream = None
+
     def load_state(self, state: dict[str, int] | None) -> None:
         """Have the next pass be the one that `state` was saved in."""
         if state is not None:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from adaloader.registry import ends
 from pm import PeerError
 from pm.launch import default_comm, launched
 
@@ -104,6 +105,7 @@ def end_job(kind: type[BaseException]) -> None:
     mpi = sys.modules.get("mpi4py.MPI")
     begun = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
     ranks, rank = (mpi.COMM_WORLD.size, mpi.COMM_WORLD.rank) if begun else launched()
+    ends(kind.__name__)
     print(f"adaloader: rank {rank} of {ranks} failed ({kind.__name__}); ending the job", file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()

@@ -21,7 +21,7 @@ import collections
 import itertools
 import weakref
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ class Shares:
 
     A share is contiguous. The last, smaller batch of m samples is shared out as evenly as it goes: the first
     ``m % ranks`` ranks get one sample more than the others, some ranks possibly none.
+
+    An epoch that is resumed with batches of another size goes on from its sample `first_sample`, with batch number
+    `first_number`.
     """
 
     samples: int
@@ -44,18 +47,25 @@ class Shares:
     drop_last: bool
     rank: int
     ranks: int
+    first_sample: int = 0
+    first_number: int = 0
 
     @property
     def global_batches(self) -> int:
         """Batches of the plain loader, and steps of the epoch."""
-        full, rest = divmod(self.samples, self.global_batch_size)
-        return full + int(rest > 0 and not self.drop_last)
+        full, rest = divmod(self.samples - self.first_sample, self.global_batch_size)
+        return self.first_number + full + int(rest > 0 and not self.drop_last)
+
+    @property
+    def reads_to_end(self) -> int:
+        """The number of the read, from 1, at which a plain loader asks past the last sample."""
+        return self.first_number + (self.samples - self.first_sample) // self.global_batch_size + 1
 
     @property
     def rank_batches(self) -> int:
         """Batches of this rank: `global_batches`, or one less if its share of the last one is empty."""
         last = self.global_batches - 1
-        return last + int(self.share(last)[0] > 0) if last >= 0 else 0
+        return last + int(self.share(last)[0] > 0) if last >= self.first_number else self.first_number
 
     def bounds(self, batch_samples: int) -> tuple[int, int]:
         """First and one past the last position of this rank's share in a batch of `batch_samples`."""
@@ -68,12 +78,13 @@ class Shares:
 
         Raises IndexError where the epoch has no such batch.
         """
-        if not 0 <= number < self.global_batches:
+        if not self.first_number <= number < self.global_batches:
             raise IndexError(
                 f"global batch {number} is not in this epoch: it has {self.global_batches} batches "
                 f"({self.samples} samples, {self.global_batch_size} a batch, drop_last={self.drop_last})"
             )
-        in_all = min(self.global_batch_size, self.samples - number * self.global_batch_size)
+        before = self.first_sample + (number - self.first_number) * self.global_batch_size
+        in_all = min(self.global_batch_size, self.samples - before)
         first, end = self.bounds(in_all)
         return end - first, in_all
 
@@ -121,6 +132,7 @@ class GlobalBatchSampler(Sampler):
         self.plain_lead = plain_lead
         self.sampler = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
         self._epoch: weakref.ref[EpochIterator] | None = None
+        self._resume: dict[str, Any] | None = None
 
     @property
     def shares(self) -> Shares:
@@ -147,8 +159,21 @@ class GlobalBatchSampler(Sampler):
 
     def __iter__(self) -> EpochIterator:
         epoch = EpochIterator(self)
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            epoch.load_state_dict({**resume, "batches": 0})
         self._epoch = weakref.ref(epoch)
         return epoch
+
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """Have the next epoch be the rest of the one that a state of an `EpochIterator`, of any number of ranks and
+        batch size, was taken in; its batches are numbered from 0.
+
+        Raises:
+            ValueError: as `EpochIterator.load_state_dict`.
+        """
+        EpochIterator(self).check_state(state)
+        self._resume = state
 
 
 class EpochIterator(Iterator):
@@ -209,6 +234,7 @@ class EpochIterator(Iterator):
             "started": started,
             "ended": started and self._reads >= self._reads_to_end,
             "samples": self._samples,
+            "batches": self._reads,
             "length": self.shares.samples,
             "generator_state": start_state,
         }
@@ -219,7 +245,7 @@ class EpochIterator(Iterator):
         Raises ValueError for a state that another version wrote, that was shuffled where this is not, or
         whose shuffled order was of a dataset of another length.
         """
-        self._check_state(state)
+        self.check_state(state)
         self._shares = None
         self._start_state = None if state["generator_state"] is None else state["generator_state"].clone()
         self._samples = self._reads = self._loop_reads = 0
@@ -229,13 +255,22 @@ class EpochIterator(Iterator):
             return
         self._start(self._start_state)
         self._samples = sum(1 for _ in itertools.islice(self._order, state["samples"]))
-        self._reads = self._samples // self._shares.global_batch_size
         if state["ended"]:
             self._reads = self._reads_to_end
+        else:
+            self._go_on_from(state.get("batches"))
         self._loop_reads = self._reads
         self._draw_end_if_due()
 
-    def _check_state(self, state: dict[str, Any]) -> None:
+    def _go_on_from(self, batches: int | None) -> None:
+        """Number the batches on from where the state was taken, whatever their size is now."""
+        size = self._shares.global_batch_size
+        self._reads = self._samples // size if batches is None else batches
+        self._shares = replace(self._shares, first_sample=self._samples, first_number=self._reads)
+        self._reads_to_end = self._shares.reads_to_end
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `load_state_dict` would."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"cannot load a sample order of version {state.get('version')}, only {STATE_VERSION}: "
@@ -258,7 +293,7 @@ class EpochIterator(Iterator):
         """Begin the epoch at its first sample, with `start_state` for the generator of the order."""
         self._start_state = start_state
         self._shares = self._sampler.shares
-        self._reads_to_end = self._shares.samples // self._shares.global_batch_size + 1
+        self._reads_to_end = self._shares.reads_to_end
         source = self._sampler.sampler
         if self._sampler.shuffle:
             generator = torch.Generator() if self._sampler.generator is None else self._sampler.generator

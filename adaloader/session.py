@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,6 +41,7 @@ from adaloader.ranks import (
     end_job_unless,
     same_comm,
 )
+from adaloader.registry import ends, register
 from adaloader.sampling import random_state, set_random_state
 from adaloader.settings import Settings
 from adaloader.state import hook_modules, hook_state_dicts
@@ -47,6 +50,9 @@ from adaloader.table_values import all_numbers
 from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
 from pm.launch import default_comm, launched_ranks
+
+if TYPE_CHECKING:
+    from adaloader.checkpoint.periodic import Periodic
 
 _ONE_DATASET = (
     "give all ranks the whole dataset, which is shared out here, or all ranks batches of their own: "
@@ -85,6 +91,8 @@ class Session:
         self._number = managed.sessions_made
         self.draws = Passes(self.rank, self._number)
         self._uneven_iterations = 0
+        self.periodic: Periodic | None = None
+        self._resumption: Callable[[], None] | None = None
         self._iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()
         # A loader, or an iterator of its, that nobody holds any more leaves no thread behind.
         self._close_feed = weakref.finalize(self, self.feed.close)
@@ -112,6 +120,32 @@ class Session:
         if self.managed.follower is not None:
             self.managed.follower.finish()
         self.managed.pass_begins()
+
+    def when_resumed(self, call: Callable[[], None] | None) -> None:
+        """Have `call` called when the next iteration has handed out its first batch: what making it drew from random
+        generators, the run that goes on from there drew before it was saved."""
+        self._resumption = call
+
+    def begin_checkpoints(self, loader, folder, every_steps, every_minutes, keep, extra, signals) -> None:
+        """See `AdaLoader.checkpoint`."""
+        from adaloader.checkpoint.periodic import Periodic, default_folder  # which imports loaders
+
+        if self.managed.periodic is not None:
+            raise ValueError("a loader of this model makes checkpoints already: close it, or ask for them once")
+        where = default_folder() if folder is None else Path(folder)
+        made = Periodic(loader, where, every_steps, every_minutes, keep, extra, signals)
+        self.periodic = self.managed.periodic = made
+
+    def take_resumption(self) -> Callable[[], None] | None:
+        call, self._resumption = self._resumption, None
+        return call
+
+    def leave_iterations(self) -> None:
+        """What loops still hold of this loader's iterations is forgotten: the next one begins elsewhere."""
+        for iteration in list(self._iterations):
+            iteration.end_if_over()
+            if not iteration.ended:
+                iteration.leave()
 
     def iteration(
         self,
@@ -226,6 +260,9 @@ class Session:
     def close(self) -> None:
         if not self._close_feed.alive:
             return
+        if self.periodic is not None:
+            self.periodic.close()
+            self.periodic = self.managed.periodic = None
         managed = self.managed
         if managed.follower is not None:
             managed.follower.finish()
@@ -287,6 +324,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         manager = _manager_of_ranks(comm, settings)
         manager.on_failure = partial(end_job_unless, partial(getattr, manager, "failure_is_known"))
         _open_managers.add(manager)
+    register(manager.rank, manager.ranks)
     managed = ManagedModel(model, manager, settings.shared(), strategy)
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
@@ -444,3 +482,5 @@ def _serve_until_all_are_done() -> None:
     for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
         for manager in managers:
             manager.close(linger=linger)
+    error = getattr(sys, "last_value", None)
+    ends("" if error is None else type(error).__name__)

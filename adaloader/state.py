@@ -130,6 +130,9 @@ class _WithRows:
         for name, parameter in module._parameters.items():
             if not isinstance(parameter, TableParameter) or prefix + name not in state_dict:
                 continue
+            if self._managed.leaving_tables_out:
+                del state_dict[prefix + name]
+                continue
             refuse_on_several_ranks(self._managed, "model.state_dict()", "full_state_dict(model)")
             gathered = gather_table(self._managed, parameter._managed)
             if gathered is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class WrappedLoader:
         )
         position.place = passed.place = iterator.place
         self._position = position
-        return LoaderIterator(self, iterator)
+        return LoaderIterator(self, iterator, passed)
 
     def _certain_length(self) -> int | None:
         """Return how many batches the source has, None where `len()` may be an estimate."""
@@ -114,6 +115,11 @@ class WrappedLoader:
     def no_sync(self) -> AbstractContextManager[None]:
         """As `AdaLoader.no_sync`; here, where ranks have batches of their own, it mostly has no effect."""
         return self._session.no_sync()
+
+    def checkpoint(self, folder: str | os.PathLike | None = None, **options) -> None:
+        """As `AdaLoader.checkpoint` (collective)."""
+        given = {"every_steps": None, "every_minutes": None, "keep": 2, "extra": None, "signals": True, **options}
+        self._session.begin_checkpoints(self, folder, **given)
 
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     train_loader, test_loader = loaders.training(train), loaders.shared(test)
 
     epochs = []
-    for number in range(1, args.epochs + 1):
+    for number in loaders.epochs():
         meter = Meter(train_loader, number, show=ranks.rank == 0)
         train_epoch(meter, model, optimizer)
         scores = evaluate(test_loader, model, ranks)

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     validation_loader, test_loader = loaders.shared(validation), loaders.shared(test)
 
     epochs = []
-    for number in range(1, args.epochs + 1):
+    for number in loaders.epochs():
         train.set_epoch(number)
         if order is not None:
             order.set_epoch(number)

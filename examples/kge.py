@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     evaluation = evaluation_loaders(loaders, graph)
 
     epochs = []
-    for number in range(1, args.epochs + 1):
+    for number in loaders.epochs():
         train.set_epoch(number)
         meter = Meter(train_loader, number, show=ranks.rank == 0)
         train_epoch(meter, model, optimizer, args)

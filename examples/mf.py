@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     held_out_loader = loaders.shared(held_out, EVALUATION_BATCH)
 
     epochs = []
-    for number in range(1, args.epochs + 1):
+    for number in loaders.epochs():
         meter = Meter(train_loader, number, show=ranks.rank == 0)
         train_epoch(meter, model, optimizer)
         scores = evaluate(held_out_loader, model, ranks)

@@ -87,7 +87,8 @@ class Loaders:
     """Makes the loaders of a run: AdaLoader's, or with `--plain` PyTorch's own."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self._model, self._optimizer, self._plain = model, optimizer, args.plain
+        self._args, self._model, self._optimizer, self._plain = args, model, optimizer, args.plain
+        self._epoch = 1
         self._batch_size = args.batch_size * (args.plain_ranks if args.plain else 1)
         self._num_workers = args.num_workers
         given = {name: getattr(args, name) for name in ("min_rows", "lookahead", "techniques")}
@@ -98,12 +99,31 @@ class Loaders:
     def training(self, dataset: Dataset) -> Iterable:
         """Make the loader to train with, which takes over the model's tables; batches are shuffled, and shared out."""
         training = {} if self._plain else {"optimizer": self._optimizer}
-        return self._make(dataset, batch_size=self._batch_size, shuffle=True, **training)
+        return self._kept(self._make(dataset, batch_size=self._batch_size, shuffle=True, **training))
 
     def training_in_order(self, dataset: Dataset, order: Sampler, batch_weight: Callable[[Any], float]) -> Iterable:
         """Make the loader to train with, of batches of each rank's own, which count as `batch_weight` says."""
         training = {} if self._plain else {"optimizer": self._optimizer, "batch_weight": batch_weight}
-        return self._make(dataset, batch_sampler=order, **training)
+        return self._kept(self._make(dataset, batch_sampler=order, **training))
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the numbers of the epochs, from 1 or, in a run that is resumed, from the one that it was in."""
+        for self._epoch in range(self._epoch, self._args.epochs + 1):
+            yield self._epoch
+
+    def _kept(self, loader: Iterable) -> Iterable:
+        """Have checkpoints of the run made, and go on from the last one, as the command line says."""
+        folder = self._args.checkpoint_dir
+        if folder is None:
+            return loader
+        import adaloader
+
+        if self._args.resume and any(Path(folder).glob("step-*/index.json")):
+            restored = adaloader.load(folder, loader)
+            self._epoch = min(restored["epoch"], self._args.epochs)
+            print(f"resumed from {restored.path}, in epoch {self._epoch}", flush=True)
+        loader.checkpoint(folder, every_steps=self._args.checkpoint_steps, extra=lambda: {"epoch": self._epoch})
+        return loader
 
     def shared(self, dataset: Dataset, batch_size: int | None = None) -> Iterable:
         """Make a loader that shares the samples out among the ranks, in order, for evaluating.
@@ -229,10 +249,17 @@ def parse(
     add("--plain-ranks", type=int, default=1, help="with --plain: the global batch of so many ranks")
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the figures")
+    add("--checkpoint-dir", metavar="DIR", help="make checkpoints there; SIGTERM, SIGUSR1 and Ctrl-C end with one")
+    add("--checkpoint-steps", type=int, default=200, metavar="N", help="steps from one to the next (%(default)s)")
+    add("--resume", action="store_true", help="go on from the newest there, if any, on however many ranks")
     args = parser.parse_args(arguments)
     if args.batch_size is None:
         args.batch_size = smaller_batch_size if smaller_batch_size and args.data else batch_size
-    for name in ("epochs", "batch_size", "plain_ranks", *at_least_1):
+    if args.checkpoint_dir and args.plain:
+        parser.error("--checkpoint-dir is for runs without --plain: plain PyTorch has its own")
+    if args.resume and not args.checkpoint_dir:
+        parser.error("--resume needs --checkpoint-dir, to say where from")
+    for name in ("epochs", "batch_size", "plain_ranks", "checkpoint_steps", *at_least_1):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
     return args

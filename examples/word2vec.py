@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     word_loader = loaders.shared(Words(num_words), EVALUATION_BATCH)
 
     epochs = []
-    for number in range(1, args.epochs + 1):
+    for number in loaders.epochs():
         train.set_epoch(number)
         meter = Meter(train_loader, number, show=ranks.rank == 0)
         train_epoch(meter, model, optimizer, args, torch.from_numpy(counts**0.75))

@@ -102,7 +102,7 @@ class EventualManager(SynchronousManager):
 
         def make(rows: np.ndarray, out: np.ndarray) -> None:
             values = np.empty((len(rows), spec.dim), spec.dtype)
-            spec.fill(rows, values)
+            table.spec.fill(rows, values)  # which loading a checkpoint may change
             out[:, : spec.dim] = values
             if out.shape[1] > spec.dim:
                 out[:, spec.dim :] = self._initial_states(table, rows)
@@ -378,6 +378,17 @@ class EventualManager(SynchronousManager):
             slots = self.touch(table, rows)
             self.catch_up(table, slots)
             table.store.set_states(slots, states)
+            self.node.grants.changed_from_afar(self.holdings_of(table), slots)
+
+    def owned_slots(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        with self.structure:
+            return table.store.index.items()
+
+    def make_slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        return self.touch(table, rows)
+
+    def records_changed(self, table: Table, slots: np.ndarray) -> None:
+        with self.structure:
             self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -104,6 +104,29 @@ class History:
         if widened != self._bounds[-1]:
             self._bounds.append(widened)
 
+    def restore(self, steps: np.ndarray, bounds: np.ndarray, slow: bool, mu_product: np.floating) -> None:
+        """Be the history whose `steps` (float64 `[steps, columns]`), `bounds` (float64 `[regimes, 4]`) and rest these
+        are.
+
+        Raises:
+            ValueError: if they are not those of a history of this kind.
+        """
+        if steps.dtype != np.float64 or steps.ndim != 2 or steps.shape[1] != self._steps.shape[1]:
+            raise ValueError(
+                f"a history of {self.kind} has float64 steps of {self._steps.shape[1]} numbers, got {steps.dtype} "
+                f"{list(steps.shape)}"
+            )
+        if bounds.dtype != np.float64 or bounds.ndim != 2 or bounds.shape[1] != len(self._bounds[0]):
+            raise ValueError(f"a history has float64 bounds [regimes, 4], got {bounds.dtype} {list(bounds.shape)}")
+        regimes = steps[:, -1]
+        if not ((regimes >= 0) & (regimes < len(bounds))).all():
+            raise ValueError(f"a step of the history is in none of its {len(bounds)} regimes")
+        self._count = len(steps)
+        self._steps = np.zeros((max(_FIRST_ROOM, len(steps)), steps.shape[1]))
+        self._steps[: len(steps)] = steps
+        self._bounds = [tuple(of_regime) for of_regime in bounds.tolist()]
+        self.slow, self.mu_product = bool(slow), mu_product
+
     def _log(self, factor: float) -> float:
         rounded = abs(float(self._dtype(factor)))
         return max(_SMALLEST_LOG, math.log(rounded)) if rounded else _SMALLEST_LOG

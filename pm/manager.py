@@ -182,6 +182,12 @@ class Manager:
             table.spec.fill_states(rows, states)
         return states
 
+    def initial_rows(self, table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (values `[n, dim]`, states `[n, state_words]`) of distinct `rows` (int64 `[n]`) before any step."""
+        values = np.empty((len(rows), table.spec.dim), table.spec.dtype)
+        table.spec.fill(rows, values)
+        return values, self._initial_states(table, rows)
+
     # Rows that steps moved without touching them
 
     def catch_up(self, table: Table, slots: np.ndarray, *, states: bool = True) -> None:
@@ -369,6 +375,31 @@ class Manager:
         slots = self.touch(table, rows)
         self.catch_up(table, slots)
         table.store.set_states(slots, states)
+
+    def owned_slots(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Return (rows int64 `[n]`, their slots int64 `[n]`) of the records of `table` that this rank owns."""
+        with self._structure:
+            keys, slots = table.store.index.items()
+        mine = table_of(keys) == table.number
+        return rows_of(keys[mine]), slots[mine]
+
+    def make_slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the slots (int64 `[n]`) of distinct `rows` that this rank owns; records that are made say nothing yet.
+
+        With several ranks this is called inside `still()`, and what is in the records is set before it ends.
+        """
+        keys = table.keys(rows)
+        with self._structure:
+            slots = table.store.index.find(keys)
+            absent = np.flatnonzero(slots < 0)
+            if len(absent):
+                slots[absent] = table.store.allocate(len(absent))
+                table.store.index.add(keys[absent], slots[absent])
+        return slots
+
+    def records_changed(self, table: Table, slots: np.ndarray) -> None:
+        """The records at `slots` were written from outside: copies of them are stale."""
+        self._mark_changed(table, slots)
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (rows, values, states) of the records of `table` that this rank owns, in chunks."""

@@ -69,6 +69,7 @@ class Kind(IntEnum):
     CLOCK = 77
     REFRESHED = 78
     EPOCH = 79
+    CHECKPOINT = 90
 
 
 @dataclass(frozen=True)

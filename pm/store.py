@@ -189,6 +189,16 @@ class RecordStore:
         """Write `states` `[n, state_words]` as the optimizer state of `slots` (int64 `[n]`, distinct)."""
         cuda_ops.scatter(self.words, self.stride, slots, states, offset=self.record_class.dim)
 
+    def caught_up_words(self, slots: np.ndarray) -> np.ndarray:
+        """Return the words that say up to which steps the records at `slots` are caught up (int64 `[n]`)."""
+        record_longs = self.record_class.record_bytes // _STEP_BYTES
+        return self.steps[(slots + 1) * record_longs - 2]
+
+    def set_caught_up_words(self, slots: np.ndarray, words: np.ndarray) -> None:
+        """Set what `caught_up_words` gives of the records at `slots` (int64 `[n]`, distinct)."""
+        record_longs = self.record_class.record_bytes // _STEP_BYTES
+        self.steps[(slots + 1) * record_longs - 2] = words
+
     def set_caught_up(self, slots: np.ndarray, count: int) -> None:
         """Say that the records at `slots` (int64 `[n]`) are caught up to step `count` of their table's history."""
         record_longs = self.record_class.record_bytes // _STEP_BYTES
