@@ -234,11 +234,11 @@ def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monke
 def test_a_row_that_is_scaled_down_is_never_half_so(managers, comm):
     """Its owner scales rows down (max_norm) while a neighbour reads them."""
     manager = managers(shared_memory=True)
-    dim = 50_000  # so that reading a row takes long enough
+    dim = 100_000  # so that reading a row takes long enough
     (table,) = manager.add_tables([make_spec(0, 16, dim, "float32", "sgd")])
     rows = np.arange(16, dtype=np.int64)
     owned = manager.rows_owned(table, rows)
-    rounds = 4
+    rounds = 8
     plan = manager.intend(table, rows, 0)
     read(manager, plan)
     for _ in range(rounds):
@@ -249,7 +249,7 @@ def test_a_row_that_is_scaled_down_is_never_half_so(managers, comm):
         if manager.rank == 0:
             manager.renorm(table, rows, 1.0, np.inf)  # nothing is too long
             manager.renorm(table, rows, 0.25, np.inf)
-        for _ in range(5):
+        for _ in range(8):
             values = read(manager, plan)
             same = values.min(1) == values.max(1)
             assert same.all(), f"row {np.flatnonzero(~same)[0]} is half scaled down"
