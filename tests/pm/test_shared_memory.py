@@ -16,8 +16,9 @@ from pm.shared_memory import SharedBlock, map_block
 from pm.store import RecordClass, RecordStore
 
 OWNER = """
-import sys, numpy as np
-from pm.shared_memory import SharedBlock
+import runpy, sys
+import numpy as np
+SharedBlock = runpy.run_path(sys.argv[2])["SharedBlock"]  # by itself, which is quicker than the package
 block = SharedBlock(int(sys.argv[1]))
 words = np.frombuffer(block.memory, np.int64)
 words[:1000] = np.arange(1000)
@@ -33,9 +34,8 @@ sys.stdin.readline()
 def owner():
     """Another process that has a block of 1 MB, the number of its file there, and its size."""
     size = 1 << 20
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", OWNER, str(size), shared_memory.__file__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     yield process, int(process.stdout.readline()), size
     process.kill()
     process.communicate()
