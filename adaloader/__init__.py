@@ -2,7 +2,8 @@
 
 `loader.py` holds the loader; `session.py` ties it to a model; `managed_model.py` and `managed_table.py` are what the
 patched
-model looks rows up in; `feed.py` and `planner.py` read ahead. The room imports `intents` (which rows a batch needs) and
+model looks rows up in; `feed.py` and `planner.py` read ahead; `checkpoint/` is saving and
+resuming. The room imports `intents` (which rows a batch needs) and
 `pm` (where rows are). Read `loader.py` first.
 """
 

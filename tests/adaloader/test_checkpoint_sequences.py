@@ -76,4 +76,4 @@ class Run(RuleBasedStateMachine):
 
 
 TestRun = Run.TestCase
-TestRun.settings = settings(max_examples=12, stateful_step_count=10, deadline=None)
+TestRun.settings = settings(max_examples=8, stateful_step_count=10, deadline=None)
