@@ -63,6 +63,11 @@ def register(rank: int, ranks: int) -> None:
     _write(_own)
 
 
+def this_process() -> str:
+    """Return this process's host and PID, for messages."""
+    return f"host {socket.gethostname()}, PID {os.getpid()}"
+
+
 def ends(failure: str = "") -> None:
     """Say that this rank ends, as it should or with a `failure`."""
     if _own is not None and os.getpid() == _own.pid:

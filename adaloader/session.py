@@ -41,12 +41,12 @@ from adaloader.ranks import (
     end_job_unless,
     same_comm,
 )
-from adaloader.registry import ends, register
+from adaloader.registry import ends, register, this_process
 from adaloader.sampling import random_state, set_random_state
 from adaloader.settings import Settings
 from adaloader.state import hook_modules, hook_state_dicts
 from adaloader.strategy import resolve_strategy
-from adaloader.table_values import all_numbers
+from adaloader.table_values import all_numbers, all_texts
 from adaloader.trainers import bare_optimizer
 from adaloader.whereabouts import Whereabouts
 from pm.launch import default_comm, launched_ranks
@@ -325,6 +325,8 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         manager.on_failure = partial(end_job_unless, partial(getattr, manager, "failure_is_known"))
         _open_managers.add(manager)
     register(manager.rank, manager.ranks)
+    if manager.ranks > 1:
+        manager.name_ranks(all_texts(manager, this_process()))
     managed = ManagedModel(model, manager, settings.shared(), strategy)
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader

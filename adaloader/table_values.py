@@ -113,3 +113,16 @@ def all_numbers(manager: pm.Manager, number: int) -> list[int]:
     mine, everyones = np.array([number], np.int64), np.empty(manager.ranks, np.int64)
     manager.transport.collective(lambda comm: comm.Iallgather(mine, everyones), manager.timeout_seconds)
     return everyones.tolist()
+
+
+def all_texts(manager: pm.Manager, text: str) -> list[str]:
+    """Return every rank's `text`, in rank order (collective)."""
+    if manager.ranks == 1:
+        return [text]
+    encoded = text.encode()
+    lengths = all_numbers(manager, len(encoded))
+    mine, everyones = np.zeros(max(lengths), np.uint8), np.empty((manager.ranks, max(lengths)), np.uint8)
+    mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    if max(lengths):
+        manager.transport.collective(lambda comm: comm.Iallgather(mine, everyones), manager.timeout_seconds)
+    return [each[:length].tobytes().decode() for each, length in zip(everyones, lengths, strict=True)]

@@ -61,15 +61,19 @@ class Whereabouts:
         if peer in self._manager.closed_peers:
             return f"Rank {peer} has closed its loader or ended."
         if peer not in self._answers:
-            return f"Rank {peer} does not answer."
+            return f"Rank {peer} does not answer.{self._who(peer)}"
         steps, sums = self._answers[peer]
         mine = self._manager.steps, self._sums_begun()
         if (steps, sums) >= mine:
             return ""
         return (
             f"Rank {self._manager.rank} waits for rank {peer}, which has taken {steps} optimizer steps and begun "
-            f"{sums} sums of gradients; this rank {mine[0]} and {mine[1]}."
+            f"{sums} sums of gradients; this rank {mine[0]} and {mine[1]}.{self._who(peer)}"
         )
+
+    def _who(self, peer: int) -> str:
+        """Return a sentence on which process a rank is, where that is known."""
+        return f" Rank {peer} is on {self._manager.who[peer]}." if self._manager.who else ""
 
     def _receive(self, source: int, message: Message) -> None:
         if message.kind == Kind.WHERE:

@@ -108,8 +108,9 @@ class Loaders:
 
     def epochs(self) -> Iterator[int]:
         """Yield the numbers of the epochs, from 1 or, in a run that is resumed, from the one that it was in."""
-        for self._epoch in range(self._epoch, self._args.epochs + 1):
-            yield self._epoch
+        for number in range(self._epoch, self._args.epochs + 1):
+            self._epoch = number
+            yield number
 
     def _kept(self, loader: Iterable) -> Iterable:
         """Have checkpoints of the run made, and go on from the last one, as the command line says."""

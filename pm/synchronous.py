@@ -41,6 +41,9 @@ CACHED_LOCATIONS = 1 << 18
 """Most keys whose whereabouts a rank remembers without need: up to 8 MB."""
 
 
+_MOST_NAMED = 16
+
+
 class SynchronousManager(Manager):
     """A `Manager` over the ranks of a communicator; construction, `add_tables` and `replace_rule` are collective.
 
@@ -80,6 +83,7 @@ class SynchronousManager(Manager):
         self.on_control: Callable[[int, Message], None] | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
         self.describe_hyperparameter: Callable[[], Callable[[int, int], str] | None] = lambda: None
+        self.who: Sequence[str] = ()
         self._shut = False
         self._waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
         self._summing = Summing(alike=True)
@@ -317,6 +321,12 @@ class SynchronousManager(Manager):
     def _count_wait(self, seconds: float) -> None:
         self.traffic.wait_seconds += seconds
         self.traffic.seconds["waiting"] += seconds
+
+    def name_ranks(self, who: Sequence[str]) -> None:
+        """Have errors of ranks that do not come say which process on which host each rank is."""
+        self.who = who
+        named = [f"rank {rank}: {each}" for rank, each in enumerate(who[:_MOST_NAMED])]
+        self._waiting.who = "; ".join(named) + ("; ..." if len(who) > _MOST_NAMED else "")
 
     def wait_until(self, reached: Callable[[], bool], describe: Callable[[], str]) -> None:
         """Block until `reached()` is true; `describe()` says what for, if the time limit passes."""

@@ -28,6 +28,7 @@ class Waiting:
         self.failure: BaseException | None = None
         self.failure_was_raised = False
         self.waiters = 0
+        self.who = ""
         self._on_waited = on_waited
         self._changed = threading.Condition()
 
@@ -70,6 +71,7 @@ class Waiting:
         if waited > self.timeout_seconds:
             raise PeerError(
                 f"rank {self.rank} waited {waited:.0f} s (timeout_seconds={self.timeout_seconds:g}) for {describe()}"
+                + (f" ({self.who})" if self.who else "")
             )
 
     def raise_failure(self) -> None:

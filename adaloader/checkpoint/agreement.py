@@ -1,25 +1,10 @@
-"""What ranks tell each other about a checkpoint: text, and whether something went wrong anywhere."""
+"""Ranks tell each other whether something went wrong anywhere."""
 
 from __future__ import annotations
 
-import numpy as np
-
 import pm
 from adaloader.errors import CheckpointError
-from adaloader.table_values import all_numbers
-
-
-def all_texts(manager: pm.Manager, text: str) -> list[str]:
-    """Return every rank's `text`, in rank order (collective)."""
-    if manager.ranks == 1:
-        return [text]
-    encoded = text.encode()
-    lengths = all_numbers(manager, len(encoded))
-    mine, everyones = np.zeros(max(lengths), np.uint8), np.empty((manager.ranks, max(lengths)), np.uint8)
-    mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    if max(lengths):
-        manager.transport.collective(lambda comm: comm.Iallgather(mine, everyones), manager.timeout_seconds)
-    return [each[:length].tobytes().decode() for each, length in zip(everyones, lengths, strict=True)]
+from adaloader.table_values import all_texts
 
 
 def raise_together(manager: pm.Manager, problem: str) -> None:

@@ -66,6 +66,8 @@ class Periodic:
         self._others_ended = False
         self.meeting = Meeting(self._managed.manager) if self._managed.ranks > 1 else None
         self._signals = Signals() if signals else None
+        if self._signals is not None:
+            weakref.finalize(loader, self._signals.close)  # a loader that nobody holds any more makes none
 
     def close(self) -> None:
         """Give the signals back."""

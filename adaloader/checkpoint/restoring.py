@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaloader.candidate import agree_on_candidates, state_was_loaded
-from adaloader.checkpoint.agreement import all_texts, raise_together
+from adaloader.checkpoint.agreement import raise_together
 from adaloader.checkpoint.dense_state import DenseState, load_dense
 from adaloader.checkpoint.layout import Index, find_checkpoint, open_file, read_index, verify_file
 from adaloader.checkpoint.plain import load_plain
@@ -23,6 +23,7 @@ from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.checkpoint.tree import decode
 from adaloader.errors import CheckpointError
 from adaloader.managed_model import ManagedModel
+from adaloader.table_values import all_texts
 
 if TYPE_CHECKING:
     from adaloader.loader import AdaLoader

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaloader.candidate import agree_on_candidates
-from adaloader.checkpoint.agreement import all_texts, raise_together
+from adaloader.checkpoint.agreement import raise_together
 from adaloader.checkpoint.dtypes import dtype_name
 from adaloader.checkpoint.layout import (
     INDEX,
@@ -37,7 +37,7 @@ from adaloader.checkpoint.tree import Encoder
 from adaloader.errors import CheckpointError
 from adaloader.gathering import leaving_tables_out
 from adaloader.managed_model import ManagedModel
-from adaloader.table_values import text_of_rank_0
+from adaloader.table_values import all_texts, text_of_rank_0
 
 if TYPE_CHECKING:
     from adaloader.loader import AdaLoader

@@ -40,7 +40,9 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(
     comm, seed, folder, optimizer, dtype, before, options, dropout
 ):
     def script():
-        return Script(comm, optimizer, dtype, dropout, samples=4 * 11 * comm.size + 3, seed=seed, options=options)
+        return Script(
+            comm, optimizer, dtype, dropout, samples=4 * 11 * comm.size + comm.size, seed=seed, options=options
+        )
 
     whole = script().start().run(before)
     whole.save(folder / "saved")
