@@ -3,17 +3,17 @@
     python benchmarks/traffic.py                                  simulated ranks: 2, 4, 8, 16
     python benchmarks/traffic.py --ranks 64 --samples 64          many ranks, smaller batches
     mpirun -n 2 python benchmarks/traffic.py --mpi                real ranks, over `pm.ParameterManager`
+    mpirun -n 2 python benchmarks/traffic.py --mpi --staleness 0  real ranks, over a loader that is exact
 
 The simulated ranks run the protocol's own code (`pm.simulator`) and pack every message as it would travel, so all bytes
 are counted: intents, locations, acknowledgements, records, changes, headers. `none` keeps each row at its home rank and
 fetches and pushes on demand; `full` is computed: every rank holds every row, and sends the changes of the rows of each
 batch (id and record) to every other rank. A step is one batch on every rank; bytes are those that all ranks send.
 
-Workloads, each with a batch of `--samples` per rank, and intents `--lookahead` steps ahead:
-    ctr        26 fields, each with its share of the rows, ids Zipf-distributed (1.05)
-    graph      rows are partitioned over the ranks; of a sample's 10 neighbours one is drawn from anywhere
-    knowledge  triples of Zipf-distributed entities (1.0), few relations, and negatives drawn uniformly, 8 a triple
-    uniform    26 ids from anywhere
+With `--staleness 0` they are those of an `AdaLoader` that is exact: a step then sends gradients and new values, not
+changes of records; `full` sends every rank the gradients of all others.
+
+The workloads (`workloads.py`) have a batch of `--samples` per rank, and intents `--lookahead` steps ahead.
 """
 
 from __future__ import annotations
@@ -25,55 +25,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from workloads import WORKLOADS
 
 from pm.schedules import Recording
 from pm.simulator import Setting, Simulation
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
-FIELDS = 26
-NEIGHBOURS = 10
-NEGATIVES = 8
-RELATIONS = 200
 ID_BYTES = 4
 VALUE_BYTES = 4
-
-
-def zipf(rng: np.random.Generator, exponent: float, rows: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return Zipf-distributed ids below `rows`, low ones most often (by inverting the continuous distribution)."""
-    u = rng.random(shape)
-    if exponent == 1.0:
-        ids = np.exp(u * np.log(rows + 1.0))
-    else:
-        power = 1.0 - exponent
-        ids = (1.0 + u * ((rows + 1.0) ** power - 1.0)) ** (1.0 / power)
-    return np.minimum(ids.astype(np.int64) - 1, rows - 1)
-
-
-def ctr(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
-    per_field = rows // FIELDS
-    return zipf(rng, 1.05, per_field, (samples, FIELDS)) + per_field * np.arange(FIELDS)
-
-
-def graph(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
-    part = rows // ranks
-    mine = rng.integers(0, part, (samples, NEIGHBOURS)) + part * rank
-    mine[:, 0] = rng.integers(0, rows, samples)
-    return mine
-
-
-def knowledge(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
-    entities = rows - RELATIONS
-    heads_and_tails = zipf(rng, 1.0, entities, (samples, 2)) + RELATIONS
-    relations = zipf(rng, 1.0, RELATIONS, (samples, 1))
-    negatives = rng.integers(RELATIONS, rows, (samples, NEGATIVES))
-    return np.concatenate([heads_and_tails, relations, negatives], axis=1)
-
-
-def uniform(rng: np.random.Generator, rows: int, samples: int, rank: int, ranks: int) -> np.ndarray:
-    return rng.integers(0, rows, (samples, FIELDS))
-
-
-WORKLOADS = {draw.__name__: draw for draw in (ctr, graph, knowledge, uniform)}
 
 
 def record(name: str, args: argparse.Namespace, ranks: int) -> Recording:
@@ -154,10 +113,42 @@ def over_mpi(recording: Recording, args: argparse.Namespace, comm, techniques: s
     counted = _counted(manager.stats())
     counted.subtract(before)
     manager.close()
+    return _together(counted, comm, args.steps - args.warmup)
+
+
+def _together(counted: Counter, comm, steps: int) -> dict[str, object]:
+    """Collective: return the figures of all ranks' counts."""
     everywhere = sum((Counter(part) for part in comm.allgather(dict(counted))), Counter())
     kinds = Counter({name[6:]: n for name, n in everywhere.items() if name.startswith("bytes ")})
     counts = Counter({name: n for name, n in everywhere.items() if not name.startswith("bytes ")})
-    return figures(counts.pop("bytes_sent"), kinds, counts, args.steps - args.warmup)
+    return figures(counts.pop("bytes_sent"), kinds, counts, steps)
+
+
+def exactly(recording: Recording, args: argparse.Namespace, comm, techniques: str) -> dict[str, object]:
+    """Collective: the same at staleness 0, with Adagrad, each rank as if on a machine of its own."""
+    import torch
+
+    from adaloader import AdaLoader
+
+    torch.manual_seed(args.seed)
+    mine = [torch.from_numpy(np.unique(keys)) for rank, _, keys in recording if rank == comm.rank]
+    model = torch.nn.Embedding(args.rows, args.width // 2)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    options = {"lookahead": args.lookahead, "techniques": techniques, "min_rows": 1, "shared_memory": False}
+    loader = AdaLoader.wrap(mine, model=model, optimizer=optimizer, **options)
+    before = Counter()
+    for step, ids in enumerate(loader):
+        if step == args.warmup > 0:
+            before = _counted(loader.stats())
+        optimizer.zero_grad()
+        model(ids).sum().backward()
+        optimizer.step()
+        _pause(args.step_seconds)
+    comm.Barrier()
+    counted = _counted(loader.stats())
+    counted.subtract(before)
+    loader.close()
+    return _together(counted, comm, args.steps - args.warmup)
 
 
 def _pause(seconds: float) -> None:
@@ -168,7 +159,7 @@ def _pause(seconds: float) -> None:
 
 def _counted(stats: dict[str, object]) -> Counter:
     names = ("bytes_sent", "relocations", "replications", "replica_steps", "hops", "remote_pulls", "late_intents")
-    counted = Counter({name: stats[name] for name in names})
+    counted = Counter({name: stats[name] for name in names if name in stats})
     counted.update({f"bytes {kind}": n for kind, n in stats["bytes_by_kind"].items()})
     return counted
 
@@ -187,13 +178,13 @@ def compare(name: str, args: argparse.Namespace, ranks: int, comm=None) -> dict[
     recording = record(name, args, ranks)
     of_each = {}
     for techniques in args.techniques:
-        run = (
-            simulate(recording, args, ranks, techniques)
-            if comm is None
-            else over_mpi(recording, args, comm, techniques)
-        )
-        of_each[techniques] = run
-    of_each["full"] = {"bytes_per_step": full_replication(recording, ranks, args.width) / args.steps}
+        if comm is None:
+            of_each[techniques] = simulate(recording, args, ranks, techniques)
+        else:
+            count = exactly if args.staleness == "0" else over_mpi
+            of_each[techniques] = count(recording, args, comm, techniques)
+    words = args.width // 2 if args.staleness == "0" else args.width  # gradients, or changes of whole records
+    of_each["full"] = {"bytes_per_step": full_replication(recording, ranks, words) / args.steps}
     others = {way: run["bytes_per_step"] for way, run in of_each.items() if way != "all"}
     best = min(others, key=others.get)
     result = {"workload": name, "ranks": ranks, "best_other": best, "ways": of_each}
@@ -236,6 +227,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bytes per step of each way of managing rows.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--mpi", action="store_true", help="real ranks, under mpirun")
+    parser.add_argument("--staleness", choices=["none", "0"], default="none", help="0: exact, with --mpi only")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
     parser.add_argument("--rows", type=int, default=2_000_000)
@@ -250,6 +242,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the figures; printed without")
     args = parser.parse_args(arguments)
+    if args.staleness == "0" and not args.mpi:
+        parser.error("--staleness 0 is counted on real ranks: add --mpi, under mpirun")
     if not 0 <= args.warmup < args.steps:
         parser.error(f"--warmup must be below --steps; got --steps {args.steps} --warmup {args.warmup}")
     return args

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from workloads import zipf
 
-from benchmarks.traffic import main, parse, record, zipf
+from benchmarks.traffic import main, parse, record
 from tests.launch import ROOT, launch, mpirun
 
 SMALL = ["--rows", "4000", "--samples", "12", "--steps", "12", "--width", "8"]
@@ -70,3 +71,24 @@ def test_real_ranks_send_what_simulated_ones_do(tmp_path):
     (simulated,) = results_of(tmp_path, "--ranks", "2", *options)
     for way in ("all", "none"):
         assert real["ways"][way]["bytes_per_step"] == pytest.approx(simulated["ways"][way]["bytes_per_step"], rel=0.1)
+
+
+@needs_mpi
+def test_exact_ranks_send_their_gradients_and_new_values_at_least(tmp_path):
+    path = tmp_path / "exact.json"
+    size = ["--rows", "40000", "--samples", "16", "--steps", "20", "--width", "16", "--step-seconds", "0.001"]
+    options = [*size, "--workloads", "uniform", "--techniques", "replication", "none", "--staleness", "0"]
+    result = launch(2, ROOT / "benchmarks" / "traffic.py", "--mpi", *options, "--json", str(path))
+    assert result.returncode == 0, result.stderr
+    (real,) = json.loads(path.read_text())["results"]
+    rows = 2 * 16 * 26 / 2  # about half of the rows of both ranks' batches are at home on the other
+    for way in ("replication", "none"):
+        assert rows * (4 + 2 * 8 * 4) * 0.9 < real["ways"][way]["bytes_per_step"] < rows * (4 + 2 * 8 * 4) * 1.6
+    kinds = {way: real["ways"][way]["bytes_per_step_by_kind"] for way in ("replication", "none")}
+    assert kinds["replication"].get("pulled", 0) < kinds["none"]["pulled"] / 4, "only until keys are derived"
+
+
+def test_exact_traffic_without_real_ranks_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--staleness", "0"])
+    assert "--mpi" in capsys.readouterr().err
