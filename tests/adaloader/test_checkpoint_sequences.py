@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -66,7 +67,7 @@ class Run(RuleBasedStateMachine):
         self.alone(lambda: states.append(self.script.state()))
         self.script.loader.close()
         whole = Script(None, dropout=0.2, **self.arguments).start().run(self.calls)
-        assert whole.losses == self.losses
+        np.testing.assert_array_equal(whole.losses, self.losses)  # a run that diverges has losses that are no numbers
         expected = whole.state()
         for state in (states[0], expected):
             del state["numpy"]
