@@ -18,7 +18,7 @@ from adaloader import AdaLoader, full_optimizer_state_dict, full_state_dict
 ROWS, SMALL_ROWS = 211, 37
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.02),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.8, weight_decay=1e-3),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.8, weight_decay=1e-3),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.3, initial_accumulator_value=0.1),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.05),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, amsgrad=True),
