@@ -12,7 +12,7 @@ import pytest
 import pm
 import pm.machine
 import pm.neighbours
-from tests.mpi.worlds import World, gathered, meet, pulled, read
+from tests.mpi.worlds import World, gathered, meet, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
 
@@ -30,24 +30,8 @@ def machines(request, monkeypatch):
 
 
 def take_steps(manager, table, dense, steps, rows_of, lookahead=2) -> None:
-    """Train on `rows_of(step, rank)`, and check what is read."""
-    plans = {}
-    for step in range(steps + lookahead):
-        plans[step] = manager.intend(table, rows_of(step, manager.rank), step)
-        manager.flush_intents()
-        at = step - lookahead
-        if at < 0:
-            continue
-        values = read(manager, plans[at])
-        dense.check(values, plans[at].rows, f"step {at}")
-        gradient = pm.TableGradient(table, plans[at].rows, np.ones_like(values), 1.0, plans[at])
-        manager.submit([gradient], {0: dict(table.spec.group)}, finished=[plans[at]])
-        pieces = [
-            (rows_of(at, r), np.ones((len(rows_of(at, r)), table.spec.dim), table.spec.dtype))
-            for r in range(manager.ranks)
-        ]
-        dense.step([(rows, ones, 1.0, 0, None) for rows, ones in pieces])
-    for plan in plans.values():
+    """Train on `rows_of(step, rank)`, ranks not waiting for each other, check what is read, and release all plans."""
+    for plan in train(manager, table, dense, rows_of, steps, lookahead, meets=False):
         manager.release(plan)
 
 

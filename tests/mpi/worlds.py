@@ -56,6 +56,29 @@ def assert_nothing_is_held(manager: pm.SynchronousManager) -> None:
         assert not manager.serving.notes_of(table.store).holds(slots).any()
 
 
+def train(manager, table, dense, rows_of, steps, lookahead, meets=True) -> list[pm.RowPlan]:
+    """Take steps in which rank r uses `rows_of(step, r)`, intended `lookahead` steps ahead, and check what it reads."""
+    plans = {}
+    for step in range(steps + lookahead):
+        plans[step] = manager.intend(table, rows_of(step, manager.rank), step)
+        manager.flush_intents()
+        if meets:
+            manager.barrier()
+        at = step - lookahead
+        if at < 0:
+            continue
+        values = read(manager, plans[at])
+        dense.check(values, plans[at].rows, f"step {at}")
+        gradient = pm.TableGradient(table, plans[at].rows, np.ones_like(values), 1.0, plans[at])
+        manager.submit([gradient], {0: dict(table.spec.group)}, finished=[plans[at]])
+        pieces = [
+            (rows_of(at, r), np.ones((len(rows_of(at, r)), table.spec.dim), table.spec.dtype), 1.0, 0, None)
+            for r in range(manager.ranks)
+        ]
+        dense.step(pieces)
+    return [plan for plan in plans.values() if not plan.released]
+
+
 # --- random programs ---
 
 
