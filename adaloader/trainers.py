@@ -40,9 +40,11 @@ def _refuse_wrapper(module: nn.Module, name: str, inner: nn.Module | None) -> No
 
 
 def _refuse_unknown_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """An optimizer is about to step: raise if it has a gradient of a table to apply that is not for it to apply."""
-    if not managed_models:
-        return
+    """An optimizer is about to step: raise if it has a gradient of a table to apply that is not for it to apply.
+
+    Dynamo traces this too, in a compiled step of any model: it is not to look at what others may free meanwhile, as at
+    `managed_models`.
+    """
     makes_gradients = len(args) > 1 or kwargs.get("closure") is not None  # args[0] is the optimizer
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,5 +1,6 @@
 """`torch.compile`: lookups are graph breaks, results are plain PyTorch's, and keys are derived as ever."""
 
+import gc
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from adaloader import AdaLoader
-from tests.adaloader.against_plain import assert_same_as_plain
+from tests.adaloader.against_plain import assert_same_as_plain, run_plain
 
 
 class Model(nn.Module):
@@ -77,6 +78,25 @@ def test_compiled_code_gives_what_plain_pytorch_gives(seed, what, backend, recwa
     outcome = assert_same_as_plain(Model, adagrad, batches, what(backend))
     assert outcome.stats["intent_coverage"] > 0.8  # all but the first of eight, which was watched
     assert [str(w.message) for w in recwarn if "Dynamo" in str(w.message)] == []
+
+
+def test_compiled_code_is_not_compiled_again_when_another_model_is_freed(seed, monkeypatch):
+    """Dynamo traces the optimizer's hooks, ours among them: it is to guard nothing that other models change."""
+    batches = make_batches(seed)
+    other = Model()
+    AdaLoader.wrap(batches, model=other, optimizer=adagrad(other.parameters()), min_rows=1).close()
+    others = [other]
+    del other
+
+    def with_another(batches):
+        for at, ids in enumerate(batches):
+            if at == 4:
+                others.clear()
+                gc.collect()
+                monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+            yield ids
+
+    run_plain(Model, adagrad, with_another(batches), compiled_step("eager"))
 
 
 def test_compiled_code_is_compiled_again_after_a_watched_step(seed):
