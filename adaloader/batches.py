@@ -79,7 +79,7 @@ class Batch:
         """The batch is finished: keep only what tells whether a lookup is of it."""
         self.data = None
         for needed in self.tables.values():
-            needed.slab = None
+            needed.slab = needed.block = None
 
 
 class Batches:

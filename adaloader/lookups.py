@@ -28,6 +28,8 @@ def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sca
     slab, positions = table.look_up(ids, "embedding", by_frequency=scale_grad_by_freq and _trains(weight))
     if max_norm is not None:
         table.renormed(slab, positions, float(max_norm), float(norm_type))
+    elif table.matched is not None and weight is table.parameter and _trains(weight) and not scale_grad_by_freq:
+        table.usages[table.matched] = (padding_idx, sparse, ids.shape[1:])
     padding = -1
     if padding_idx is not None:
         padding = _position_of(slab, _padding_row(table, padding_idx))

@@ -29,6 +29,7 @@ from adaloader.optimizers import (
     groups_by_parameter,
     hyperparameter_name,
     hyperparameter_vector,
+    rule_for,
     snapshot,
 )
 from adaloader.probation import confirm
@@ -250,11 +251,14 @@ class ManagedModel:
             self.watch.step_begins()
             if self.follower is not None:
                 self.follower.step_begins()
+        rules: dict[int, pm.Rule] = {}
         for table, group in self._held_by(optimizer):
             if isinstance(table.table.spec.rule, pm.Frozen):
                 self.on_table_held(self, table, optimizer)
-            else:
-                check_options(table.table.spec, optimizer, group)
+                continue
+            if id(group) not in rules:
+                rules[id(group)] = rule_for(optimizer, group, table.name)
+            check_options(table.table.spec, optimizer, group, rules[id(group)])
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._gradients_are_made()
@@ -288,10 +292,12 @@ class ManagedModel:
         if self.reducer is not None and self.joining:
             self.reducer.finish_step()
         number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
-        gradients, groups = [], {}
+        gradients, groups, snapshots = [], {}, {}
         is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
-            groups[table.table.number] = snapshot(group)
+            if id(group) not in snapshots:
+                snapshots[id(group)] = snapshot(group)
+            groups[table.table.number] = snapshots[id(group)]
             # Without lockstep a rank that follows may not have heard yet that the others cleared what they had stepped.
             is_old = self.joining and table.is_stepped and not self.manager.in_lockstep
             gradients += [] if is_skipped or is_old else table.step_gradients()

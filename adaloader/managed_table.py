@@ -22,6 +22,7 @@ from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 from adaloader.table_values import read_whole
 
 if TYPE_CHECKING:
+    from adaloader.blocks import Block, Usage
     from adaloader.managed_model import ManagedModel
 
 _ID_DTYPES = (torch.int64, torch.int32)
@@ -37,6 +38,8 @@ class BatchRows:
         plan: the intent for them.
         slab: made at the first lookup, and anew when rows have changed since (`slab_version`).
         used: places in `sites` of the lookups that have happened.
+        block: of the batch, if these rows are looked up with those of other tables: they are its rows from `first_row`
+            on, which positions in `sites` count from its first, and their lookups its from `first_site` on.
     """
 
     rows: np.ndarray
@@ -47,17 +50,28 @@ class BatchRows:
     next_site: int = 0
     index: cuda_ops.KeyIndex | None = None
     used: set[int] = field(default_factory=set)
+    block: Block | None = None
+    first_site: int = 0
+    first_row: int = 0
 
-    def positions_of(self, ids: np.ndarray) -> np.ndarray | None:
-        """Return the positions (int64 `[n]`) of ids that equal those of a lookup that was expected; else None."""
+    def place_of(self, ids: np.ndarray) -> int | None:
+        """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
         for step in range(len(self.sites)):
             at = (self.next_site + step) % len(self.sites)
-            expected, positions = self.sites[at]
-            if expected.size == ids.size and np.array_equal(expected, ids):
+            expected = self.sites[at][0]
+            if expected.size == ids.size and not (expected != ids).any():
                 self.next_site = at + 1
                 self.used.add(at)
-                return positions
+                return at
         return None
+
+    def positions_of(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the positions in `rows` (int64 `[n]`) of ids of a lookup that was expected; None if none was."""
+        place = self.place_of(ids)
+        if place is None:
+            return None
+        positions = self.sites[place][1]
+        return positions - self.first_row if self.first_row else positions
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """Return the positions (int64 `[n]`) of distinct `rows` (int64 `[n]`), -1 where the batch did not intend
@@ -96,6 +110,8 @@ class ManagedTable:
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
     `is_stepped` says whether a step of this rank has applied the gradient, and none has arrived since.
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
+    `usages` says, by place among a batch's lookups of the table, how the last one there was used, where it can be made
+    with those of other tables; `matched` is the place of the last lookup, None if none was expected there.
     """
 
     name: str
@@ -119,6 +135,8 @@ class ManagedTable:
     cleared_after: int = 0
     settled_at: int = 0
     captured: list[Part] | None = None
+    usages: dict[int, Usage] = field(default_factory=dict)
+    matched: int | None = None
     hooks: OrderedDict = field(default_factory=OrderedDict)
     post_hooks: OrderedDict = field(default_factory=OrderedDict)
 
@@ -157,6 +175,7 @@ class ManagedTable:
         model = self.owner
         # Activation checkpointing looks up again in backward: the same lookup, not another one.
         is_repeated = torch._C._current_graph_task_id() != -1
+        self.matched = None
         if not is_repeated:
             model.observe(self, ids, operation)
         for batch in model.candidates(self):
@@ -164,6 +183,9 @@ class ManagedTable:
             positions = expected.positions_of(flat)
             if positions is not None:
                 if not is_repeated:
+                    self.matched = expected.next_site - 1
+                    if torch.is_grad_enabled():
+                        self.usages.pop(self.matched, None)
                     model.used(batch)
                     self.counts.rows += len(expected.rows)
                     self.counts.intended += len(expected.rows)
@@ -311,6 +333,10 @@ class ManagedTable:
         lookup."""
         if self.probation is not None:
             confirm(self)  # its memory no longer says what rows are
+        for batch in self.owner.candidates(self):
+            block = batch.tables[self.table.number].block
+            if block is not None:
+                block.leave_out(self)
         touched, _ = cuda_ops.dedup(positions)
         values = slab.array[touched]
         changed = cuda_ops.renorm(values, max_norm, norm_type)
@@ -387,6 +413,7 @@ class ManagedTable:
                 part.plan,
                 part.ordinal,
                 part.counts,
+                part.sums_of_block(),
             )
             for part in merged + counted
         ]

@@ -75,13 +75,14 @@ def rule_for(optimizer: Optimizer, group: Mapping[str, object], table: str) -> p
 _OPTIONS_OF_KIND = ("momentum", "weight_decay", "amsgrad", "centered")
 
 
-def check_options(spec: pm.TableSpec, optimizer: Optimizer, group: Mapping[str, object]) -> None:
-    """Check, before a step, that a table's records can go on under what the options of its group are by now.
+def check_options(spec: pm.TableSpec, optimizer: Optimizer, group: Mapping[str, object], rule: pm.Rule) -> None:
+    """Check, before a step, that a table's records can go on under what the options of its group are by now, which make
+    `rule` of it.
 
     Raises:
         UnsupportedOptimizerError: naming table and options, if they were changed to what needs other optimizer state.
     """
-    if not spec.rule.covers(rule_for(optimizer, group, spec.name)):
+    if not spec.rule.covers(rule):
         changed = [f"{name}={group[name]!r}" for name in _OPTIONS_OF_KIND if group.get(name) != spec.group.get(name)]
         raise UnsupportedOptimizerError(
             f"table {spec.name!r}: {type(optimizer).__name__}({', '.join(changed)}) was set after the loader was "

@@ -15,6 +15,7 @@ import torch
 
 import cuda_ops
 from adaloader.batches import Batch
+from adaloader.block_plan import blocks_of, intend_block
 from adaloader.kinds import features_of
 from adaloader.managed_table import BatchRows, ManagedTable
 from adaloader.random_ids import planning
@@ -78,11 +79,16 @@ class Planner:
         for table, function in self._key_functions.items():
             by_table.setdefault(table, []).append(_as_ids(table, function(batch.data)))
         self._derive(batch, by_table)
-        return {
-            table.table.number: needed
-            for table, ids in by_table.items()
-            if (needed := self._intend(table, ids, batch.expected)) is not None
-        }
+        found: dict[int, BatchRows] = {}
+        for tables in blocks_of(by_table):
+            needed = intend_block(self._model.manager, tables, by_table, batch.expected, self._scratch)
+            found.update(needed or {})
+        for table, ids in by_table.items():
+            if table.table.number not in found:
+                needed = self._intend(table, ids, batch.expected)
+                if needed is not None:
+                    found[table.table.number] = needed
+        return found
 
     def _derive(self, batch: Batch, by_table: dict[ManagedTable, list[np.ndarray]]) -> None:
         """Add what programs say of the batch, and note there which did."""

@@ -53,6 +53,14 @@ class Buffers:
         return made[: rows * dim].reshape(rows, dim)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """The gradients `[U, dim]` of all rows of a block (see `blocks.py`), and the address of the first."""
+
+    array: np.ndarray
+    address: int
+
+
 @dataclass
 class Part:
     """One backward's gradient for the rows of one slab.
@@ -64,6 +72,7 @@ class Part:
         scale: factor still to be applied; None until the backward that made it is over.
         counts: times each row was looked up (int64 `[U]`), where the frequency divides the gradient.
         ordinal: number of the lookup within the step, for gradients divided by frequency.
+        sums: of the block that `plan` was made with, if `values` was a part of them when it came.
     """
 
     rows: np.ndarray
@@ -72,6 +81,15 @@ class Part:
     scale: float | None
     counts: np.ndarray | None = None
     ordinal: int = 0
+    sums: Sums | None = None
+
+    def sums_of_block(self) -> np.ndarray | None:
+        """Return the array of `sums` if `values` are still the memory of this part's rows there."""
+        if self.sums is None or self.plan is None or self.plan.stretch is None:
+            return None
+        address = self.sums.address + self.plan.first * self.sums.array.strides[0]
+        is_there = self.values.data_ptr() == address and len(self.values) == len(self.plan.rows)
+        return self.sums.array if is_there and self.values.is_contiguous() else None
 
 
 @dataclass(frozen=True)

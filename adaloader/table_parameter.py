@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adaloader import functional_grad, lookups, table_views
+from adaloader import blocks, functional_grad, lookups, table_views
 from adaloader.compiler import not_compiled
 from adaloader.conversion import METHODS, check_stays
 from adaloader.deferred_tensor import constant_tensor
@@ -41,6 +41,10 @@ class _ManagedTensor:
     @not_compiled
     def __torch_function__(cls, func, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            made = blocks.look_up(*args, **kwargs)
+            if made is not None:
+                return made
         subject = table_views.subject(func, args, kwargs)
         if getattr(getattr(subject, "_managed", None), "is_dense", False):  # a view from before
             return func(*_as_dense(args), **_as_dense(kwargs))

@@ -26,9 +26,10 @@ def catch_whole_gradients(parameter: torch.Tensor, table: ManagedTable) -> None:
             return
         with torch._C.DisableTorchFunctionSubclass():
             gradient = torch.Tensor.grad.__get__(parameter)
+            if gradient is None:  # its rows' was delivered
+                return
             torch.Tensor.grad.__set__(parameter, None)
-        if gradient is not None:
-            table.receive(_part_of(table, gradient.detach()))
+        table.receive(_part_of(table, gradient.detach()))
 
     # Hooks of the user's on a table are kept with the table.
     parameter._post_accumulate_grad_hooks = OrderedDict({0: caught})

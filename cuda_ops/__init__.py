@@ -18,6 +18,7 @@ from cuda_ops.cpu import renorm as _renorm
 from cuda_ops.cpu import rows as _rows
 from cuda_ops.cpu import schedule as _schedule
 from cuda_ops.cpu import segment as _segment
+from cuda_ops.cpu import segments as _segments
 from cuda_ops.cpu import sparse_update as _sparse_update
 from cuda_ops.cpu import steps as _steps
 from cuda_ops.cpu import update as _update
@@ -33,6 +34,8 @@ scatter = by_device(_rows.scatter)
 expand = by_device(_segment.expand)
 segment_sum = by_device(_segment.segment_sum)
 segment_count = by_device(_segment.segment_count)
+keys_of_segments = by_device(_segments.keys_of_segments)
+sum_segments = by_device(_segments.sum_segments)
 sgd_update = by_device(_update.sgd_update)
 adagrad_update = by_device(_update.adagrad_update)
 sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
@@ -67,6 +70,7 @@ __all__ = [
     "gather",
     "held_by_one",
     "history_columns",
+    "keys_of_segments",
     "last_steps",
     "mark_steps",
     "merge",
@@ -82,4 +86,5 @@ __all__ = [
     "select_due",
     "sgd_update",
     "sparse_adam_update",
+    "sum_segments",
 ]

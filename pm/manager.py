@@ -18,6 +18,7 @@ from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.together import apply_together, runs
 
 # A store reserves this many times the rows declared when it is made, so that tables added later find room in it.
 _RESERVE_FACTOR = 2
@@ -232,6 +233,9 @@ class Manager:
 
     # Rows
 
+    def next_plan_number(self) -> int:
+        return next(self._plan_numbers)
+
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         """Say that distinct `rows` (int64 `[U]`, in range) will be looked up at about version `expected`."""
         with self._structure:
@@ -314,6 +318,11 @@ class Manager:
         by_table: dict[int, list[TableGradient]] = {}
         for gradient in gradients:
             by_table.setdefault(gradient.table.number, []).append(gradient)
+        for run in runs([parts[0] for parts in by_table.values() if len(parts) == 1], groups):
+            if len(run) > 1:
+                apply_together(run, groups[run[0].table.number], self._version_after_step())
+                for gradient in run:
+                    del by_table[gradient.table.number]
         for number, parts in by_table.items():
             table = self.tables[number]
             pieces = []

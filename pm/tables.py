@@ -101,6 +101,14 @@ class Table:
         return make_keys(self.number, rows)
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """The slots (int64 `[U]`, in `store`) of the rows of several plans, one after the other: see `pm.together`."""
+
+    slots: np.ndarray
+    store: RecordStore
+
+
 @dataclass
 class RowPlan:
     """The rows of one table that one batch needs: an intent, and where each row is to be found.
@@ -117,6 +125,8 @@ class RowPlan:
     for values, `answered` those that have sent them. Of a plan that is `in_place` (see `InPlace`) owners know nothing;
     `unknown` is its number of tickets whose slots nobody has said yet. The plan is `complete` once all its rows were
     read: from then on until it is released no row of it moves.
+
+    Of a plan that was made together with others, `slots` are those of its `stretch` from `first` on.
     """
 
     number: int
@@ -141,6 +151,8 @@ class RowPlan:
     released: bool = False
     in_place: bool = False
     unknown: int = 0
+    stretch: Stretch | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,8 @@ class TableGradient:
         ordinal: gradients of different ordinals are divided by their own counts before they are summed.
         counts: how often each row was looked up on this rank (int64 `[U]`), where gradients are divided by the
             frequency over all ranks; None otherwise.
+        sums: the gradients of all plans that were made together with `plan`, one after the other (`[*, dim]`), of which
+            `values` is the memory of this one's; None if it is by itself.
     """
 
     table: Table
@@ -165,3 +179,4 @@ class TableGradient:
     plan: RowPlan | None = None
     ordinal: int = 0
     counts: np.ndarray | None = None
+    sums: np.ndarray | None = None

@@ -1,0 +1,71 @@
+"""Intending what a batch needs of several tables in one go: see `blocks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+import cuda_ops
+import pm
+from adaloader.blocks import Block
+from adaloader.managed_table import BatchRows, ManagedTable
+from pm.keys import ROW_BITS, rows_of, table_of
+from pm.together import intend_together
+
+IdsByTable = Mapping[ManagedTable, list[np.ndarray]]
+
+
+def blocks_of(by_table: IdsByTable) -> list[list[ManagedTable]]:
+    """Return which tables can be looked up together: those of one dim and dtype whose lookups are all of that kind."""
+    alike: dict[tuple[int, str], list[ManagedTable]] = {}
+    for table, ids in by_table.items():
+        rule, spec, usages = table.table.spec.rule, table.table.spec, table.usages
+        if rule.moves_looked_up_rows or isinstance(rule, pm.Frozen) or table.is_dense:
+            continue
+        if all(usages.get(place) is not None for place in range(len(ids))):
+            alike.setdefault((spec.dim, spec.dtype), []).append(table)
+    return [sorted(tables, key=lambda table: table.table.number) for tables in alike.values()]
+
+
+def intend_block(
+    manager: pm.Manager,
+    tables: list[ManagedTable],
+    by_table: IdsByTable,
+    expected: int,
+    scratch: cuda_ops.DedupScratch,
+) -> dict[int, BatchRows] | None:
+    """Intend what a batch needs of `tables` (in the order of their numbers); None if an id is out of range.
+
+    Args:
+        manager: of the tables.
+        tables: of one of `blocks_of`.
+        by_table: per lookup, the ids (int64 `[n]`).
+        expected: the version at which they will be looked up, about.
+        scratch: of this thread.
+    """
+    usages = [table.usages.get(place) for table in tables for place in range(len(by_table[table]))]
+    numbers = np.array([table.table.number for table in tables])
+    table_of_site = [place for place, table in enumerate(tables) for _ in by_table[table]]
+    arrays = [ids for table in tables for ids in by_table[table]]
+    ids = np.concatenate(arrays)  # a copy: the loop may change the batch under a view
+    ends = np.cumsum([len(array) for array in arrays])
+    keys = np.empty_like(ids)
+    bounds = np.array([table.table.spec.rows for table in tables])
+    if cuda_ops.keys_of_segments(ids, ends, (numbers << ROW_BITS)[table_of_site], bounds[table_of_site], keys) >= 0:
+        return None
+    unique, positions = cuda_ops.dedup(keys, scratch)
+    starts = [*np.searchsorted(table_of(unique), numbers).tolist(), len(unique)]
+    rows = rows_of(unique)
+    plans = intend_together(manager, [table.table for table in tables], unique, rows, starts, expected)
+    block = Block(tables, plans, rows, starts, positions, ends, table_of_site, usages)
+    found, site, first_id = {}, 0, 0
+    limits = ends.tolist()
+    for place, table in enumerate(tables):
+        needed = BatchRows(rows[starts[place] : starts[place + 1]], [], plans[place])
+        needed.block, needed.first_site, needed.first_row = block, site, starts[place]
+        for _ in by_table[table]:
+            needed.sites.append((ids[first_id : limits[site]], positions[first_id : limits[site]]))
+            first_id, site = limits[site], site + 1
+        found[table.table.number] = needed
+    return found

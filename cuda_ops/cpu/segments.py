@@ -1,0 +1,124 @@
+"""Arrays that consist of segments, one after the other, each of which belongs to another table or lookup: in one call
+what would take one call for each.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from cuda_ops.cpu.checks import int_vector, writable
+from cuda_ops.cpu.kernels import kernel
+
+
+def keys_of_segments(ids, ends, bases, bounds, keys):
+    """Make ids of several tables distinct: keys[i] = ids[i] + bases[s], s being the segment of i.
+
+    Args:
+        ids: [n] int64.
+        ends: [S] int64, ascending: segment s is ids[ends[s - 1] : ends[s]]; the last is n.
+        bases: [S] int64.
+        bounds: [S] int64: ids of segment s must be in [0, bounds[s]).
+        keys: [n] int64, overwritten.
+
+    Returns:
+        The position of the first id that is out of bounds, from which on `keys` holds nothing; -1 if there is none.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    ids, ends = int_vector(ids, "ids"), _ends(ends, ids.size)
+    bases, bounds = int_vector(bases, "bases"), int_vector(bounds, "bounds")
+    if not bases.size == bounds.size == ends.size:
+        raise ValueError(f"{ends.size} segments with {bases.size} bases and {bounds.size} bounds")
+    return _keys_of_segments(ids, ends, bases, bounds, writable(keys, "keys", np.int64, ids.shape))
+
+
+def sum_segments(addresses, strides, ends, positions, skips, out):
+    """Sum gradients of several lookups per row: out[u] = sum of the gradients of i where positions[i] == u, or zero.
+
+    As `segment_sum`, in the same order, for gradients that are in as many places of memory as there are segments. Moves
+    (n + 2 * U) * dim * itemsize bytes or less.
+
+    Args:
+        addresses: [S] int64: of segment s the address of the first gradient, whose `dim` words (dtype of `out`) are
+            next to each other; 0 if it has none. The memory is the caller's to keep.
+        strides: [S] int64: words from one gradient of segment s to the next.
+        ends: [S] int64, ascending: segment s has positions[ends[s - 1] : ends[s]]; the last is n.
+        positions: [n] int64 in [0, U).
+        skips: [S] int64: gradients of segment s whose position is this are left out (padding); -1 for none.
+        out: [U, dim] float32 or float64, overwritten.
+
+    Raises:
+        IndexError: a position is outside `out`, which then holds no result.
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    positions, ends = int_vector(positions, "positions"), _ends(ends, positions.size)
+    addresses, strides = int_vector(addresses, "addresses"), int_vector(strides, "strides")
+    skips = int_vector(skips, "skips")
+    if not addresses.size == strides.size == skips.size == ends.size:
+        raise ValueError(f"{ends.size} segments, {addresses.size} addresses, {strides.size} strides, {skips.size} skips")
+    if out.dtype not in (np.float32, np.float64):
+        raise TypeError(f"out must be float32 or float64, got {out.dtype}")
+    writable(out, "out", out.dtype, (len(out), out.shape[-1]))
+    position = _sum_segments(addresses, strides, ends, positions, skips, out)
+    if position >= 0:
+        raise IndexError(f"positions[{position}] is {positions[position]}, which is not in [0, {len(out)})")
+
+
+def _ends(ends, count):
+    ends = int_vector(ends, "ends")
+    last = ends[-1] if ends.size else 0
+    if last != count or (ends.size and ends[0] < 0) or (ends[1:] < ends[:-1]).any():
+        raise ValueError(f"ends must ascend from 0 or more to {count}, got {ends}")
+    return ends
+
+
+@intrinsic
+def _word(typing_context, address, index, like):
+    """The word at `index` (uint64) of those at `address` (int64), of the dtype of the array `like`."""
+    signature = like.dtype(address, index, like)
+
+    def generate(context, builder, signature, args):
+        word = context.get_value_type(signature.return_type)
+        pointer = builder.inttoptr(args[0], ir.PointerType(word))
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return signature, generate
+
+
+@kernel
+def _keys_of_segments(ids, ends, bases, bounds, keys):
+    begin = 0
+    for segment in range(ends.size):
+        base = bases[segment]
+        bound = np.uint64(bounds[segment])
+        for i in range(begin, ends[segment]):
+            if np.uint64(ids[i]) >= bound:
+                return i
+            keys[i] = ids[i] + base
+        begin = ends[segment]
+    return -1
+
+
+@kernel
+def _sum_segments(addresses, strides, ends, positions, skips, out):
+    rows, dim = out.shape
+    flat = out.reshape(-1)
+    flat[:] = 0
+    begin = 0
+    for segment in range(ends.size):
+        address, stride, skip = addresses[segment], strides[segment], skips[segment]
+        if address != 0:
+            for i in range(begin, ends[segment]):
+                position = positions[i]
+                if position == skip:
+                    continue
+                if np.uint64(position) >= np.uint64(rows):
+                    return i
+                source = np.uint64((i - begin) * stride)
+                target = np.uint64(position * dim)
+                for j in range(dim):
+                    flat[target + np.uint64(j)] += _word(address, source + np.uint64(j), flat)
+        begin = ends[segment]
+    return -1

@@ -1,0 +1,111 @@
+"""Rows of several tables in one call: what costs as much per table as per thousand rows is done once for all of them.
+
+It is so for a rank that is alone, and tables whose records are in one store; else these functions do for each table by
+itself what they would do together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pm.tables import RowPlan, Stretch, Table, TableGradient
+
+if TYPE_CHECKING:
+    from pm.manager import Manager
+
+
+def intend_together(
+    manager: Manager, tables: Sequence[Table], keys: np.ndarray, rows: np.ndarray, starts: Sequence[int], expected: int
+) -> list[RowPlan]:
+    """Return a plan for each table, as `Manager.intend` does.
+
+    Args:
+        manager: of the tables.
+        tables: distinct.
+        keys: int64 `[U]`, distinct, of all tables' rows; those of table i are at [starts[i], starts[i + 1]).
+        rows: int64 `[U]`, the row ids that they stand for, in range.
+        starts: T + 1 of them.
+        expected: the version at which they will be looked up, about.
+    """
+    parts = [rows[first:end] for first, end in zip(starts, starts[1:], strict=False)]
+    with manager.structure:
+        store = tables[0].store
+        if manager.ranks == 1 and all(table.store is store and table.history is None for table in tables):
+            slots = store.index.find(keys)
+            if len(slots) and slots.min() < 0:
+                for table, part, first in zip(tables, parts, starts, strict=False):
+                    slots[first : first + len(part)] = manager.touch(table, part)
+            stretch = Stretch(slots, store)
+            return [
+                RowPlan(
+                    manager.next_plan_number(),
+                    table,
+                    part,
+                    expected,
+                    slots[first : first + len(part)],
+                    store,
+                    stretch=stretch,
+                    first=first,
+                )
+                for table, part, first in zip(tables, parts, starts, strict=False)
+            ]
+    return [manager.intend(table, part, expected) for table, part in zip(tables, parts, strict=True)]
+
+
+def read_together(manager: Manager, plans: Sequence[RowPlan], out: np.ndarray) -> None:
+    """Write the rows of plans that were made together, one after the other, to `out` `[U, dim]`: see `Manager.read`."""
+    stretch = plans[0].stretch
+    if stretch is not None and all(plan.table.store is stretch.store for plan in plans):
+        started = time.perf_counter()
+        stretch.store.values(stretch.slots, out)
+        manager.traffic.seconds["gather"] += time.perf_counter() - started
+        return
+    first = 0
+    for plan in plans:
+        manager.read(plan, out[first : first + len(plan.rows)])
+        first += len(plan.rows)
+
+
+def runs(gradients: Sequence[TableGradient], groups: Mapping[int, Mapping[str, object]]) -> Iterator[list[TableGradient]]:
+    """Cut a step's gradients, one per table, into runs that `apply_together` can apply; each as long as can be."""
+    run: list[TableGradient] = []
+    for gradient in gradients:
+        if run and not _continues(run[-1], gradient, groups):
+            yield run
+            run = []
+        run.append(gradient)
+    if run:
+        yield run
+
+
+def _continues(last: TableGradient, gradient: TableGradient, groups: Mapping[int, Mapping[str, object]]) -> bool:
+    """Whether records and values of `gradient` follow those of `last` in memory, and are to be updated alike."""
+    plan, before, table, other = gradient.plan, last.plan, gradient.table, last.table
+    return (
+        gradient.sums is not None
+        and gradient.sums is last.sums
+        and plan.stretch is before.stretch is not None
+        and plan.first == before.first + len(before.rows)
+        and table.store is other.store is plan.stretch.store
+        and gradient.scale == last.scale
+        and table.gradient_steps == other.gradient_steps
+        and type(table.spec.rule) is type(other.spec.rule)
+        and groups[table.number] is groups[other.number]
+    )
+
+
+def apply_together(run: Sequence[TableGradient], group: Mapping[str, object], version: int) -> None:
+    """Update the records of a run of more than one gradient."""
+    first, last = run[0], run[-1]
+    part = slice(first.plan.first, last.plan.first + len(last.rows))
+    for gradient in run:
+        gradient.table.gradient_steps += 1
+        gradient.table.begun = True
+    if part.stop > part.start:
+        stretch, count = first.plan.stretch, first.table.gradient_steps
+        slots, sums = stretch.slots[part], first.sums[part]
+        first.table.spec.rule.apply(stretch.store, slots, sums, first.scale, group, count, version)
