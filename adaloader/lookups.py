@@ -69,7 +69,7 @@ def embedding_bag(
     with table.owner.paused():
         rows = slab.tensor if len(slab.rows) else _one_row(slab.tensor)
         pooled = F.embedding_bag(
-            torch.from_numpy(positions).view(ids.shape),
+            table.here(positions).view(ids.shape),
             rows,
             offsets.long() if isinstance(offsets, torch.Tensor) and offsets.dtype in _ID_DTYPES else offsets,
             mode=mode,
@@ -117,7 +117,7 @@ def get_item(weight, index):
     advanced = any(_is_advanced(part) for part in rest)
     with table.owner.paused():
         if advanced and not basic:
-            at = torch.from_numpy(positions).view(ids.shape)
+            at = table.here(positions).view(ids.shape)
             return _as_seen_from(weight, slab.tensor[(at, *rest)])
         rows = _as_seen_from(weight, expand(slab, positions, ids.shape))
         if rest:

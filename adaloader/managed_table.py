@@ -13,6 +13,7 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.device_memory import DeviceMemory, all_on_host, memory_of, on_device, on_host
 from adaloader.errors import ManagedTableError
 from adaloader.function_transforms import refuse_inside
 from adaloader.probation import Probation, confirm
@@ -95,6 +96,7 @@ class ManagedTable:
     of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
     `is_stepped` says whether a step of this rank has applied the gradient, and none has arrived since.
+    `memory` copies rows to the device that the parameter is on; it is None on the CPU.
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     """
 
@@ -103,6 +105,7 @@ class ManagedTable:
     table: pm.Table
     model: weakref.ref[ManagedModel]
     gradient: RowSum = field(init=False)
+    memory: DeviceMemory | None = field(init=False)
     has_gradient: bool = False
     hidden: bool = False
     counts: LookupCounts = field(default_factory=LookupCounts)
@@ -124,6 +127,7 @@ class ManagedTable:
 
     def __post_init__(self):
         self.gradient = RowSum(self, [], belongs_to_table=True)
+        self.memory = memory_of(self.parameter.device)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -158,7 +162,7 @@ class ManagedTable:
         # Activation checkpointing looks up again in backward: the same lookup, not another one.
         is_repeated = torch._C._current_graph_task_id() != -1
         if not is_repeated:
-            model.observe(self, ids, operation)
+            model.observe(self, ids, operation, flat)
         for batch in model.candidates(self):
             expected = batch.tables[self.table.number]
             positions = expected.positions_of(flat)
@@ -182,11 +186,13 @@ class ManagedTable:
                 f"{operation} of table {self.name!r} got ids of dtype {ids.dtype}; ids must be torch.int64 or "
                 "torch.int32 (call .long() on them)"
             )
-        if ids.device.type != "cpu":
+        if ids.device.type != "cpu" and self.memory is None:
             raise RuntimeError(
-                f"{operation} of table {self.name!r} got ids on {ids.device}; managed tables live in host memory"
+                f"{operation} of table {self.name!r}, which is on the CPU, got ids on {ids.device}; move the model to "
+                "that device before the loader is built, or the ids to the CPU"
             )
-        flat = ids.detach().reshape(-1).numpy()
+        with self.owner.paused():
+            flat = on_host(ids.reshape(-1))
         return flat if flat.dtype == np.int64 else flat.astype(np.int64)
 
     def check_range(self, rows: np.ndarray) -> None:
@@ -209,17 +215,28 @@ class ManagedTable:
             or expected.slab_version != version
             or slab.tensor.requires_grad != self.parameter.requires_grad
         ):
-            out = model.buffers.take(len(expected.rows), self.table.spec.dim, self.table.spec.dtype)
+            out = self.room(len(expected.rows))
             model.manager.read(expected.plan, out)
             plan = None if expected.plan.released else expected.plan
             slab = make_slab(self, expected.rows, out, plan)
             expected.slab, expected.slab_version = slab, version
         return slab
 
+    def room(self, rows: int) -> np.ndarray:
+        """Return memory `[rows, dim]` for a slab, with unspecified contents."""
+        spec = self.table.spec
+        if self.memory is not None:
+            return self.memory.room((rows, spec.dim), spec.dtype)
+        return self.owner.buffers.take(rows, spec.dim, spec.dtype)
+
+    def here(self, array: np.ndarray) -> torch.Tensor:
+        """Return an array as a tensor where the parameter is: of the same memory on the CPU, else a copy."""
+        return on_device(array, self.memory)
+
     def _frequency_slab(self, rows: np.ndarray, plan: pm.RowPlan | None, positions: np.ndarray) -> Slab:
         """A slab of its own: its gradient is divided by this lookup's frequencies alone."""
         model = self.owner
-        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        out = self.room(len(rows))
         if plan is not None:
             model.manager.read(plan, out)
         else:
@@ -268,7 +285,7 @@ class ManagedTable:
 
     def _on_demand(self, rows: np.ndarray) -> Slab:
         model = self.owner
-        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        out = self.room(len(rows))
         model.manager.pull(self.table, rows, out)
         return make_slab(self, rows, out, None)
 
@@ -280,7 +297,7 @@ class ManagedTable:
         self.counts.on_demand += len(absent)
         model.watch.missed(self.name, rows[absent])
         slab = self._slab_of(batch.tables[self.table.number])
-        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        out = self.room(len(rows))
         out[here] = slab.array[found[here]]
         out[absent] = model.manager.pull(self.table, rows[absent], np.empty((len(absent), out.shape[1]), out.dtype))
         if by_frequency:
@@ -297,13 +314,13 @@ class ManagedTable:
             MemoryError: if there is not enough.
         """
         if self.probation is not None:
-            return self.probation.values
+            return self.probation.values.to(self.parameter.device)
         model = self.owner
         version = model.version
         if self.whole is None or self.whole[0] != version:
             self.whole = None
             with model.paused(), torch.inference_mode(False):
-                self.whole = (version, read_whole(model.manager, self.table))
+                self.whole = (version, self.here(read_whole(model.manager, self.table).numpy()))
         return self.whole[1]
 
     def renormed(self, slab: Slab, positions: np.ndarray, max_norm: float, norm_type: float) -> None:
@@ -316,6 +333,9 @@ class ManagedTable:
         changed = cuda_ops.renorm(values, max_norm, norm_type)
         if changed.any():
             slab.array[touched[changed]] = values[changed]
+            if self.memory is not None:
+                with self.owner.paused(), torch.no_grad():
+                    slab.tensor.detach()[self.here(touched[changed])] = self.here(values[changed])
             self.owner.manager.renorm(self.table, slab.rows[touched[changed]], max_norm, norm_type)
 
     # Gradients
@@ -323,7 +343,7 @@ class ManagedTable:
     def receive(self, part: Part) -> None:
         """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
         if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
-            part.values = part.values / torch.from_numpy(part.counts).clamp(min=1).to(part.values.dtype)[:, None]
+            part.values = part.values / self.here(part.counts).clamp(min=1).to(part.values.dtype)[:, None]
             part.counts = None
         if self.captured is not None:
             part.scale = 1.0
@@ -370,7 +390,7 @@ class ManagedTable:
         self.clears += 1
         self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
 
-    def step_gradients(self) -> list[pm.TableGradient]:
+    def step_parts(self) -> list[Part]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
         if not self.has_gradient:
             return []
@@ -378,18 +398,24 @@ class ManagedTable:
         counted = sum_per_lookup([part for part in self.parts if part.counts is not None])
         merged = [coalesce_or_only(plain, self)] if plain or not counted else []
         self.parts = merged + counted  # a loop that never clears its gradients must not pile up their parts
-        return [
-            pm.TableGradient(
-                self.table,
-                part.rows,
-                part.values.detach().numpy(),
-                1.0 if part.scale is None else part.scale,
-                part.plan,
-                part.ordinal,
-                part.counts,
-            )
-            for part in merged + counted
-        ]
+        return self.parts
+
+
+def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
+    """Return parts of tables' gradients as the manager takes them, copied to the host where they are on a device."""
+    values = all_on_host([part.values for _, part in parts])
+    return [
+        pm.TableGradient(
+            table.table,
+            part.rows,
+            array,
+            1.0 if part.scale is None else part.scale,
+            part.plan,
+            part.ordinal,
+            part.counts,
+        )
+        for (table, part), array in zip(parts, values, strict=True)
+    ]
 
 
 def sum_per_lookup(parts: list[Part]) -> list[Part]:

@@ -131,7 +131,8 @@ def _made(source, form: torch.Tensor):
 
 
 def _slice(source, form: torch.Tensor) -> TableSlice:
-    stand_in = constant_tensor(form.shape, float("nan"), dtype=form.dtype, device="cpu")
+    device = source._managed.parameter.device
+    stand_in = constant_tensor(form.shape, float("nan"), dtype=form.dtype, device=device)
     trains = source.requires_grad and torch.is_grad_enabled()
     view = torch.Tensor._make_subclass(TableSlice, stand_in, trains)
     view._managed, view._form = source._managed, form
@@ -192,6 +193,7 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
     other dimensions follow in their order.
     """
     layout, table = _layout(view), view._managed
+    indices = {at: ids.cpu() for at, ids in indices.items()}  # where lookups are compared and served
     dims = range(len(layout.shape))
     shape_B = next(iter(indices.values())).shape if indices else torch.Size()
     open_rows = [at for at in layout.row_dims if at not in indices]
@@ -204,12 +206,12 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
         check_layout(table.table.spec.rule, False, table.name, operation)
     slab, positions = table.look_up(ids, operation)
     with table.owner.paused():
-        offsets_T = offsets_of(layout, open_columns)
+        offsets_T = offsets_of(layout, open_columns).to(table.parameter.device)
         if columns is None:
             rows = columns_of(expand(slab, positions, ids.shape), offsets_T + layout.offset % layout.dim)
         else:
-            at = torch.from_numpy(positions).view(ids.shape)[..., None]
-            wanted = columns.reshape(*shape_B, *[1] * (ids.ndim - len(shape_B)), 1) + offsets_T.flatten()
+            at = table.here(positions).view(ids.shape)[..., None]
+            wanted = columns.to(offsets_T.device).reshape(*shape_B, *[1] * (ids.ndim - len(shape_B)), 1) + offsets_T.flatten()
             rows = slab.tensor[at, wanted]
         shape = (*ids.shape, *(layout.shape[at] for at in open_columns))
         order = order_of_results(len(shape_B), sorted(indices), open_rows, open_columns)
