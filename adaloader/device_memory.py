@@ -57,7 +57,7 @@ class CudaMemory(DeviceMemory):
         self._under_way: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def room(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True).numpy()
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu", pin_memory=True).numpy()
 
     def send(self, array: np.ndarray) -> torch.Tensor:
         host = self._pinned(array)
@@ -74,7 +74,7 @@ class CudaMemory(DeviceMemory):
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], np.ndarray]:
         tensor = tensor.detach()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._out.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._out):
             host.copy_(tensor, non_blocking=True)
@@ -92,7 +92,7 @@ class CudaMemory(DeviceMemory):
             tensor = torch.from_numpy(array)
             if tensor.is_pinned():
                 return tensor
-        host = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name), pin_memory=True)
+        host = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name), device="cpu", pin_memory=True)
         np.copyto(host.numpy(), array)
         return host
 

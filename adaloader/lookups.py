@@ -147,7 +147,7 @@ def ids_of_assignment(table, index) -> tuple[torch.Tensor, tuple] | None:
         return (first.nonzero().squeeze(1), parts[1:]) if first.ndim == 1 and len(first) == num_rows else None
     if isinstance(first, slice):
         rows = range(*first.indices(num_rows))
-        return None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step), parts[1:])
+        return None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step, device="cpu"), parts[1:])
     return _from_the_front(table, _ids_of_index(table, first)), parts[1:]
 
 
@@ -202,9 +202,9 @@ def _ids_of_index(table, index) -> torch.Tensor:
         if rows.step < 0:
             raise ValueError(f"table {table.name!r}[{index!r}]: the step of a slice must be positive")
         if len(rows) < num_rows // 2:
-            return torch.arange(rows.start, rows.stop, rows.step)
+            return torch.arange(rows.start, rows.stop, rows.step, device="cpu")
     if hasattr(index, "__index__") and not isinstance(index, (bool, torch.Tensor)):
-        return torch.tensor(operator.index(index))
+        return torch.tensor(operator.index(index), device="cpu")
     if index is None or index is Ellipsis or isinstance(index, (bool, slice)):
         raise _whole_table(table, index)
     shown = f"table {index._managed.name!r}" if hasattr(index, "_managed") else repr(index)
