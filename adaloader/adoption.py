@@ -44,8 +44,8 @@ def find_tables(model: nn.Module, min_rows: int, strategy: Mapping[str, str]) ->
     `strategy` may say otherwise of a name.
 
     Raises:
-        ValueError: for a table on a device that is neither the CPU nor CUDA's, one that shares its memory with another parameter or
-            buffer, or one that a loader of another model manages, naming it.
+        ValueError: for a table on a device that is neither the CPU nor CUDA's, one that shares its memory with another
+            parameter or buffer, or one that a loader of another model manages, naming it.
         DeferredInitError: for deferred rows without an initial value, and deferred tensors that are no whole parameter.
     """
     owners = {}

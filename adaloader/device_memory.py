@@ -24,6 +24,10 @@ class DeviceMemory:
     def __init__(self, device: torch.device):
         self.device = device
 
+    def default_cache_bytes(self) -> int:
+        """Return how much of the device's memory is used for rows where nobody says."""
+        return 0
+
     def room(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Return memory of the host, with unspecified contents, that can be sent without another copy."""
         return np.empty(shape, dtype)
@@ -46,15 +50,19 @@ class CudaMemory(DeviceMemory):
     """Copies to and from a CUDA device through pinned memory, on streams of their own.
 
     A stream takes copies in, and another one out: copies overlap with the kernels that run, and an upload waits for no
-    kernel before it. Events order them: the stream on which a copy is asked for waits for the copy, and a copy out waits
-    for what that stream was asked to do before. The pinned memory is that of PyTorch's allocator, which gives the same
-    pages again.
+    kernel before it. Events order them: the stream on which a copy is asked for waits for the copy, and a copy out
+    waits for what that stream was asked to do before. The pinned memory is that of PyTorch's allocator, which gives the
+    same pages again.
     """
 
     def __init__(self, device: torch.device):
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._under_way: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+
+    def default_cache_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free // 4
 
     def room(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu", pin_memory=True).numpy()

@@ -147,7 +147,9 @@ def ids_of_assignment(table, index) -> tuple[torch.Tensor, tuple] | None:
         return (first.nonzero().squeeze(1), parts[1:]) if first.ndim == 1 and len(first) == num_rows else None
     if isinstance(first, slice):
         rows = range(*first.indices(num_rows))
-        return None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step, device="cpu"), parts[1:])
+        return (
+            None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step, device="cpu"), parts[1:])
+        )
     return _from_the_front(table, _ids_of_index(table, first)), parts[1:]
 
 

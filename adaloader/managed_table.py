@@ -215,10 +215,8 @@ class ManagedTable:
             or expected.slab_version != version
             or slab.tensor.requires_grad != self.parameter.requires_grad
         ):
-            out = self.room(len(expected.rows))
-            model.manager.read(expected.plan, out)
             plan = None if expected.plan.released else expected.plan
-            slab = make_slab(self, expected.rows, out, plan)
+            slab = make_slab(self, expected.rows, self._values_of(expected.rows, expected.plan), plan)
             expected.slab, expected.slab_version = slab, version
         return slab
 
@@ -235,14 +233,17 @@ class ManagedTable:
 
     def _frequency_slab(self, rows: np.ndarray, plan: pm.RowPlan | None, positions: np.ndarray) -> Slab:
         """A slab of its own: its gradient is divided by this lookup's frequencies alone."""
-        model = self.owner
-        out = self.room(len(rows))
-        if plan is not None:
-            model.manager.read(plan, out)
-        else:
-            model.manager.pull(self.table, rows, out)
         counts = cuda_ops.segment_count(positions, len(rows))
-        return make_slab(self, rows, out, plan, counts, self._next_ordinal())
+        return make_slab(self, rows, self._values_of(rows, plan), plan, counts, self._next_ordinal())
+
+    def _values_of(self, rows: np.ndarray, plan: pm.RowPlan | None) -> np.ndarray | torch.Tensor:
+        """Return the values `[U, dim]` of `rows`, those of `plan` if given: on the host, or from the device's cache."""
+        manager = self.owner.manager
+        if manager.is_cached(self.table):
+            with self.owner.paused(), torch.inference_mode(False), torch.no_grad():
+                return manager.device_rows(self.table, rows, plan)
+        out = self.room(len(rows))
+        return manager.pull(self.table, rows, out) if plan is None else manager.read(plan, out)
 
     def _next_ordinal(self) -> int:
         """Number the lookups whose gradients are divided by frequency: from 1 at each step, so that ranks agree.
@@ -284,10 +285,7 @@ class ManagedTable:
         return self._on_demand(rows), positions
 
     def _on_demand(self, rows: np.ndarray) -> Slab:
-        model = self.owner
-        out = self.room(len(rows))
-        model.manager.pull(self.table, rows, out)
-        return make_slab(self, rows, out, None)
+        return make_slab(self, rows, self._values_of(rows, None), None)
 
     def _partly_intended(self, batch, rows, found, positions, by_frequency) -> tuple[Slab, np.ndarray]:
         model = self.owner
@@ -296,6 +294,10 @@ class ManagedTable:
         self.counts.intended += len(here)
         self.counts.on_demand += len(absent)
         model.watch.missed(self.name, rows[absent])
+        if model.manager.is_cached(self.table):
+            if by_frequency:
+                return self._frequency_slab(rows, None, positions), positions
+            return self._on_demand(rows), positions
         slab = self._slab_of(batch.tables[self.table.number])
         out = self.room(len(rows))
         out[here] = slab.array[found[here]]
@@ -329,10 +331,11 @@ class ManagedTable:
         if self.probation is not None:
             confirm(self)  # its memory no longer says what rows are
         touched, _ = cuda_ops.dedup(positions)
-        values = slab.array[touched]
+        values = slab.array[touched] if slab.array is not None else on_host(slab.tensor)[touched]
         changed = cuda_ops.renorm(values, max_norm, norm_type)
         if changed.any():
-            slab.array[touched[changed]] = values[changed]
+            if slab.array is not None:
+                slab.array[touched[changed]] = values[changed]
             if self.memory is not None:
                 with self.owner.paused(), torch.no_grad():
                     slab.tensor.detach()[self.here(touched[changed])] = self.here(values[changed])
@@ -402,8 +405,11 @@ class ManagedTable:
 
 
 def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
-    """Return parts of tables' gradients as the manager takes them, copied to the host where they are on a device."""
-    values = all_on_host([part.values for _, part in parts])
+    """Return parts of tables' gradients as the manager takes them: on the host, but for tables that it has cached."""
+    values = [part.values.detach() for _, part in parts]
+    to_host = [at for at, (table, _) in enumerate(parts) if not table.owner.manager.is_cached(table.table)]
+    for at, array in zip(to_host, all_on_host([values[at] for at in to_host]), strict=True):
+        values[at] = array
     return [
         pm.TableGradient(
             table.table,

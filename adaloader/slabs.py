@@ -81,7 +81,7 @@ class Slab:
 
     Args:
         rows: distinct row ids, int64 `[U]`.
-        array: their values `[U, dim]`, on the host.
+        array: their values `[U, dim]`, on the host; None where they have come from the cache on the table's device.
         tensor: the same memory, or a copy on the table's device, as a function of the table's parameter; its gradient
             goes to the table.
         plan: the intent that brought the rows, if any.
@@ -91,7 +91,7 @@ class Slab:
     """
 
     rows: np.ndarray
-    array: np.ndarray
+    array: np.ndarray | None
     tensor: torch.Tensor
     plan: pm.RowPlan | None
     seconds: dict[str, float]
@@ -106,12 +106,16 @@ class Slab:
 def make_slab(
     table: ManagedTable,
     rows: np.ndarray,
-    array: np.ndarray,
+    values: np.ndarray | torch.Tensor,
     plan: pm.RowPlan | None,
     counts: np.ndarray | None = None,
     ordinal: int = 0,
 ) -> Slab:
-    """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
+    """Return a slab over `values` whose gradient, when one arrives, becomes a part of the table's row gradient.
+
+    The values `[U, dim]` are on the host, or a tensor on the table's device.
+    """
+    array, there = (None, values) if isinstance(values, torch.Tensor) else (values, None)
     parameter = table.parameter
     reached = None
     rule = table.table.spec.rule
@@ -124,12 +128,12 @@ def make_slab(
             table.receive(part if reached is None else _only(part, reached))
 
     with table.owner.paused(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        values = on_device(array, table.memory)
+        there = on_device(array, table.memory) if there is None else there
         if not parameter.requires_grad:
-            tensor = values
+            tensor = there
         else:
             with torch.enable_grad():
-                tensor = _RowsOf.apply(parameter, (values,), rows, table)
+                tensor = _RowsOf.apply(parameter, (there,), rows, table)
             tensor.register_hook(deliver)  # not in the backward below, which would seem to be checkpointing's
     return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds, reached)
 
