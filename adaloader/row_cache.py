@@ -21,8 +21,8 @@ def lone_manager(tables: Iterable[nn.Parameter], budget_bytes: int | None) -> pm
         return pm.CachedManager()
     if budget_bytes:
         raise ValueError(
-            f"device_cache_bytes={budget_bytes:,} is for the rows of tables on a CUDA device, and no managed table is on "
-            "one: move the model there before the loader is built, or leave device_cache_bytes out"
+            f"device_cache_bytes={budget_bytes:,} is for the rows of tables on a CUDA device, and no managed table is "
+            "on one: move the model there before the loader is built, or leave device_cache_bytes out"
         )
     return pm.Manager()
 

@@ -216,8 +216,9 @@ class Session:
         machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
         memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
         rows that this rank gave to another, and replications, rows that it copied to another for a batch. device_cache:
-        of each table whose rows are kept on a device, how many there is room for (rows, bytes), were looked_up, fetched,
-        late (not there when looked up: miss_rate), evicted, written_back. seconds: where time went, on whatever thread.
+        of each table whose rows are kept on a device, how many there is room for (rows, bytes), were looked_up,
+        fetched, late (not there when looked up: miss_rate), evicted, written_back. seconds: where time went, on
+        whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
         traffic = manager.counted()

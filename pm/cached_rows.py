@@ -1,9 +1,9 @@
-"""The rows of one table on a device: its records, which the cache brings there and back, looked up and updated there."""
+"""The rows of one table on a device: records that the cache brings there and back, and that are used there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,22 +79,34 @@ class CachedRows:
         self._host_may_have_changed = False
 
     def look_up(self, number: int, keys: np.ndarray) -> torch.Tensor:
-        """Return the values `[n, dim]` of the keys of batch `number` as they are now; they stay until it is finished.
+        """Return the values `[n, dim]` of the keys of batch `number` as they are now. Their rows stay until the batch
+        is finished, for its step, unless others need the room.
 
         Raises:
-            MemoryError: there is not enough room; states the bytes.
+            MemoryError: there is not enough room for this batch alone; states the bytes.
         """
         self._catch_up()
         slots = self.cache.slots_in_use(number)
-        return self._values(self.cache.begin(number, keys) if slots is None else slots)
+        return self._values(self._with_room(lambda: self.cache.begin(number, keys)) if slots is None else slots)
 
     def look_up_once(self, keys: np.ndarray) -> torch.Tensor:
-        """Return the values `[n, dim]` of distinct keys that are looked up for no batch."""
+        """Return the values `[n, dim]` of distinct keys that are looked up for no batch.
+
+        Raises:
+            MemoryError: as `look_up`.
+        """
         self._catch_up()
-        number, slots = self.cache.hold(keys)
+        number, slots = self._with_room(lambda: self.cache.hold(keys))
         values = self._values(slots)
         self.cache.finish(number, changed=False)
         return values
+
+    def _with_room(self, take: Callable[[], Any]) -> Any:
+        try:
+            return take()
+        except MemoryError:
+            self.cache.let_go()
+            return take()
 
     def _values(self, slots: np.ndarray) -> torch.Tensor:
         there = self._copies.send(slots)

@@ -157,6 +157,11 @@ class DeviceCache:
         self._changed[slots] |= changed
         self._unpin(slots)
 
+    def let_go(self) -> None:
+        """All batches that are in use may lose their rows again: what they looked up was copied. Their changes stay."""
+        for batch in list(self._in_use):
+            self.finish(batch, changed=False)
+
     def flush(self) -> None:
         """Write all changed rows back to the host; they stay on the device."""
         self._write_back(np.flatnonzero(self._changed))
