@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 import pm
 from adaloader.deferred_tensor import DeferredTensor, program_of, take_over
+from adaloader.device_memory import KINDS
 from adaloader.held_state import (
     HeldState,
     continue_from,
@@ -43,8 +44,8 @@ def find_tables(model: nn.Module, min_rows: int, strategy: Mapping[str, str]) ->
     `strategy` may say otherwise of a name.
 
     Raises:
-        ValueError: for a table on another device than the CPU, one that shares its memory with another parameter or
-            buffer, or one that a loader of another model manages, naming it.
+        ValueError: for a table on a device that is neither the CPU nor CUDA's, one that shares its memory with another
+            parameter or buffer, or one that a loader of another model manages, naming it.
         DeferredInitError: for deferred rows without an initial value, and deferred tensors that are no whole parameter.
     """
     owners = {}
@@ -85,9 +86,9 @@ def _check_table(name: str, parameter: nn.Parameter) -> None:
             f"table {name!r} {list(parameter.shape)} is managed already, by a loader of another model that holds the "
             "same parameter; build one loader for the module that holds both models"
         )
-    if parameter.device.type != "cpu":
+    if parameter.device.type != "cpu" and parameter.device.type not in KINDS:
         raise ValueError(
-            f"table {name!r} is on device {parameter.device}; managed tables live in host memory: call "
+            f"table {name!r} is on device {parameter.device}; models may be on the CPU or on CUDA devices: call "
             "model.cpu() before building the loader (or raise min_rows to keep the table where it is)"
         )
     if not isinstance(parameter, DeferredTensor):

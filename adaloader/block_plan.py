@@ -17,11 +17,12 @@ IdsByTable = Mapping[ManagedTable, list[np.ndarray]]
 
 
 def blocks_of(by_table: IdsByTable) -> list[list[ManagedTable]]:
-    """Return which tables can be looked up together: those of one dim and dtype whose lookups are all of that kind."""
+    """Return which tables can be looked up together: those of one dim and dtype whose lookups are all of that kind,
+    on the CPU."""
     alike: dict[tuple[int, str], list[ManagedTable]] = {}
     for table, ids in by_table.items():
         rule, spec, usages = table.table.spec.rule, table.table.spec, table.usages
-        if rule.moves_looked_up_rows or isinstance(rule, pm.Frozen) or table.is_dense:
+        if rule.moves_looked_up_rows or isinstance(rule, pm.Frozen) or table.is_dense or table.memory is not None:
             continue
         if all(usages.get(place) is not None for place in range(len(ids))):
             alike.setdefault((spec.dim, spec.dtype), []).append(table)

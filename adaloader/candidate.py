@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 import pm
 from adaloader.compiler import not_compiled
 from adaloader.dense_use import become_dense
+from adaloader.device_memory import KINDS, on_host
 from adaloader.form import FORM
 from adaloader.held_state import continue_from, held_anywhere, hyperparameters, take_states
 from adaloader.managed_model import ManagedModel
@@ -54,7 +55,7 @@ def _may_be_table(parameter: nn.Parameter, holders: list[nn.Module], min_rows: i
         and parameter.ndim == 2
         and parameter.shape[0] >= min_rows
         and parameter.dtype in (torch.float32, torch.float64)
-        and parameter.device.type == "cpu"
+        and (parameter.device.type == "cpu" or parameter.device.type in KINDS)
         and all(isinstance(m, _CONTAINERS) or not type(m).__module__.startswith("torch.") for m in holders)
     )
 
@@ -178,7 +179,7 @@ def _row_source(parameter: nn.Parameter) -> Callable[[np.ndarray, np.ndarray], N
 
     def fill(rows: np.ndarray, out: np.ndarray) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            np.take(source().detach().numpy(), rows, axis=0, out=out)
+            np.take(on_host(source()), rows, axis=0, out=out)
 
     return fill
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import cuda_ops
+from adaloader.device_memory import on_host
 from adaloader.errors import ManagedTableError
 from adaloader.row_sum import RowSum
 from adaloader.slabs import Part
@@ -209,7 +210,7 @@ class Combiner:
         for part in given.parts:
             counted = part.counts is not None
             scale = 1.0 if part.scale is None else part.scale
-            values = part.values.detach().numpy()
+            values = on_host(part.values)
             order, counts = cuda_ops.partition(self._taker_of(table.keys(part.rows)), manager.ranks)
             for peer, taken in enumerate(np.split(order, np.cumsum(counts)[:-1])):
                 if not len(taken):
@@ -234,7 +235,7 @@ class Combiner:
         if not pieces:
             return []
         rows, values, scale = self._summing.combine(pieces, table.table.spec.dim)
-        return [Part(rows.copy(), torch.from_numpy(values.copy()), None, scale)]
+        return [Part(rows.copy(), table.here(values.copy()), None, scale)]
 
     def _wait_for(self, missing) -> None:
         self._manager.wait_for_others(

@@ -7,17 +7,15 @@ import torch
 from adaloader.errors import ManagedTableError
 
 
-def check_stays(name: str, dtype: torch.dtype, args: tuple, kwargs: dict) -> None:
-    """Raise ManagedTableError if `to(*args, **kwargs)` would change the dtype or the device of table `name`.
-
-    It is on the CPU; `dtype` is its own.
-    """
+def check_stays(name: str, dtype: torch.dtype, at: torch.device, args: tuple, kwargs: dict) -> None:
+    """Raise ManagedTableError if `to(*args, **kwargs)` would change the `dtype` or the device `at` of table `name`."""
     with torch._C.DisableTorchFunctionSubclass():
         device, wanted, *_ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
-    if (wanted or dtype) != dtype or (device is not None and device.type != "cpu"):
+    moves = device is not None and (device.type != at.type or device.index not in (None, at.index))
+    if (wanted or dtype) != dtype or moves:
         raise ManagedTableError(
-            f"table {name!r} is {dtype} on cpu and stays there; convert the model to {wanted or dtype} on "
-            f"{device or 'cpu'} before the loader is built"
+            f"table {name!r} is {dtype} on {at} and stays there; convert the model to {wanted or dtype} on "
+            f"{device or at} before the loader is built"
         )
 
 

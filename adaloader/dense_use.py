@@ -62,11 +62,11 @@ def become_dense(table: ManagedTable, operation: str) -> None:
 def _dense_gradient(table: ManagedTable) -> torch.Tensor | None:
     if not table.has_gradient:
         return None
-    total = torch.zeros(table.parameter.shape, dtype=table.parameter.dtype)
+    total = torch.zeros(table.parameter.shape, dtype=table.parameter.dtype, device=table.parameter.device)
     for part in table.parts:
         values = part.values.detach() * (1.0 if part.scale is None else part.scale)
         if part.counts is not None:
-            values = values / torch.from_numpy(part.counts).clamp(min=1).to(values.dtype)[:, None]
+            values = values / table.here(part.counts).clamp(min=1).to(values.dtype)[:, None]
         total += spread(part.rows, values, total.shape)
     return total
 
@@ -85,11 +85,18 @@ def _give_state_back(table: ManagedTable) -> None:
         if entry or table.table.begun:
             entry = saved_entry(model, table, optimizer.param_groups[place[1]], entry)
             optimizer.state[table.parameter] = {
-                name: value.clone() if torch.is_tensor(value) else value for name, value in entry.items()
+                name: _copy(value, table.parameter.device if name in names else value.device)
+                if torch.is_tensor(value)
+                else value
+                for name, value in entry.items()
             }
     elif probation.states is not None and model.manager.rank > 0:
         for name, part in zip(names, probation.states, strict=True):
-            optimizer.state[table.parameter][name] = part.clone()
+            optimizer.state[table.parameter][name] = _copy(part, table.parameter.device)
+
+
+def _copy(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value.to(device, copy=True)
 
 
 def refuse(table: ManagedTable, operation: str, why: str) -> ManagedTableError:

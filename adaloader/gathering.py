@@ -86,7 +86,7 @@ def gather_table(managed: ManagedModel, table: ManagedTable, *, states: bool = F
     managed.manager.settle()  # rows that nobody holds are what they are after the same steps
     if managed.manager.rank == 0:
         words = table.table.store.record_class.state_words if states else spec.dim
-        whole = torch.empty(spec.rows, words, dtype=getattr(torch, spec.dtype))
+        whole = torch.empty(spec.rows, words, dtype=getattr(torch, spec.dtype), device="cpu")
         array = whole.numpy()
         if states and table.table.history is None:
             array.fill(spec.rule.initial_state(spec.group))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import pm
 from adaloader.deferred_tensor import constant_tensor, program_of
+from adaloader.device_memory import on_host
 from adaloader.errors import UnsupportedOptimizerError
 from adaloader.optimizers import group_of, snapshot
 
@@ -122,7 +123,7 @@ def take_states(parts: Sequence[torch.Tensor], rows: np.ndarray, out: np.ndarray
     """Write what `parts`, a tensor `[num_rows, ...]` each, have for `rows` side by side to `out` `[n, state_words]`."""
     width = out.shape[1] // len(parts)
     for at, part in enumerate(parts):
-        of_rows = np.take(part.detach().numpy(), rows, axis=0)
+        of_rows = np.take(on_host(part), rows, axis=0)
         out[:, at * width : (at + 1) * width] = of_rows.reshape(len(rows), width)
 
 

@@ -73,9 +73,15 @@ class AdaLoader(StatefulDataLoader):
         shared_memory: at staleness 0: whether ranks of one machine read each other's rows in memory that they share,
             without a message; False treats each rank as a machine of its own, as to see what crosses a network.
 
+        device_cache_bytes: for models on a CUDA device, on one process: memory there for rows that the batches ahead
+            need, with their optimizer state, which are then looked up and updated on the device; None takes a quarter
+            of what is free when the loader is built, 0 none (rows are copied there for each batch, as they are on
+            several ranks, and of tables whose optimizer moves rows without gradient). A batch whose rows have no room
+            is an error that says how many bytes it needs.
+
     Raises:
-        ValueError: for arguments out of range, a table on another device, an optimizer that does not hold a table,
-            ranks that differ, or settings other than those of the model's first loader.
+        ValueError: for arguments out of range, a table on a device of another kind, an optimizer that does not hold a
+            table, ranks that differ, or settings other than those of the model's first loader.
         UnsupportedOptimizerError: if a table's optimizer is not supported.
         RuntimeError: under mpirun without mpi4py.
     """
@@ -113,6 +119,7 @@ class AdaLoader(StatefulDataLoader):
         update_threshold: float | None = None,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
         shared_memory: bool = True,
+        device_cache_bytes: int | None = None,
         **kwargs,
     ):
         orders = (
@@ -150,6 +157,7 @@ class AdaLoader(StatefulDataLoader):
             update_threshold,
             max_rounds_per_second,
             shared_memory,
+            device_cache_bytes,
         )
         if model is None:
             _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
@@ -195,6 +203,7 @@ class AdaLoader(StatefulDataLoader):
         update_threshold: float | None = None,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
         shared_memory: bool = True,
+        device_cache_bytes: int | None = None,
     ) -> WrappedLoader:
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
@@ -215,6 +224,7 @@ class AdaLoader(StatefulDataLoader):
             update_threshold,
             max_rounds_per_second,
             shared_memory,
+            device_cache_bytes,
         )
         return WrappedLoader(iterable, model, optimizer, settings)
 

@@ -71,7 +71,7 @@ def embedding_bag(
     with table.owner.paused():
         rows = slab.tensor if len(slab.rows) else _one_row(slab.tensor)
         pooled = F.embedding_bag(
-            torch.from_numpy(positions).view(ids.shape),
+            table.here(positions).view(ids.shape),
             rows,
             offsets.long() if isinstance(offsets, torch.Tensor) and offsets.dtype in _ID_DTYPES else offsets,
             mode=mode,
@@ -119,7 +119,7 @@ def get_item(weight, index):
     advanced = any(_is_advanced(part) for part in rest)
     with table.owner.paused():
         if advanced and not basic:
-            at = torch.from_numpy(positions).view(ids.shape)
+            at = table.here(positions).view(ids.shape)
             return _as_seen_from(weight, slab.tensor[(at, *rest)])
         rows = _as_seen_from(weight, expand(slab, positions, ids.shape))
         if rest:
@@ -149,7 +149,9 @@ def ids_of_assignment(table, index) -> tuple[torch.Tensor, tuple] | None:
         return (first.nonzero().squeeze(1), parts[1:]) if first.ndim == 1 and len(first) == num_rows else None
     if isinstance(first, slice):
         rows = range(*first.indices(num_rows))
-        return None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step), parts[1:])
+        return (
+            None if len(rows) == num_rows else (torch.arange(rows.start, rows.stop, rows.step, device="cpu"), parts[1:])
+        )
     return _from_the_front(table, _ids_of_index(table, first)), parts[1:]
 
 
@@ -204,9 +206,9 @@ def _ids_of_index(table, index) -> torch.Tensor:
         if rows.step < 0:
             raise ValueError(f"table {table.name!r}[{index!r}]: the step of a slice must be positive")
         if len(rows) < num_rows // 2:
-            return torch.arange(rows.start, rows.stop, rows.step)
+            return torch.arange(rows.start, rows.stop, rows.step, device="cpu")
     if hasattr(index, "__index__") and not isinstance(index, (bool, torch.Tensor)):
-        return torch.tensor(operator.index(index))
+        return torch.tensor(operator.index(index), device="cpu")
     if index is None or index is Ellipsis or isinstance(index, (bool, slice)):
         raise _whole_table(table, index)
     shown = f"table {index._managed.name!r}" if hasattr(index, "_managed") else repr(index)

@@ -21,7 +21,7 @@ from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
 from adaloader.errors import ManagedTableError
 from adaloader.gradient_hooks import GradientHooks
-from adaloader.managed_table import ManagedTable
+from adaloader.managed_table import ManagedTable, table_gradients
 from adaloader.mismatch import describe_mismatch
 from adaloader.optimizers import (
     check_options,
@@ -118,9 +118,9 @@ class ManagedModel:
 
     # Lookups
 
-    def observe(self, table: ManagedTable, ids: torch.Tensor, operation: str) -> None:
-        """Tell the recorder, if one is watching this step, of a lookup."""
-        self.watch.lookup(table.name, ids, operation)
+    def observe(self, table: ManagedTable, ids: torch.Tensor, operation: str, on_host: np.ndarray) -> None:
+        """Tell the recorder, if one is watching this step, of a lookup of `ids`, which are `on_host` too (`[n]`)."""
+        self.watch.lookup(table.name, ids, operation, on_host)
 
     def paused(self) -> contextlib.AbstractContextManager:
         """What runs inside is ours: the recorder, if there is one, does not see it."""
@@ -292,7 +292,7 @@ class ManagedModel:
         if self.reducer is not None and self.joining:
             self.reducer.finish_step()
         number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
-        gradients, groups, snapshots = [], {}, {}
+        parts, groups, snapshots = [], {}, {}
         is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
             if id(group) not in snapshots:
@@ -300,8 +300,9 @@ class ManagedModel:
             groups[table.table.number] = snapshots[id(group)]
             # Without lockstep a rank that follows may not have heard yet that the others cleared what they had stepped.
             is_old = self.joining and table.is_stepped and not self.manager.in_lockstep
-            gradients += [] if is_skipped or is_old else table.step_gradients()
+            parts += [] if is_skipped or is_old else [(table, part) for part in table.step_parts()]
             table.is_stepped = True
+        gradients = table_gradients(parts)
         finished = self.batches.finish_used()
         vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
         self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)

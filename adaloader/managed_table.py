@@ -13,6 +13,7 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.device_memory import DeviceMemory, all_on_host, memory_of, on_device, on_host
 from adaloader.errors import ManagedTableError
 from adaloader.function_transforms import refuse_inside
 from adaloader.probation import Probation, confirm
@@ -109,6 +110,7 @@ class ManagedTable:
     of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
     `is_stepped` says whether a step of this rank has applied the gradient, and none has arrived since.
+    `memory` copies rows to the device that the parameter is on; it is None on the CPU.
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     `usages` says, by place among a batch's lookups of the table, how the last one there was used, where it can be made
     with those of other tables; `matched` is the place of the last lookup, None if none was expected there.
@@ -119,6 +121,7 @@ class ManagedTable:
     table: pm.Table
     model: weakref.ref[ManagedModel]
     gradient: RowSum = field(init=False)
+    memory: DeviceMemory | None = field(init=False)
     has_gradient: bool = False
     hidden: bool = False
     counts: LookupCounts = field(default_factory=LookupCounts)
@@ -142,6 +145,7 @@ class ManagedTable:
 
     def __post_init__(self):
         self.gradient = RowSum(self, [], belongs_to_table=True)
+        self.memory = memory_of(self.parameter.device)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
@@ -177,7 +181,7 @@ class ManagedTable:
         is_repeated = torch._C._current_graph_task_id() != -1
         self.matched = None
         if not is_repeated:
-            model.observe(self, ids, operation)
+            model.observe(self, ids, operation, flat)
         for batch in model.candidates(self):
             expected = batch.tables[self.table.number]
             positions = expected.positions_of(flat)
@@ -204,11 +208,13 @@ class ManagedTable:
                 f"{operation} of table {self.name!r} got ids of dtype {ids.dtype}; ids must be torch.int64 or "
                 "torch.int32 (call .long() on them)"
             )
-        if ids.device.type != "cpu":
+        if ids.device.type != "cpu" and self.memory is None:
             raise RuntimeError(
-                f"{operation} of table {self.name!r} got ids on {ids.device}; managed tables live in host memory"
+                f"{operation} of table {self.name!r}, which is on the CPU, got ids on {ids.device}; move the model to "
+                "that device before the loader is built, or the ids to the CPU"
             )
-        flat = ids.detach().reshape(-1).numpy()
+        with self.owner.paused():
+            flat = on_host(ids.reshape(-1))
         return flat if flat.dtype == np.int64 else flat.astype(np.int64)
 
     def check_range(self, rows: np.ndarray) -> None:
@@ -231,23 +237,35 @@ class ManagedTable:
             or expected.slab_version != version
             or slab.tensor.requires_grad != self.parameter.requires_grad
         ):
-            out = model.buffers.take(len(expected.rows), self.table.spec.dim, self.table.spec.dtype)
-            model.manager.read(expected.plan, out)
             plan = None if expected.plan.released else expected.plan
-            slab = make_slab(self, expected.rows, out, plan)
+            slab = make_slab(self, expected.rows, self._values_of(expected.rows, expected.plan), plan)
             expected.slab, expected.slab_version = slab, version
         return slab
 
+    def room(self, rows: int) -> np.ndarray:
+        """Return memory `[rows, dim]` for a slab, with unspecified contents."""
+        spec = self.table.spec
+        if self.memory is not None:
+            return self.memory.room((rows, spec.dim), spec.dtype)
+        return self.owner.buffers.take(rows, spec.dim, spec.dtype)
+
+    def here(self, array: np.ndarray) -> torch.Tensor:
+        """Return an array as a tensor where the parameter is: of the same memory on the CPU, else a copy."""
+        return on_device(array, self.memory)
+
     def _frequency_slab(self, rows: np.ndarray, plan: pm.RowPlan | None, positions: np.ndarray) -> Slab:
         """A slab of its own: its gradient is divided by this lookup's frequencies alone."""
-        model = self.owner
-        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
-        if plan is not None:
-            model.manager.read(plan, out)
-        else:
-            model.manager.pull(self.table, rows, out)
         counts = cuda_ops.segment_count(positions, len(rows))
-        return make_slab(self, rows, out, plan, counts, self._next_ordinal())
+        return make_slab(self, rows, self._values_of(rows, plan), plan, counts, self._next_ordinal())
+
+    def _values_of(self, rows: np.ndarray, plan: pm.RowPlan | None) -> np.ndarray | torch.Tensor:
+        """Return the values `[U, dim]` of `rows`, those of `plan` if given: on the host, or from the device's cache."""
+        manager = self.owner.manager
+        if manager.is_cached(self.table):
+            with self.owner.paused(), torch.inference_mode(False), torch.no_grad():
+                return manager.device_rows(self.table, rows, plan)
+        out = self.room(len(rows))
+        return manager.pull(self.table, rows, out) if plan is None else manager.read(plan, out)
 
     def _next_ordinal(self) -> int:
         """Number the lookups whose gradients are divided by frequency: from 1 at each step, so that ranks agree.
@@ -289,10 +307,7 @@ class ManagedTable:
         return self._on_demand(rows), positions
 
     def _on_demand(self, rows: np.ndarray) -> Slab:
-        model = self.owner
-        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
-        model.manager.pull(self.table, rows, out)
-        return make_slab(self, rows, out, None)
+        return make_slab(self, rows, self._values_of(rows, None), None)
 
     def _partly_intended(self, batch, rows, found, positions, by_frequency) -> tuple[Slab, np.ndarray]:
         model = self.owner
@@ -301,8 +316,12 @@ class ManagedTable:
         self.counts.intended += len(here)
         self.counts.on_demand += len(absent)
         model.watch.missed(self.name, rows[absent])
+        if model.manager.is_cached(self.table):
+            if by_frequency:
+                return self._frequency_slab(rows, None, positions), positions
+            return self._on_demand(rows), positions
         slab = self._slab_of(batch.tables[self.table.number])
-        out = model.buffers.take(len(rows), self.table.spec.dim, self.table.spec.dtype)
+        out = self.room(len(rows))
         out[here] = slab.array[found[here]]
         out[absent] = model.manager.pull(self.table, rows[absent], np.empty((len(absent), out.shape[1]), out.dtype))
         if by_frequency:
@@ -319,13 +338,13 @@ class ManagedTable:
             MemoryError: if there is not enough.
         """
         if self.probation is not None:
-            return self.probation.values
+            return self.probation.values.to(self.parameter.device)
         model = self.owner
         version = model.version
         if self.whole is None or self.whole[0] != version:
             self.whole = None
             with model.paused(), torch.inference_mode(False):
-                self.whole = (version, read_whole(model.manager, self.table))
+                self.whole = (version, self.here(read_whole(model.manager, self.table).numpy()))
         return self.whole[1]
 
     def renormed(self, slab: Slab, positions: np.ndarray, max_norm: float, norm_type: float) -> None:
@@ -338,10 +357,14 @@ class ManagedTable:
             if block is not None:
                 block.leave_out(self)
         touched, _ = cuda_ops.dedup(positions)
-        values = slab.array[touched]
+        values = slab.array[touched] if slab.array is not None else on_host(slab.tensor)[touched]
         changed = cuda_ops.renorm(values, max_norm, norm_type)
         if changed.any():
-            slab.array[touched[changed]] = values[changed]
+            if slab.array is not None:
+                slab.array[touched[changed]] = values[changed]
+            if self.memory is not None:
+                with self.owner.paused(), torch.no_grad():
+                    slab.tensor.detach()[self.here(touched[changed])] = self.here(values[changed])
             self.owner.manager.renorm(self.table, slab.rows[touched[changed]], max_norm, norm_type)
 
     # Gradients
@@ -349,7 +372,7 @@ class ManagedTable:
     def receive(self, part: Part) -> None:
         """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
         if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
-            part.values = part.values / torch.from_numpy(part.counts).clamp(min=1).to(part.values.dtype)[:, None]
+            part.values = part.values / self.here(part.counts).clamp(min=1).to(part.values.dtype)[:, None]
             part.counts = None
         if self.captured is not None:
             part.scale = 1.0
@@ -396,7 +419,7 @@ class ManagedTable:
         self.clears += 1
         self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
 
-    def step_gradients(self) -> list[pm.TableGradient]:
+    def step_parts(self) -> list[Part]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
         if not self.has_gradient:
             return []
@@ -404,19 +427,28 @@ class ManagedTable:
         counted = sum_per_lookup([part for part in self.parts if part.counts is not None])
         merged = [coalesce_or_only(plain, self)] if plain or not counted else []
         self.parts = merged + counted  # a loop that never clears its gradients must not pile up their parts
-        return [
-            pm.TableGradient(
-                self.table,
-                part.rows,
-                part.values.detach().numpy(),
-                1.0 if part.scale is None else part.scale,
-                part.plan,
-                part.ordinal,
-                part.counts,
-                part.sums_of_block(),
-            )
-            for part in merged + counted
-        ]
+        return self.parts
+
+
+def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
+    """Return parts of tables' gradients as the manager takes them: on the host, but for tables that it has cached."""
+    values = [part.values.detach() for _, part in parts]
+    to_host = [at for at, (table, _) in enumerate(parts) if not table.owner.manager.is_cached(table.table)]
+    for at, array in zip(to_host, all_on_host([values[at] for at in to_host]), strict=True):
+        values[at] = array
+    return [
+        pm.TableGradient(
+            table.table,
+            part.rows,
+            array,
+            1.0 if part.scale is None else part.scale,
+            part.plan,
+            part.ordinal,
+            part.counts,
+            part.sums_of_block(),
+        )
+        for (table, part), array in zip(parts, values, strict=True)
+    ]
 
 
 def sum_per_lookup(parts: list[Part]) -> list[Part]:

@@ -26,14 +26,14 @@ class Probation:
     """What a table was before it was managed.
 
     Args:
-        parameter: whose memory `values` `[rows, dim]` stays.
+        parameter: whose memory `values` `[rows, dim]` stays; a copy of it on the host, if it is on a device.
         held: what its optimizer holds; `states`, one tensor `[rows, ...]` per part, where that differs by row.
     """
 
     def __init__(self, parameter: torch.nn.Parameter, held: HeldState):
         with torch._C.DisableTorchFunctionSubclass():
-            self.values = parameter.detach().contiguous()
-        self.states = held.parts
+            self.values = parameter.detach().cpu().contiguous()
+        self.states = None if held.parts is None else tuple(part.detach().cpu() for part in held.parts)
 
     def fill(self, rows: np.ndarray, out: np.ndarray) -> None:
         np.take(self.values.numpy(), rows, axis=0, out=out)

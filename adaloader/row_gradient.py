@@ -34,7 +34,7 @@ class RowGradient(torch.Tensor):
 
     @property
     def rows(self) -> torch.Tensor:
-        return torch.from_numpy(self._sum.whole().rows.copy())
+        return torch.from_numpy(self._sum.whole().rows.copy()).to(self._sum.table.parameter.device)
 
     @property
     def values(self) -> torch.Tensor:
@@ -68,7 +68,8 @@ class RowGradient(torch.Tensor):
 def row_gradient(rows: RowSum) -> RowGradient:
     """Return a gradient of a table as user code sees it."""
     spec = rows.table.table.spec
-    stand_in = constant_tensor((spec.rows, spec.dim), math.nan, dtype=rows.table.parameter.dtype, device="cpu")
+    parameter = rows.table.parameter
+    stand_in = constant_tensor((spec.rows, spec.dim), math.nan, dtype=parameter.dtype, device=parameter.device)
     gradient = torch.Tensor._make_subclass(RowGradient, stand_in)
     gradient._sum = rows
     return gradient
@@ -222,7 +223,7 @@ def _same(gradient, *args, **kwargs) -> RowGradient:
 
 
 def _to(gradient, *args, **kwargs) -> RowGradient:
-    check_stays(gradient._sum.table.name, gradient.dtype, args, kwargs)
+    check_stays(gradient._sum.table.name, gradient.dtype, gradient.device, args, kwargs)
     return gradient
 
 

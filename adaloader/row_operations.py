@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from adaloader.device_memory import on_host
 from adaloader.errors import ManagedTableError
 from adaloader.row_sum import RowSum, refusal
 from adaloader.slabs import Part
@@ -48,8 +49,8 @@ def _exchange_norms(gradient: RowSum, order: float, dtype: torch.dtype | None) -
     by_rank = torch.from_numpy(np.stack(gradient.gather(own)))
     together = by_rank.sum(0) if order == 0 else torch.linalg.vector_norm(by_rank, order, dim=0)
     for each in group:
-        wanted = dtype or each.table.parameter.dtype
-        each.norms[order, dtype] = together[each.table.table.number].to(wanted)
+        parameter = each.table.parameter
+        each.norms[order, dtype] = together[each.table.table.number].to(parameter.device, dtype or parameter.dtype)
 
 
 def clamp_(gradient: RowSum, low: float | None, high: float | None) -> None:
@@ -103,8 +104,10 @@ def tested(gradient: RowSum, test: Callable[[torch.Tensor], torch.Tensor]) -> to
     result = test(gradient.whole().values.detach())
     if not gradient.is_spread:
         return result
-    passed, failed = np.stack(gradient.gather(np.array([result.sum(), (~result).sum()], np.float64))).sum(0)
-    return torch.cat([torch.ones(int(passed), dtype=torch.bool), torch.zeros(int(failed), dtype=torch.bool)])
+    own = np.array([result.sum().item(), (~result).sum().item()], np.float64)
+    passed, failed = np.stack(gradient.gather(own)).sum(0)
+    tests = [result.new_ones(int(passed)), result.new_zeros(int(failed))]
+    return torch.cat(tests)
 
 
 def total(gradient: RowSum, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -113,7 +116,7 @@ def total(gradient: RowSum, dtype: torch.dtype | None = None) -> torch.Tensor:
     if not gradient.is_spread:
         return values.sum(dtype=dtype)
     sums = gradient.gather(np.array([values.detach().sum(dtype=torch.float64).item()]))
-    return torch.tensor(np.stack(sums).sum(), dtype=dtype or values.dtype)
+    return torch.tensor(np.stack(sums).sum(), dtype=dtype or values.dtype, device=values.device)
 
 
 def mean(gradient: RowSum, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -135,7 +138,7 @@ def extreme(gradient: RowSum, choose: Callable[[torch.Tensor], torch.Tensor]) ->
     found = said[said[:, 2] > 0, 1].tolist()
     if said[:, 0].sum() < gradient.table.table.spec.rows:
         found.append(0.0)
-    return choose(torch.tensor(found, dtype=values.dtype))
+    return choose(torch.tensor(found, dtype=values.dtype, device=values.device))
 
 
 def to_dense(gradient: RowSum) -> torch.Tensor:
@@ -151,10 +154,11 @@ def to_dense(gradient: RowSum) -> torch.Tensor:
         )
     dense = part.values.new_zeros(spec.rows, spec.dim)
     if not gradient.is_spread:
-        return dense.index_add(0, torch.from_numpy(part.rows), part.values)
+        return dense.index_add(0, gradient.table.here(part.rows), part.values)
     rows = gradient.gather(part.rows)
-    values = gradient.gather(part.values.detach().numpy().copy())
-    return dense.index_add(0, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(values)))
+    values = gradient.gather(on_host(part.values).copy())
+    here = gradient.table.here
+    return dense.index_add(0, here(np.concatenate(rows)), here(np.concatenate(values)))
 
 
 def scaled(gradient: RowSum, factor: float) -> RowSum:

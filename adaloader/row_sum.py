@@ -96,7 +96,7 @@ def sum_of(parts: list[Part], table: ManagedTable) -> Part:
         return coalesce(parts)
     stacked = torch.cat([part.values * (1.0 if part.scale is None else part.scale) for part in parts])
     rows, inverse = np.unique(np.concatenate([part.rows for part in parts]), return_inverse=True)
-    values = stacked.new_zeros(len(rows), stacked.shape[1]).index_add(0, torch.from_numpy(inverse), stacked)
+    values = stacked.new_zeros(len(rows), stacked.shape[1]).index_add(0, table.here(inverse), stacked)
     return Part(rows, values, None, 1.0)
 
 

@@ -357,7 +357,7 @@ def set_random_state(generator: torch.Generator | None, state: np.ndarray) -> No
 
 def _seeded_state() -> torch.Tensor:
     """State of a generator seeded from the global one, in the way of torch's RandomSampler."""
-    seed = int(torch.empty((), dtype=torch.int64).random_().item())
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
     return torch.Generator().manual_seed(seed).get_state()
 
 

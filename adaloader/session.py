@@ -42,6 +42,7 @@ from adaloader.ranks import (
     same_comm,
 )
 from adaloader.registry import ends, register, this_process
+from adaloader.row_cache import cache_rows, lone_manager
 from adaloader.sampling import random_state, set_random_state
 from adaloader.settings import Settings
 from adaloader.state import hook_modules, hook_state_dicts
@@ -214,8 +215,10 @@ class Session:
         not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
         machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
         memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
-        rows that this rank gave to another, and replications, rows that it copied to another for a batch. seconds:
-        where time went, on whatever thread.
+        rows that this rank gave to another, and replications, rows that it copied to another for a batch. device_cache:
+        of each table whose rows are kept on a device, how many there is room for (rows, bytes), were looked_up,
+        fetched, late (not there when looked up: miss_rate), evicted, written_back. seconds: where time went, on
+        whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
         traffic = manager.counted()
@@ -250,6 +253,7 @@ class Session:
                 }
                 for name, c in counts.items()
             },
+            "device_cache": manager.cache_stats(),
             "seconds": dict(traffic.seconds),
         }
 
@@ -318,7 +322,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     specs = adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
     check_modules(model, {spec.name: (spec.rule, spec.group) for spec in specs})
     if comm is None or comm.size == 1:
-        manager = pm.Manager()
+        manager = lone_manager(found.values(), settings.device_cache_bytes)
     else:
         end_job_on_failure()
         manager = _manager_of_ranks(comm, settings)
@@ -341,6 +345,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         raise
     managed.attach(optimizers)
     adoption.adopt(managed, found, adoption.specs_for(found, optimizers, adoption.seeds_of_rank_0(manager, found)))
+    cache_rows(managed, settings.device_cache_bytes)
     if manager.ranks > 1:
         _reduce_dense_parameters(managed, model, comm, settings.timeout_seconds)
         end_job_on_failure()  # torch.distributed has set a hook of its own

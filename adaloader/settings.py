@@ -31,6 +31,7 @@ class Settings:
     update_threshold: float | None = None
     max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND
     shared_memory: bool = True
+    device_cache_bytes: int | None = None
 
     def __post_init__(self):
         check_strategy(self.strategy)
@@ -53,6 +54,10 @@ class Settings:
             raise ValueError(f"max_rounds_per_second must be positive; got {self.max_rounds_per_second!r}")
         if not isinstance(self.shared_memory, bool):
             raise ValueError(f"shared_memory must be True or False; got {self.shared_memory!r}")
+        if self.device_cache_bytes is not None and not (
+            _is_int(self.device_cache_bytes) and self.device_cache_bytes >= 0
+        ):
+            raise ValueError(f"device_cache_bytes must be a number of bytes, or None; got {self.device_cache_bytes!r}")
         if not _is_int(self.min_rows) or self.min_rows < 1:
             raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
         if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:
@@ -74,6 +79,7 @@ class Settings:
             "update_threshold",
             "max_rounds_per_second",
             "shared_memory",
+            "device_cache_bytes",
         )
         return {name: getattr(self, name) for name in names}
 

@@ -13,6 +13,7 @@ import torch
 import cuda_ops
 import pm
 from adaloader.compiler import not_compiled
+from adaloader.device_memory import memory_of, on_device
 
 if TYPE_CHECKING:
     from adaloader.managed_table import ManagedTable
@@ -67,7 +68,7 @@ class Part:
 
     Args:
         rows: distinct row ids, int64 `[U]`.
-        values: gradient `[U, dim]`.
+        values: gradient `[U, dim]`, where the table's parameter is.
         plan: the plan that the rows belong to, if any.
         scale: factor still to be applied; None until the backward that made it is over.
         counts: times each row was looked up (int64 `[U]`), where the frequency divides the gradient.
@@ -98,8 +99,9 @@ class Slab:
 
     Args:
         rows: distinct row ids, int64 `[U]`.
-        array: their values `[U, dim]`.
-        tensor: the same memory as a function of the table's parameter; its gradient goes to the table.
+        array: their values `[U, dim]`, on the host; None where they have come from the cache on the table's device.
+        tensor: the same memory, or a copy on the table's device, as a function of the table's parameter; its gradient
+            goes to the table.
         plan: the intent that brought the rows, if any.
         seconds: where the time of its backward is added.
         reached: for tables whose optimizer moves the rows that were looked up and no others (SparseAdam): which rows a
@@ -107,7 +109,7 @@ class Slab:
     """
 
     rows: np.ndarray
-    array: np.ndarray
+    array: np.ndarray | None
     tensor: torch.Tensor
     plan: pm.RowPlan | None
     seconds: dict[str, float]
@@ -122,12 +124,16 @@ class Slab:
 def make_slab(
     table: ManagedTable,
     rows: np.ndarray,
-    array: np.ndarray,
+    values: np.ndarray | torch.Tensor,
     plan: pm.RowPlan | None,
     counts: np.ndarray | None = None,
     ordinal: int = 0,
 ) -> Slab:
-    """Return a slab over `array` whose gradient, when one arrives, becomes a part of the table's row gradient."""
+    """Return a slab over `values` whose gradient, when one arrives, becomes a part of the table's row gradient.
+
+    The values `[U, dim]` are on the host, or a tensor on the table's device.
+    """
+    array, there = (None, values) if isinstance(values, torch.Tensor) else (values, None)
     parameter = table.parameter
     reached = None
     rule = table.table.spec.rule
@@ -140,11 +146,12 @@ def make_slab(
             table.receive(part if reached is None else _only(part, reached))
 
     with table.owner.paused(), torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        there = on_device(array, table.memory) if there is None else there
         if not parameter.requires_grad:
-            tensor = torch.from_numpy(array)
+            tensor = there
         else:
             with torch.enable_grad():
-                tensor = _RowsOf.apply(parameter, array, rows, table)
+                tensor = _RowsOf.apply(parameter, (there,), rows, table)
             tensor.register_hook(deliver)  # not in the backward below, which would seem to be checkpointing's
     return Slab(rows, array, tensor, plan, table.owner.manager.traffic.seconds, reached)
 
@@ -156,7 +163,8 @@ def _only(part: Part, reached: np.ndarray) -> Part:
     if len(keep) == len(reached):
         return part
     counts = None if part.counts is None else part.counts[keep]
-    return replace(part, rows=part.rows[keep], values=part.values[torch.from_numpy(keep)], plan=None, counts=counts)
+    values = part.values[on_device(keep, memory_of(part.values.device))]
+    return replace(part, rows=part.rows[keep], values=values, plan=None, counts=counts)
 
 
 class _RowsOf(torch.autograd.Function):
@@ -169,10 +177,10 @@ class _RowsOf(torch.autograd.Function):
 
     @staticmethod
     @not_compiled
-    def forward(ctx, parameter, array, rows, table):
+    def forward(ctx, parameter, values, rows, table):
         ctx.rows, ctx.table = rows, table
         ctx.set_materialize_grads(False)
-        return torch.from_numpy(array)
+        return values[0]  # in a tuple, for autograd would take it for an input
 
     @staticmethod
     @not_compiled
@@ -183,7 +191,7 @@ class _RowsOf(torch.autograd.Function):
 
 def spread(rows: np.ndarray, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return a tensor of `shape` with `values` `[U, dim]` at distinct `rows` (int64 `[U]`), and zeros elsewhere."""
-    return values.new_zeros(shape).index_add(0, torch.from_numpy(rows), values)
+    return values.new_zeros(shape).index_add(0, on_device(rows, memory_of(values.device)), values)
 
 
 class _Expand(torch.autograd.Function):
@@ -193,6 +201,10 @@ class _Expand(torch.autograd.Function):
     @not_compiled
     def forward(ctx, tensor, slab, positions, shape, padding):
         ctx.positions, ctx.padding, ctx.slab_shape, ctx.slab = positions, padding, tensor.shape, slab
+        memory = memory_of(tensor.device)
+        if memory is not None:
+            ctx.positions_there = memory.send(positions)
+            return tensor.detach().index_select(0, ctx.positions_there).view(*shape, tensor.shape[1])
         out = torch.empty(*shape, tensor.shape[1], dtype=tensor.dtype, device="cpu")
         cuda_ops.expand(slab.array, positions, out.numpy().reshape(-1, tensor.shape[1]))
         return out
@@ -202,12 +214,17 @@ class _Expand(torch.autograd.Function):
     def backward(ctx, grad):
         started = time.perf_counter()
         rows, dim = ctx.slab_shape
+        is_far = grad.device.type != "cpu"
         if torch.is_grad_enabled():  # backward(create_graph=True): stay differentiable
-            positions = torch.from_numpy(ctx.positions)
+            positions = ctx.positions_there if is_far else torch.from_numpy(ctx.positions)
             flat = grad.reshape(-1, dim)
             if ctx.padding >= 0:
                 flat = flat.masked_fill((positions == ctx.padding)[:, None], 0)
             summed = grad.new_zeros(rows, dim).index_add(0, positions, flat)
+        elif is_far:
+            summed = torch.empty(rows, dim, dtype=grad.dtype, device=grad.device)
+            with cuda_ops.trusted():  # the host need not wait for a check of positions that it made
+                cuda_ops.segment_sum(grad.reshape(-1, dim), ctx.positions_there, summed, skip=ctx.padding)
         else:
             summed = torch.empty(rows, dim, dtype=grad.dtype, device="cpu")
             flat = grad.contiguous().numpy().reshape(-1, dim)
@@ -231,7 +248,7 @@ def expand(slab: Slab, positions: np.ndarray, shape: torch.Size, padding: int = 
 
 def no_rows(table: ManagedTable) -> Part:
     """Return a gradient of `table` that is zero everywhere."""
-    empty = torch.empty(0, table.table.spec.dim, dtype=table.parameter.dtype, device="cpu")
+    empty = torch.empty(0, table.table.spec.dim, dtype=table.parameter.dtype, device=table.parameter.device)
     return Part(np.empty(0, np.int64), empty, None, 1.0)
 
 
@@ -239,8 +256,13 @@ def coalesce(parts: list[Part]) -> Part:
     """Sum parts without counts into one over their distinct rows, with its scale applied."""
     rows, inverse = cuda_ops.dedup(np.concatenate([part.rows for part in parts]))
     stacked = torch.cat([_scaled(part) for part in parts])
-    values = torch.empty(len(rows), stacked.shape[1], dtype=stacked.dtype, device="cpu")
-    cuda_ops.segment_sum(stacked.numpy(), inverse, values.numpy())
+    values = torch.empty(len(rows), stacked.shape[1], dtype=stacked.dtype, device=stacked.device)
+    memory = memory_of(stacked.device)
+    if memory is None:
+        cuda_ops.segment_sum(stacked.numpy(), inverse, values.numpy())
+    else:
+        with cuda_ops.trusted():
+            cuda_ops.segment_sum(stacked, memory.send(inverse), values)
     return Part(rows, values, None, 1.0)
 
 

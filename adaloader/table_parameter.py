@@ -125,7 +125,7 @@ def become_table(parameter: nn.Parameter, table: ManagedTable) -> None:
     """Turn `parameter` into a `TableParameter` in place and free its values; identity, shape and hooks stay."""
     guard_transforms()
     requires_grad = parameter.requires_grad
-    stand_in = constant_tensor(parameter.shape, float("nan"), dtype=parameter.dtype, device="cpu")
+    stand_in = constant_tensor(parameter.shape, float("nan"), dtype=parameter.dtype, device=parameter.device)
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.grad.__set__(parameter, None)
         torch.Tensor.data.__set__(parameter, stand_in)
@@ -151,7 +151,7 @@ def _table_among(arguments) -> ManagedTable | None:
 def _view(tensor, *args, **kwargs) -> TableView:
     """Return the table without its gradient (`detach()`, `.data`)."""
     table = tensor._managed
-    stand_in = constant_tensor(tensor.shape, float("nan"), dtype=tensor.dtype, device="cpu")
+    stand_in = constant_tensor(tensor.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
     view = torch.Tensor._make_subclass(TableView, stand_in)
     view._managed = table
     return view
@@ -182,7 +182,7 @@ def _as_dense(value):
 
 def _to(tensor, *args, **kwargs):
     """`to` and its relatives: nothing to do for the dtype and device that the table has; an error for others."""
-    check_stays(tensor._managed.name, tensor.dtype, args, kwargs)
+    check_stays(tensor._managed.name, tensor.dtype, tensor.device, args, kwargs)
     return tensor
 
 
@@ -193,7 +193,7 @@ def _converted(wanted: dict[str, object]):
 def _type(tensor, dtype=None, non_blocking=False, **kwargs):
     """`type()` names the tensor type; with a dtype it is a conversion."""
     if dtype is None:
-        return torch.empty(0, dtype=tensor.dtype, device="cpu").type()
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).type()
     return _to(tensor, torch.empty(0).type(dtype).dtype)
 
 

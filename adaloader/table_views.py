@@ -131,7 +131,8 @@ def _made(source, form: torch.Tensor):
 
 
 def _slice(source, form: torch.Tensor) -> TableSlice:
-    stand_in = constant_tensor(form.shape, float("nan"), dtype=form.dtype, device="cpu")
+    device = source._managed.parameter.device
+    stand_in = constant_tensor(form.shape, float("nan"), dtype=form.dtype, device=device)
     trains = source.requires_grad and torch.is_grad_enabled()
     view = torch.Tensor._make_subclass(TableSlice, stand_in, trains)
     view._managed, view._form = source._managed, form
@@ -192,13 +193,14 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
     other dimensions follow in their order.
     """
     layout, table = _layout(view), view._managed
+    indices = {at: ids.cpu() for at, ids in indices.items()}  # where lookups are compared and served
     dims = range(len(layout.shape))
     shape_B = next(iter(indices.values())).shape if indices else torch.Size()
     open_rows = [at for at in layout.row_dims if at not in indices]
     open_columns = [at for at in dims if at not in indices and at not in layout.row_dims]
     ids, columns = rows_and_columns(layout, indices, open_columns)
     if open_rows and not indices:  # the same rows for every batch; the number of a single row may be the batch's
-        ids = torch.full((), layout.offset // layout.dim)
+        ids = torch.full((), layout.offset // layout.dim, device="cpu")
     ids = with_open_rows(layout, ids, open_rows)
     if view.requires_grad and torch.is_grad_enabled():
         check_layout(table.table.spec.rule, False, table.name, operation)
@@ -208,9 +210,9 @@ def look_up_at(view, indices: dict[int, torch.Tensor], operation: str) -> torch.
         if columns is None:
             rows = columns_of(expand(slab, positions, ids.shape), offsets_T + layout.offset % layout.dim)
         else:
-            at = torch.from_numpy(positions).view(ids.shape)[..., None]
+            at = table.here(positions).view(ids.shape)[..., None]
             wanted = columns.reshape(*shape_B, *[1] * (ids.ndim - len(shape_B)), 1) + offsets_T.flatten()
-            rows = slab.tensor[at, wanted]
+            rows = slab.tensor[at, wanted.to(at.device)]
         shape = (*ids.shape, *(layout.shape[at] for at in open_columns))
         order = order_of_results(len(shape_B), sorted(indices), open_rows, open_columns)
         found = rows.reshape(shape).permute(order)
@@ -360,7 +362,7 @@ def embedding_bag(
     _refuse_options(weight, "embedding_bag", max_norm, scale_grad_by_freq)
     rows = _found(weight, {0: ids.reshape(-1)}, "embedding_bag")
     with weight._managed.owner.paused():
-        at = torch.arange(ids.numel()).view(ids.shape)
+        at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         padded = (ids == padding).reshape(-1).nonzero() if padding is not None else ()
         if len(padded):
             first = int(padded[0])
@@ -405,7 +407,7 @@ def gather(input, dim, index, *, sparse_grad=False):
         if ids.shape[other] > view.shape[other]:
             raise IndexError(f"gather: index {list(ids.shape)} is larger than the table in dimension {other}")
         shape = [-1 if o == other else 1 for o in range(view.ndim)]
-        indices[other] = torch.arange(ids.shape[other]).view(shape).expand(ids.shape)
+        indices[other] = torch.arange(ids.shape[other], device=ids.device).view(shape).expand(ids.shape)
     return look_up_at(view, {o: indices[o] for o in sorted(indices)}, "gather")
 
 

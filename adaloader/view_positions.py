@@ -28,7 +28,7 @@ def times(ids: torch.Tensor, factor: int) -> torch.Tensor:
 
 def sum_of(terms: list[torch.Tensor], start: int) -> torch.Tensor:
     if not terms:
-        return torch.tensor(start)
+        return torch.tensor(start, device="cpu")
     total = terms[0]
     for term in terms[1:]:
         total = total + term
@@ -38,14 +38,14 @@ def sum_of(terms: list[torch.Tensor], start: int) -> torch.Tensor:
 def with_open_rows(layout: Layout, ids: torch.Tensor, open_rows: list[int]) -> torch.Tensor:
     for at in open_rows:
         step = layout.strides[at] // layout.dim
-        ids = ids[..., None] + torch.arange(layout.shape[at]) * step
+        ids = ids[..., None] + torch.arange(layout.shape[at], device="cpu") * step
     return ids
 
 
 def offsets_of(layout: Layout, dims: list[int]) -> torch.Tensor:
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for at in dims:
-        offsets = offsets[..., None] + torch.arange(layout.shape[at]) * layout.strides[at]
+        offsets = offsets[..., None] + torch.arange(layout.shape[at], device="cpu") * layout.strides[at]
     return offsets
 
 
@@ -53,9 +53,9 @@ def columns_of(rows: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
     """Return the columns `wanted_T` (any shape, taken flat) of `rows` `[..., dim]`."""
     wanted = wanted_T.flatten()
     first = int(wanted[0]) if len(wanted) else 0
-    if torch.equal(wanted, torch.arange(first, first + len(wanted))):
+    if torch.equal(wanted, torch.arange(first, first + len(wanted), device=wanted.device)):
         return rows.narrow(-1, first, len(wanted)) if len(wanted) else rows[..., :0]
-    return rows.index_select(-1, wanted)
+    return rows.index_select(-1, wanted.to(rows.device))
 
 
 def order_of_results(broadcast: int, indexed: list[int], open_rows: list[int], open_columns: list[int]) -> list[int]:

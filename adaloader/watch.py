@@ -88,10 +88,10 @@ class Watch:
             return
         self._add(batch)
 
-    def lookup(self, table: str, ids: torch.Tensor, operation: str) -> None:
+    def lookup(self, table: str, ids: torch.Tensor, operation: str, on_host: np.ndarray) -> None:
         if self.recorder is not None:
             self._lookups += 1
-            self.recorder.lookup(table, ids, operation)
+            self.recorder.lookup(table, ids, operation, on_host)
 
     def not_foreseen(self, batch: Batch, table: str, ids: np.ndarray) -> None:
         """A lookup of `ids` (int64 `[n]`), probably for `batch`, was not among those that its programs had foreseen.

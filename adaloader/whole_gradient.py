@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from adaloader.device_memory import on_host
 from adaloader.gradient_layout import check_layout
 from adaloader.slabs import Part
 
@@ -39,6 +40,6 @@ def _part_of(table: ManagedTable, gradient: torch.Tensor) -> Part:
     check_layout(table.table.spec.rule, gradient.is_sparse, table.name, "a gradient made by an autograd.Function")
     if gradient.is_sparse:
         gradient = gradient.coalesce()
-        return Part(gradient.indices()[0].numpy().copy(), gradient.values().clone(), None, None)
+        return Part(on_host(gradient.indices()[0]).copy(), gradient.values().clone(), None, None)
     rows = (gradient != 0).any(1).nonzero().squeeze(1)
-    return Part(rows.numpy().astype(np.int64), gradient[rows], None, None)
+    return Part(on_host(rows).astype(np.int64), gradient[rows], None, None)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import cuda_ops
+from adaloader.device_memory import on_host
 from adaloader.errors import ManagedTableError
 from adaloader.probation import confirm
 from adaloader.table_values import all_numbers, load_values
@@ -68,15 +69,16 @@ def change_rows(table: ManagedTable, ids: torch.Tensor, change: Callable[[torch.
         IndexError: if an id is out of range.
     """
     model = table.owner
-    flat = ids.detach().reshape(-1).to(torch.int64).numpy()
+    flat = on_host(ids.reshape(-1).to(torch.int64))
     rows, positions = cuda_ops.dedup(flat)
     table.check_range(rows)
     with model.paused(), torch.inference_mode(False):
         values = np.empty((len(rows), table.table.spec.dim), table.table.spec.dtype)
         model.manager.pull(table.table, rows, values)
+        here = table.here(values)
         with torch.no_grad():
-            change(torch.from_numpy(values), torch.from_numpy(positions).view(ids.shape))
-        _set_rows(table, rows, values)
+            change(here, table.here(positions).view(ids.shape))
+        _set_rows(table, rows, on_host(here))
     model.writes += 1
 
 
@@ -155,10 +157,11 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
         def part(value):
             return value.detach()[torch.from_numpy(rows)] if _is_per_row(value, spec.rows) else value
 
+        here = table.here(values)
         with torch.no_grad():
-            function(
-                torch.from_numpy(values), *map(part, args), **{name: part(value) for name, value in kwargs.items()}
-            )
+            function(here, *map(part, args), **{name: part(value) for name, value in kwargs.items()})
+        if table.memory is not None:
+            values[...] = on_host(here)
 
     with model.paused(), torch.inference_mode(False), manager.still():
         for rows, values, _ in manager.held_rows(table.table):

@@ -26,6 +26,7 @@ from cuda_ops.cpu.advance import caught_up_word, history_columns
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.dispatch import by_device
+from cuda_ops.trust import trusted
 
 dedup = by_device(_dedup.dedup)
 dedup_counts = by_device(_dedup.dedup_counts)
@@ -87,4 +88,5 @@ __all__ = [
     "sgd_update",
     "sparse_adam_update",
     "sum_segments",
+    "trusted",
 ]

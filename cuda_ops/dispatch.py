@@ -34,9 +34,9 @@ def by_device(cpu_body):
             _no_tensors.update(map(type, (*args, *kwargs.values())))
             return cpu_body(*args, **kwargs)
         name = cpu_body.__name__
-        if any(tensor.device.type == "cuda" for tensor in tensors):
+        for device_type in {tensor.device.type for tensor in tensors} & BODIES.keys():
             refuse_several_devices(args, kwargs, name)
-            return cuda_body(cpu_body)(*args, **kwargs)
+            return BODIES[device_type](cpu_body)(*args, **kwargs)
         views = [as_array(value, name) for value in args]
         named_views = {key: as_array(value, name) for key, value in kwargs.items()}
         return _as_tensors(cpu_body(*views, **named_views))
@@ -59,6 +59,10 @@ def cuda_body(cpu_body):
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("cuda_ops."):
             raise  # without Numba's CUDA target there are no bodies at all, and its message says what is missing
         raise NotImplementedError(f"cuda_ops.{name} has no body for CUDA devices yet; pass CPU tensors") from error
+
+
+BODIES = {"cuda": cuda_body}
+"""By type of device that has bodies of its own: what gives the one that stands for a CPU body."""
 
 
 def refuse_several_devices(args, kwargs, name):

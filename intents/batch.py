@@ -116,7 +116,7 @@ def as_tensor(leaf: Any) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an array that is read only stays unwritten
             return torch.from_numpy(leaf)
-    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.int64)
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.int64, device="cpu")
 
 
 def sibling_groups(paths: list[str]) -> list[list[int]]:
@@ -130,7 +130,7 @@ def sibling_groups(paths: list[str]) -> list[list[int]]:
 
 def lengths_of(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The lengths of ``tensors`` in one tensor."""
-    return torch.tensor([len(tensor) for tensor in tensors], dtype=dtype)
+    return torch.tensor([len(tensor) for tensor in tensors], dtype=dtype, device="cpu")
 
 
 def _collect(path: str, node: Any, found: Contents, entered: set[int]) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,11 +77,12 @@ class Recorder:
             with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 self._tape.add_batch(number, contents(batch).traced)
 
-    def lookup(self, table: str, ids: Tensor, operation: str) -> None:
-        """Note that rows ``ids`` (any shape, any integer dtype) of ``table`` are looked up now, by ``operation``."""
+    def lookup(self, table: str, ids: Tensor, operation: str, on_host: np.ndarray | None = None) -> None:
+        """Note that rows ``ids`` (any shape, any integer dtype) of ``table`` are looked up now, by ``operation``;
+        ``on_host`` are the same ids, flat, where the caller has them there."""
         if self._is_listening() and not self._pauses:
             with self._contained(), torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-                self._tape.add_lookup(Site(table, operation, users_line()), ids)
+                self._tape.add_lookup(Site(table, operation, users_line()), ids, on_host)
 
     def drawn(self, redraw: Callable[..., Tensor], *facts: Any) -> None:
         """Note a random draw that ``redraw`` repeats for any batch; ``facts`` as :meth:`Tape.add_draw` takes them."""

@@ -182,12 +182,12 @@ def private_copies(*leaves: Tensor) -> list[Tensor]:
         low = min(span[0] for span in spans) // 16 * 16  # no element is wider: offsets stay whole numbers
         high = max(span[1] for span in spans)
         storage = leaves[positions[0]].untyped_storage()
-        reached = torch.empty(0, dtype=torch.uint8).set_(storage, low, (max(high - low, 0),))
+        reached = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (max(high - low, 0),))
         copied = reached.clone().untyped_storage()
         for position in positions:
             leaf = leaves[position]
             offset = leaf.storage_offset() - low // leaf.itemsize if leaf.numel() else 0
-            empty = torch.empty(0, dtype=leaf.dtype)
+            empty = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
             copies[position] = empty.set_(copied, offset, leaf.shape, leaf.stride())
     return copies
 

@@ -172,8 +172,8 @@ class Tape:
         writes = self.writes.get(reached.storage, ())
         return [step for step, written in writes if since <= step < before and written.overlaps(reached)]
 
-    def add_lookup(self, site: Site, ids: Tensor) -> None:
-        """Note that ``ids`` were looked up now."""
+    def add_lookup(self, site: Site, ids: Tensor, on_host: np.ndarray | None = None) -> None:
+        """Note that ``ids`` were looked up now; ``on_host`` are the same, flat, if somebody has brought them there."""
         taint = self.taint(ids)
         if taint is None and (ids.is_floating_point() or ids.is_complex()):
             taint = f"have dtype {ids.dtype}, where integers are expected"
@@ -181,7 +181,7 @@ class Tape:
             taint = "are not a plain tensor (sparse, a subclass, or inside a function transform?)"
         value = self._value(ids) if taint is None else None
         latest_batch = next(reversed(self.batches), None)
-        self.lookups.append(Lookup(site, value, len(self.steps), taint, latest_batch, _distinct(ids)))
+        self.lookups.append(Lookup(site, value, len(self.steps), taint, latest_batch, _distinct(ids, on_host)))
 
     def taint(self, tensor: Tensor) -> str | None:
         """Why ``tensor`` cannot be traced, or None."""
@@ -468,11 +468,11 @@ def _same_numbers(leaf: Tensor, tensor: Tensor) -> bool:
     return bool((flat == tensor.reshape(-1)).all()) and not bool((flat == flat[0]).all())
 
 
-def _distinct(ids: Tensor) -> np.ndarray:
+def _distinct(ids: Tensor, on_host: np.ndarray | None) -> np.ndarray:
     """The distinct ids of a lookup, int64; none where they cannot be read."""
     if span(ids) is None or ids.device.type == "meta" or ids.is_floating_point() or ids.is_complex():
         return np.empty(0, np.int64)
-    return np.unique(ids.detach().cpu().numpy()).astype(np.int64)
+    return np.unique(ids.detach().cpu().numpy() if on_host is None else on_host).astype(np.int64)
 
 
 def _place(tensor: Tensor) -> tuple | None:

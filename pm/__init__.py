@@ -10,6 +10,7 @@ The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, the
 `node.py`.
 """
 
+from pm.cached_manager import CachedManager
 from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop
 from pm.eventual import EventualManager
 from pm.manager import Manager
@@ -26,6 +27,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Adamax",
+    "CachedManager",
     "DecayingAdagrad",
     "EventualManager",
     "Frozen",

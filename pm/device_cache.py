@@ -56,7 +56,8 @@ class DeviceCache:
         self._free_count = slots
         self._ready: dict[int, np.ndarray] = {}  # slots pinned by batches that `prefetch` has brought
         self._in_use: dict[int, np.ndarray] = {}  # slots pinned by batches that have begun
-        self._counts = dict.fromkeys(("looked_up", "late", "fetched", "written_back"), 0)
+        self._holds = -1
+        self._counts = dict.fromkeys(("looked_up", "late", "fetched", "written_back", "evicted"), 0)
 
     def intend(self, batch: int, keys: np.ndarray) -> None:
         """Say that `batch` will look up distinct `keys` (int64 `[n]`). Batches are announced in ascending order.
@@ -108,15 +109,41 @@ class DeviceCache:
         self._pin(slots[slots >= 0])
         self._unpin(self._ready.pop(batch, slots[:0]))
         self._renew_turns(over)
+        return self._bring(batch, keys, slots)
+
+    def hold(self, keys: np.ndarray) -> tuple[int, np.ndarray]:
+        """Return (number, slots int64 `[n]`) of distinct `keys` that are used for no batch, and so were not announced;
+        they hold their rows until `finish(number)`.
+
+        Raises:
+            MemoryError: as `begin`.
+        """
+        self._holds -= 1
+        slots = self._index.find(keys)
+        self._check_room(self._holds, len(keys), slots[slots >= 0])
+        self._pin(slots[slots >= 0])
+        return self._holds, self._bring(self._holds, keys, slots)
+
+    def _bring(self, number: int, keys: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Bring those of `keys` that have no slot yet; the others are pinned. Return all slots."""
         missing = slots < 0
         late = int(missing.sum())
         while late > self._free_count + len(self._turns):
             self._unpin(self._ready.pop(max(self._ready)))
         slots[missing] = self._fetch(keys[missing])
-        self._in_use[batch] = slots
+        self._in_use[number] = slots
         self._counts["looked_up"] += len(keys)
         self._counts["late"] += late
         return slots.copy()
+
+    def slots_in_use(self, batch: int) -> np.ndarray | None:
+        """Return the slots of a batch that has begun, in the order of its keys; None for others."""
+        slots = self._in_use.get(batch)
+        return None if slots is None else slots.copy()
+
+    def changed(self, slots: np.ndarray) -> None:
+        """The rows at `slots` (int64 `[n]`), which are in use, have changed on the device."""
+        self._changed[slots] = True
 
     def finish(self, batch: int, *, changed: bool = True) -> None:
         """The batch is over, and its rows on the device were `changed` or not.
@@ -130,12 +157,23 @@ class DeviceCache:
         self._changed[slots] |= changed
         self._unpin(slots)
 
+    def let_go(self) -> None:
+        """All batches that are in use may lose their rows again: what they looked up was copied. Their changes stay."""
+        for batch in list(self._in_use):
+            self.finish(batch, changed=False)
+
     def flush(self) -> None:
         """Write all changed rows back to the host; they stay on the device."""
         self._write_back(np.flatnonzero(self._changed))
 
+    def reload(self) -> None:
+        """The host's rows were changed, and none of those on the device since `flush`: bring all of them again."""
+        slots = np.flatnonzero(self._key_of >= 0)
+        if len(slots):
+            self._device.write(slots, self._host.read(self._key_of[slots]))
+
     def stats(self) -> dict[str, float]:
-        """Rows looked up, fetched, fetched late (when their batch began), written back; and late / looked up."""
+        """Rows looked up, fetched, fetched late (when their batch began), written back, evicted; late / looked up."""
         looked_up = self._counts["looked_up"]
         return {**self._counts, "miss_rate": self._counts["late"] / looked_up if looked_up else 0.0}
 
@@ -144,7 +182,8 @@ class DeviceCache:
         others = len(np.setdiff1d(in_use, held))
         if wanted + others > self.slots:
             raise MemoryError(
-                f"batch {batch} looks up {wanted} rows, and batches that are not finished hold {others} others: "
+                f"{f'batch {batch}' if batch >= 0 else 'a step'} needs {wanted} rows, and batches that are not "
+                f"finished hold {others} others: "
                 f"{(wanted + others) * self.row_bytes:,} bytes, where the cache on the device has "
                 f"{self.slots * self.row_bytes:,}; give it more (device_cache_bytes), or make batches smaller"
             )
@@ -173,6 +212,7 @@ class DeviceCache:
         from_free = min(len(keys), self._free_count)
         self._free_count -= from_free
         going = self._turns.take(len(keys) - from_free)
+        self._counts["evicted"] += len(going)
         self._write_back(going[self._changed[going]])
         self._index.remove(self._key_of[going])
         slots = np.concatenate([self._free[self._free_count : self._free_count + from_free], going])

@@ -231,6 +231,14 @@ class Manager:
         table.advance(scratch, slots)
         return scratch.values(slots, values), scratch.states(slots)
 
+    def is_cached(self, table: Table) -> bool:
+        """Whether lookups and steps of `table` are made on a device, where some of its rows are (`CachedManager`)."""
+        return False
+
+    def cache_stats(self) -> dict[str, dict[str, float]]:
+        """Return counts of the cache of each table that has one, by name."""
+        return {}
+
     # Rows
 
     def next_plan_number(self) -> int:
@@ -324,16 +332,18 @@ class Manager:
                 for gradient in run:
                     del by_table[gradient.table.number]
         for number, parts in by_table.items():
-            table = self.tables[number]
-            pieces = []
-            for part in parts:
-                slots = self.slots_of(part.plan) if part.plan is not None else self.touch(table, part.rows)
-                pieces.append(Piece(slots, part.values, part.scale, part.ordinal, part.counts))
-            self.apply(table, pieces, groups[number])
+            self._apply_gradients(self.tables[number], parts, groups[number])
         for plan in finished:
             self.release(plan)
         self.steps += 1
         self.traffic.seconds["update"] += time.perf_counter() - started
+
+    def _apply_gradients(self, table: Table, parts: list[TableGradient], group: dict[str, object]) -> None:
+        pieces = []
+        for part in parts:
+            slots = self.slots_of(part.plan) if part.plan is not None else self.touch(table, part.rows)
+            pieces.append(Piece(slots, part.values, part.scale, part.ordinal, part.counts))
+        self.apply(table, pieces, group)
 
     def apply(self, table: Table, pieces: list[Piece], group: dict[str, object]) -> None:
         """Update records with the sum of one step's pieces of a table's gradient, at slots of this rank."""

@@ -162,7 +162,8 @@ class TableGradient:
     Args:
         table: the table.
         rows: distinct row ids, int64 `[U]`.
-        values: gradient `[U, dim]`, already summed per row on this rank.
+        values: gradient `[U, dim]`, already summed per row on this rank; of a table that is cached on a device
+            (`CachedManager`) a tensor there.
         scale: factor still to be applied to `values`.
         plan: the plan whose `rows` these are, if any: then keys need not travel.
         ordinal: gradients of different ordinals are divided by their own counts before they are summed.

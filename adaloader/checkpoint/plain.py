@@ -67,7 +67,7 @@ def open_plain(path: Path) -> dict[str, torch.Tensor]:
 def _mapped(file: TensorFile, name: str) -> torch.Tensor:
     entry = file.entry(name)
     if entry.start == entry.stop:
-        return torch.empty(entry.shape, dtype=BY_NAME[entry.dtype])
+        return torch.empty(entry.shape, dtype=BY_NAME[entry.dtype], device="cpu")
     # Copied on writing, which nobody does: PyTorch warns of memory that cannot be written.
     mapped = np.memmap(file.path, np.uint8, "c", entry.start, (entry.stop - entry.start,))
     return torch.from_numpy(mapped).view(BY_NAME[entry.dtype]).view(entry.shape)

@@ -210,7 +210,7 @@ class TensorFile:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole tensor."""
         entry = self.entry(name)
-        out = torch.empty(entry.shape, dtype=BY_NAME[entry.dtype])
+        out = torch.empty(entry.shape, dtype=BY_NAME[entry.dtype], device="cpu")
         self._read_into(memoryview(out.reshape(-1).view(torch.uint8).numpy()), entry.start)
         return out
 

@@ -6,9 +6,9 @@ in order with torch's own operations. Nothing here uses atomic additions of floa
 give the same bits every time.
 
 A wrong index raises before anything is written, as on the CPU, which needs the host to wait for the device;
-`checks.trusted` leaves that out where indices are known to be right. Rows are read and written 16 bytes at a time by a
-warp or a part of one where the base address, the record and the row are multiples of 16 bytes (a device store pads its
-records to that), and word by word where not.
+`cuda_ops.trusted` leaves that out where indices are known to be right. Rows are read and written 16 bytes at a time by
+a warp or a part of one where the base address, the record and the row are multiples of 16 bytes (a device store pads
+its records to that), and word by word where not.
 
 Imported only when a CUDA tensor arrives (`dispatch.py`). With NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is
 imported, the same kernels run on Numba's simulator, on tensors in the CPU's memory. Imports NumPy, Numba, torch, and of

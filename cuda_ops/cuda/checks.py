@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-
 import torch
 
+from cuda_ops.trust import is_trusted
+
 _VALUE_DTYPES = (torch.float32, torch.float64)
-_state = threading.local()
-
-
-@contextlib.contextmanager
-def trusted():
-    """Do not check the range of indices inside, on this thread: a wrong one then reads or writes other memory.
-
-    The host need not wait for the device then. For indices that were made by us, or checked before.
-    """
-    before = getattr(_state, "trusted", False)
-    _state.trusted = True
-    try:
-        yield
-    finally:
-        _state.trusted = before
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -62,7 +46,7 @@ def writable(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[i
 
 def in_range(indices: torch.Tensor, bound: int, name: str) -> None:
     """Raise IndexError naming the first of `indices` (int64 vector) that is not in [0, bound)."""
-    if getattr(_state, "trusted", False) or not indices.numel():
+    if is_trusted() or not indices.numel():
         return
     outside = (indices < 0) | (indices >= bound)
     if outside.any():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuda_ops.cuda.checks import trusted
+from cuda_ops import trusted
 from cuda_ops.cuda.delta import delta, merge
 from cuda_ops.cuda.rows import gather, scatter
 from cuda_ops.cuda.segment import expand
