@@ -67,9 +67,11 @@ class RowGradient(torch.Tensor):
 
 def row_gradient(rows: RowSum) -> RowGradient:
     """Return a gradient of a table as user code sees it."""
-    spec = rows.table.table.spec
-    stand_in = constant_tensor((spec.rows, spec.dim), math.nan, dtype=rows.table.parameter.dtype, device="cpu")
-    gradient = torch.Tensor._make_subclass(RowGradient, stand_in)
+    table = rows.table
+    if table.gradient_form is None:
+        shape = table.table.spec.rows, table.table.spec.dim
+        table.gradient_form = constant_tensor(shape, math.nan, dtype=table.parameter.dtype, device="cpu")
+    gradient = torch.Tensor._make_subclass(RowGradient, table.gradient_form)
     gradient._sum = rows
     return gradient
 
