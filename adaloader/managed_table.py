@@ -114,6 +114,7 @@ class ManagedTable:
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     `usages` says, by place among a batch's lookups of the table, how the last one there was used, where it can be made
     with those of other tables; `matched` is the place of the last lookup, None if none was expected there.
+    `gradient_form` has the form of row gradients and no values, once there was one.
     """
 
     name: str
@@ -140,6 +141,7 @@ class ManagedTable:
     captured: list[Part] | None = None
     usages: dict[int, Usage] = field(default_factory=dict)
     matched: int | None = None
+    gradient_form: torch.Tensor | None = None
     hooks: OrderedDict = field(default_factory=OrderedDict)
     post_hooks: OrderedDict = field(default_factory=OrderedDict)
 

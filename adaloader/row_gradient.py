@@ -67,10 +67,12 @@ class RowGradient(torch.Tensor):
 
 def row_gradient(rows: RowSum) -> RowGradient:
     """Return a gradient of a table as user code sees it."""
-    spec = rows.table.table.spec
-    parameter = rows.table.parameter
-    stand_in = constant_tensor((spec.rows, spec.dim), math.nan, dtype=parameter.dtype, device=parameter.device)
-    gradient = torch.Tensor._make_subclass(RowGradient, stand_in)
+    table = rows.table
+    if table.gradient_form is None:
+        shape = table.table.spec.rows, table.table.spec.dim
+        like = table.parameter
+        table.gradient_form = constant_tensor(shape, math.nan, dtype=like.dtype, device=like.device)
+    gradient = torch.Tensor._make_subclass(RowGradient, table.gradient_form)
     gradient._sum = rows
     return gradient
 

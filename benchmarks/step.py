@@ -2,6 +2,7 @@
 
     python benchmarks/step.py               1 rank; plain is nn.Embedding(sparse=True)
     mpirun -n 2 python benchmarks/step.py   2 ranks; plain is the same under DistributedDataParallel (gloo)
+    python benchmarks/step.py --tables 26   26 tables of a 26th of the rows, and beside them one table of all rows
 
 A step is: fetch the next batch, look it up, `out.backward(gradient)` with a fixed gradient,
 `optimizer.step()`, `zero_grad()`. Both sides get the same batches, made beforehand: plain from a list,
@@ -30,13 +31,24 @@ from torch import nn
 import adaloader
 from pm.decision import TECHNIQUES
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
 UNCOUNTED = 2
 TOLERANCE = 1e-5
 
 
+class Tables(nn.Module):
+    """Tables of equal size, one after the other for the ids `[batch, fields]` of as many fields."""
+
+    def __init__(self, tables: int, rows: int, dim: int, *, sparse: bool):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, dim, sparse=sparse) for _ in range(tables))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.stack([table(ids[:, field]) for field, table in enumerate(self.tables)], 1)
+
+
 class Side:
-    """One of the two that are compared: a table, its optimizer, and the batches still to come.
+    """One of those that are compared: a table, its optimizer, and the batches still to come.
 
     `step_seconds` holds the counted steps; `cpu_seconds` the processor time of all threads in them.
     """
@@ -72,27 +84,16 @@ def main(arguments: list[str] | None = None) -> None:
     gradient = torch.randn(args.batch, args.fields, args.dim, generator=torch.Generator().manual_seed(rank))
 
     torch.manual_seed(args.seed)
-    managed_table = nn.Embedding(args.rows, args.dim)
-    plain_table = nn.Embedding(args.rows, args.dim, sparse=True)
+    managed_table, plain_table = make_model(args, args.tables), make_model(args, args.tables, sparse=True)
     plain_table.load_state_dict(managed_table.state_dict())
-    optimizer = OPTIMIZERS[args.optimizer](managed_table.parameters(), lr=args.lr)
-    loader = adaloader.AdaLoader.wrap(
-        batches,
-        model=managed_table,
-        optimizer=optimizer,
-        min_rows=1,
-        staleness=args.staleness,
-        techniques=args.techniques,
-        shared_memory=not args.apart,
-        **lookahead_of(args),
-    )
-    ours = Side(managed_table, optimizer, iter(loader))
+    ours, loader = managed_side(args, managed_table, batches)
     plain_optimizer = OPTIMIZERS[args.optimizer](plain_table.parameters(), lr=args.lr)
     plain = Side(distributed(plain_table, comm), plain_optimizer, iter(batches))
+    one = [managed_side(args, make_model(args, 1), in_one_table(args, batches))[0]] if args.tables > 1 else []
 
-    before = run_in_turns(args, ours, plain, loader, gradient, size)
+    before = run_in_turns(args, [ours, plain, *one], loader, gradient, size)
     parts = {name: (seconds - before[name]) / args.steps for name, seconds in loader.stats()["seconds"].items()}
-    figures = collect(args, ours, plain, parts, size)
+    figures = collect(args, [ours, plain, *one], parts, size)
     figures["largest_difference"] = difference(managed_table, plain_table, rank)
     if rank == 0:
         report(args, figures)
@@ -100,41 +101,71 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"the tables differ by {figures['largest_difference']}; expected at most {TOLERANCE}")
 
 
+def make_model(args: argparse.Namespace, tables: int, *, sparse: bool = False) -> nn.Module:
+    """`--rows` rows in so many tables; `sparse` for plain PyTorch, but for Adam, which takes dense gradients alone."""
+    sparse = sparse and args.optimizer != "adam"
+    if tables == 1:
+        return nn.Embedding(args.rows, args.dim, sparse=sparse)
+    return Tables(tables, args.rows // tables, args.dim, sparse=sparse)
+
+
+def managed_side(args: argparse.Namespace, model: nn.Module, batches: list[dict]) -> tuple[Side, object]:
+    """Collective: the side that AdaLoader manages, and its loader."""
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
+    loader = adaloader.AdaLoader.wrap(
+        batches,
+        model=model,
+        optimizer=optimizer,
+        min_rows=1,
+        staleness=args.staleness,
+        techniques=args.techniques,
+        shared_memory=not args.apart,
+        **lookahead_of(args),
+    )
+    return Side(model, optimizer, iter(loader)), loader
+
+
 def run_in_turns(
-    args: argparse.Namespace, ours: Side, plain: Side, loader: object, gradient: torch.Tensor, size: int
+    args: argparse.Namespace, sides: list[Side], loader: object, gradient: torch.Tensor, size: int
 ) -> dict[str, float]:
     """Warm up and measure; return the loader's seconds by part as they were after the warm-up."""
-    for side in (ours, plain):
+    for side in sides:
         side.run(args.warmup, gradient, uncounted=args.warmup)
     before = dict(loader.stats()["seconds"])
     for _ in range(args.steps // args.block):
-        for side in (ours, plain):
+        for side in sides:
             if size > 1:
                 dist.barrier()
             side.run(args.block, gradient, uncounted=UNCOUNTED)
     return before
 
 
-def collect(args: argparse.Namespace, ours: Side, plain: Side, parts: dict[str, float], size: int) -> dict[str, object]:
+def collect(args: argparse.Namespace, sides: list[Side], parts: dict[str, float], size: int) -> dict[str, object]:
     """Collective: the figures in milliseconds a step, each the mean over ranks of a rank's median or mean."""
     names = sorted(parts)
     rows = [
-        *(1e3 * np.median(side.step_seconds) for side in (ours, plain)),
-        *(1e3 * np.quantile(side.step_seconds, 0.9) for side in (ours, plain)),
-        *(1e3 * side.cpu_seconds / len(side.step_seconds) for side in (ours, plain)),
+        *(1e3 * np.median(side.step_seconds) for side in sides),
+        *(1e3 * np.quantile(side.step_seconds, 0.9) for side in sides),
+        *(1e3 * side.cpu_seconds / len(side.step_seconds) for side in sides),
         *(1e3 * parts[name] for name in names),
     ]
     values = torch.tensor(rows, dtype=torch.float64)
     if size > 1:
         dist.all_reduce(values)
         values /= size
-    labels = ["adaloader", "plain", "adaloader_p90", "plain_p90", "adaloader_cpu", "plain_cpu"]
+    labels = [
+        f"{side}{what}" for what in ("", "_p90", "_cpu") for side in ("adaloader", "plain", "one_table")[: len(sides)]
+    ]
     milliseconds = dict(zip(labels + names, values.tolist(), strict=True))
+    ratios = {f"ratio{what}": milliseconds[f"adaloader{what}"] / milliseconds[f"plain{what}"] for what in ("", "_cpu")}
+    if len(sides) > 2:
+        for what in ("", "_cpu"):
+            ratios[f"ratio_to_one_table{what}"] = milliseconds[f"adaloader{what}"] / milliseconds[f"one_table{what}"]
     return {
         "ranks": size,
         "arguments": vars(args),
         "step_milliseconds": {label: milliseconds[label] for label in labels},
-        "ratio": milliseconds["adaloader"] / milliseconds["plain"],
+        **ratios,
         "part_milliseconds": {name: milliseconds[name] for name in names},
     }
 
@@ -143,13 +174,23 @@ def report(args: argparse.Namespace, figures: dict) -> None:
     """Print the table and the JSON, and write the latter where `--json` says."""
     step, plain = figures["step_milliseconds"], "DDP, sparse" if figures["ranks"] > 1 else "plain, sparse"
     print(
-        f"{figures['ranks']} rank(s), {args.rows:,} x {args.dim}, {args.batch} x {args.fields} ids a rank, "
-        f"Zipf {args.zipf}, {args.optimizer}, {args.steps} steps"
+        f"{figures['ranks']} rank(s), {args.tables} table(s), {args.rows:,} x {args.dim}, "
+        f"{args.batch} x {args.fields} ids a rank, Zipf {args.zipf}, {args.optimizer}, {args.steps} steps"
     )
     print(f"{'ms a step':<16}{'median':>10}{'90 %':>10}{'CPU':>10}")
-    for label, key in (("AdaLoader", "adaloader"), (plain, "plain")):
+    for label, key in (("AdaLoader", "adaloader"), (plain, "plain"), ("in one table", "one_table")):
+        if key not in step:
+            continue
         print(f"{label:<16}{step[key]:>10.3f}{step[key + '_p90']:>10.3f}{step[key + '_cpu']:>10.3f}")
-    print(f"ratio of medians {figures['ratio']:.3f}; largest difference {figures['largest_difference']:.1e}")
+    print(
+        f"ratio of medians {figures['ratio']:.3f}, of processor time {figures['ratio_cpu']:.3f}; "
+        f"largest difference {figures['largest_difference']:.1e}"
+    )
+    if args.tables > 1:
+        print(
+            f"{args.tables} tables to one: {figures['ratio_to_one_table']:.2f}, "
+            f"of processor time {figures['ratio_to_one_table_cpu']:.2f}"
+        )
     print("where AdaLoader's time goes, mean ms a step (parts on its background thread overlap the others):")
     for name, milliseconds in figures["part_milliseconds"].items():
         print(f"  {name:<14}{milliseconds:>10.3f}")
@@ -160,22 +201,30 @@ def report(args: argparse.Namespace, figures: dict) -> None:
 
 
 def difference(managed_table: nn.Module, plain_table: nn.Module, rank: int) -> float:
-    """Collective: the largest absolute difference between the two tables; 0 on ranks other than 0."""
+    """Collective: the largest absolute difference between the two models' tables; 0 on ranks other than 0."""
     state = adaloader.full_state_dict(managed_table)
-    return float((state["weight"] - plain_table.weight.detach()).abs().max()) if rank == 0 else 0.0
+    plain = plain_table.state_dict()
+    return max(float((state[name] - plain[name]).abs().max()) for name in plain) if rank == 0 else 0.0
 
 
 def make_batches(args: argparse.Namespace, rank: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's batches: ids int64 [batch, fields] by Zipf's law over all rows, popular rows scattered."""
-    cumulative = np.cumsum(np.arange(1, args.rows + 1) ** -args.zipf)
+    """This rank's batches: ids int64 [batch, fields] by Zipf's law over a table's rows, popular rows scattered."""
+    rows = args.rows // args.tables
+    cumulative = np.cumsum(np.arange(1, rows + 1) ** -args.zipf)
     cumulative /= cumulative[-1]
-    row_of = np.random.default_rng(args.seed).permutation(args.rows)
+    row_of = np.random.default_rng(args.seed).permutation(rows)
     rng = np.random.default_rng([args.seed, rank])
     shape = (args.batch, args.fields)
     return [
         {"ids": torch.from_numpy(row_of[np.searchsorted(cumulative, rng.random(shape), side="right")])}
         for _ in range(args.warmup + args.steps)
     ]
+
+
+def in_one_table(args: argparse.Namespace, batches: list[dict]) -> list[dict[str, torch.Tensor]]:
+    """The same batches for one table that has the rows of all tables, one table after the other."""
+    first_rows = torch.arange(args.tables) * (args.rows // args.tables)
+    return [{"ids": batch["ids"] + first_rows} for batch in batches]
 
 
 def distributed(table: nn.Module, comm: object) -> nn.Module:
@@ -217,7 +266,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", type=int, default=2_000_000, help="rows of the table (%(default)s)")
+    add("--rows", type=int, default=2_000_000, help="rows of the tables together (%(default)s)")
+    add("--tables", type=int, default=1, help="tables that share the rows; as many as --fields, or one (%(default)s)")
     add("--dim", type=int, default=16, help="floats in a row (%(default)s)")
     add("--batch", type=int, default=1024, help="samples per rank and step (%(default)s)")
     add("--fields", type=int, default=26, help="ids per sample (%(default)s)")
@@ -234,6 +284,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the figures")
     args = parser.parse_args(arguments)
+    if args.tables not in (1, args.fields) or args.rows < args.tables:
+        parser.error(f"--tables {args.tables}: give 1, or as many as --fields ({args.fields}) and no more than --rows")
     if args.block <= UNCOUNTED or args.steps % args.block:
         parser.error(
             f"--steps {args.steps} --block {args.block}: give blocks of more than {UNCOUNTED} steps, "

@@ -17,6 +17,9 @@ from pm.tables import RowPlan, Stretch, Table, TableGradient
 if TYPE_CHECKING:
     from pm.manager import Manager
 
+Groups = Mapping[int, Mapping[str, object]]
+"""Hyperparameters by number of table; tables of one parameter group have the same object."""
+
 
 def intend_together(
     manager: Manager, tables: Sequence[Table], keys: np.ndarray, rows: np.ndarray, starts: Sequence[int], expected: int
@@ -70,7 +73,7 @@ def read_together(manager: Manager, plans: Sequence[RowPlan], out: np.ndarray) -
         first += len(plan.rows)
 
 
-def runs(gradients: Sequence[TableGradient], groups: Mapping[int, Mapping[str, object]]) -> Iterator[list[TableGradient]]:
+def runs(gradients: Sequence[TableGradient], groups: Groups) -> Iterator[list[TableGradient]]:
     """Cut a step's gradients, one per table, into runs that `apply_together` can apply; each as long as can be."""
     run: list[TableGradient] = []
     for gradient in gradients:
@@ -82,7 +85,7 @@ def runs(gradients: Sequence[TableGradient], groups: Mapping[int, Mapping[str, o
         yield run
 
 
-def _continues(last: TableGradient, gradient: TableGradient, groups: Mapping[int, Mapping[str, object]]) -> bool:
+def _continues(last: TableGradient, gradient: TableGradient, groups: Groups) -> bool:
     """Whether records and values of `gradient` follow those of `last` in memory, and are to be updated alike."""
     plan, before, table, other = gradient.plan, last.plan, gradient.table, last.table
     return (

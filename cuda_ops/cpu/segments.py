@@ -4,7 +4,6 @@ what would take one call for each.
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
 from cuda_ops.cpu.checks import int_vector, writable
@@ -57,7 +56,8 @@ def sum_segments(addresses, strides, ends, positions, skips, out):
     addresses, strides = int_vector(addresses, "addresses"), int_vector(strides, "strides")
     skips = int_vector(skips, "skips")
     if not addresses.size == strides.size == skips.size == ends.size:
-        raise ValueError(f"{ends.size} segments, {addresses.size} addresses, {strides.size} strides, {skips.size} skips")
+        sizes = addresses.size, strides.size, skips.size
+        raise ValueError(f"{ends.size} segments with {sizes} addresses, strides and skips")
     if out.dtype not in (np.float32, np.float64):
         raise TypeError(f"out must be float32 or float64, got {out.dtype}")
     writable(out, "out", out.dtype, (len(out), out.shape[-1]))

@@ -49,46 +49,48 @@ def rowwise_adagrad_update(words, stride, dim, steps, slots, grad, lr, eps, scal
 @fused_kernel
 def _sparse_adam(words, stride, steps, slots, grad, weight, weight2, step_size, eps, scale, version):
     count, dim = grad.shape
+    flat = grad.reshape(-1)
     dtype = words.dtype.type
     weight, weight2, eps, scale, minus = dtype(weight), dtype(weight2), dtype(eps), dtype(scale), dtype(-step_size)
     record_longs = stride * words.itemsize // 8
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
-        begin = slots[i] * stride
-        value = words[begin : begin + dim]
-        m = words[begin + dim : begin + 2 * dim]
-        v = words[begin + 2 * dim : begin + 3 * dim]
-        row = grad[i]
+        value = np.uint64(slots[i] * stride)
+        m = value + np.uint64(dim)
+        v = m + np.uint64(dim)
+        row = np.uint64(i * dim)
         for j in range(dim):
-            g = scale * row[j]
-            first = m[j] + (g - m[j]) * weight
-            second = v[j] + (g * g - v[j]) * weight2
-            m[j] = first
-            v[j] = second
-            value[j] += minus * (first / (np.sqrt(second) + eps))
-        steps[(slots[i] + 1) * record_longs - 1] = version
+            at = np.uint64(j)
+            g = scale * flat[row + at]
+            first = words[m + at] + (g - words[m + at]) * weight
+            second = words[v + at] + (g * g - words[v + at]) * weight2
+            words[m + at] = first
+            words[v + at] = second
+            words[value + at] += minus * (first / (np.sqrt(second) + eps))
+        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version
 
 
 @fused_kernel
 def _rowwise_adagrad(words, stride, steps, slots, grad, lr, eps, scale, version):
     count, dim = grad.shape
+    flat = grad.reshape(-1)
     dtype = words.dtype.type
     minus_lr, eps, scale = dtype(-lr), dtype(eps), dtype(scale)
     record_longs = stride * words.itemsize // 8
     for i in range(count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
-        begin = slots[i] * stride
-        value = words[begin : begin + dim]
-        row = grad[i]
+        value = np.uint64(slots[i] * stride)
+        state = value + np.uint64(dim)
+        row = np.uint64(i * dim)
         squares = 0.0
         for j in range(dim):
-            g = scale * row[j]
+            g = scale * flat[row + np.uint64(j)]
             squares += np.float64(g) * np.float64(g)
-        total = words[begin + dim] + dtype(squares / dim)
-        words[begin + dim] = total
+        total = words[state] + dtype(squares / dim)
+        words[state] = total
         root = np.sqrt(total) + eps
         for j in range(dim):
-            value[j] += minus_lr * (scale * row[j]) / root
-        steps[(slots[i] + 1) * record_longs - 1] = version
+            words[value + np.uint64(j)] += minus_lr * (scale * flat[row + np.uint64(j)]) / root
+        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version

@@ -27,6 +27,22 @@ def test_both_sides_end_with_equal_tables(tmp_path, ranks, optimizer):
     assert {"keys", "exchange", "gather", "backward", "update", "waiting"} <= set(figures["part_milliseconds"])
 
 
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_many_tables_are_compared_with_one(optimizer):
+    options = [*SMALL, "--warmup", "3", "--tables", "3", "--optimizer", optimizer]
+    result = launch(0, ROOT / "benchmarks" / "step.py", *options)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    step = figures["step_milliseconds"]
+    assert figures["ratio_to_one_table"] == pytest.approx(step["adaloader"] / step["one_table"])
+
+
+def test_tables_that_are_not_as_many_as_fields_are_refused():
+    result = launch(0, ROOT / "benchmarks" / "step.py", "--tables", "5")
+    assert result.returncode == 2
+    assert "as many as --fields (26)" in result.stderr
+
+
 def test_blocks_too_short_to_measure_are_refused():
     result = launch(0, ROOT / "benchmarks" / "step.py", "--steps", "8", "--block", "2")
     assert result.returncode == 2

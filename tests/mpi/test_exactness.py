@@ -70,6 +70,22 @@ class DLRM(nn.Module):
         return self.top(torch.cat([dense, products[:, above[0], above[1]]], 1)).squeeze(1)
 
 
+class ManyTables(nn.Module):
+    """Tables of two dims for each field, the first with a padding row and looked up twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.ModuleList(nn.Embedding(ROWS, 1) for _ in range(FIELDS))
+        self.deep = nn.ModuleList(nn.Embedding(ROWS, DIM, padding_idx=None if at else 0) for at in range(FIELDS))
+        self.top = nn.Linear((FIELDS + 1) * DIM + DENSE, 1)
+
+    def forward(self, batch):
+        columns = batch["ids"].unbind(1)
+        rows = [table(ids) for table, ids in zip([*self.deep, self.deep[0]], [*columns, columns[1]], strict=True)]
+        wide = sum(table(ids) for table, ids in zip(self.wide, columns, strict=True))
+        return (self.top(torch.cat([*rows, batch["dense"]], 1)) + wide).squeeze(1)
+
+
 class FourLookups(nn.Module):
     """A table looked up by a module, a bag, `index_select` and indexing, and others beside it."""
 
@@ -107,7 +123,13 @@ class Options(nn.Module):
         return self.linear(torch.tanh(out + self.counted_bag(ids) + self.shared(ids))).squeeze(1)
 
 
-MODELS = {"Wide & Deep": WideAndDeep, "DLRM": DLRM, "four lookups": FourLookups, "options": Options}
+MODELS = {
+    "Wide & Deep": WideAndDeep,
+    "DLRM": DLRM,
+    "many tables": ManyTables,
+    "four lookups": FourLookups,
+    "options": Options,
+}
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
     "Adagrad": lambda parameters: torch.optim.Adagrad(
