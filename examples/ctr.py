@@ -22,7 +22,7 @@ from ctr_data import CRITEO_ROWS, Clicks, load_criteo, make_synthetic, split
 from ctr_models import MODELS
 from metrics import log_loss, roc_auc
 from ranks import Ranks, peak_memory_bytes
-from runs import OPTIMIZERS, Epoch, Loaders, Meter, make_parser, parse, report, sparse_of, summarise
+from runs import OPTIMIZERS, Epoch, Loaders, Meter, make_parser, moved, parse, report, sparse_of, summarise
 from torch import nn
 
 DEFERRED_ABOVE_BYTES = 1 << 30
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     model = build_model(args)
     if args.plain and args.deferred:
         train, test = keep_used_rows(model, train, test)
+    model.to(args.device)
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # the order of samples must not depend on what building the model drew
     loaders = Loaders(args, model, optimizer)
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     epochs = []
     for number in loaders.epochs():
         meter = Meter(train_loader, number, show=ranks.rank == 0)
-        train_epoch(meter, model, optimizer)
-        scores = evaluate(test_loader, model, ranks)
+        train_epoch(meter, model, optimizer, args.device)
+        scores = evaluate(test_loader, model, ranks, args.device)
         epochs.append(summarise(number, ranks.gather(meter.sums()[None]), scores))
         if ranks.rank == 0:
             print(epochs[-1], flush=True)
@@ -69,11 +70,12 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         return MODELS[args.model](args.rows, args.dim, dropout=args.dropout, sparse=sparse_of(args))
 
 
-def train_epoch(batches: Meter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train_epoch(batches: Meter, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Train one epoch."""
     loss_fn = nn.BCEWithLogitsLoss()
     model.train()
     for batch in batches:
+        batch = moved(batch, device)
         loss = loss_fn(model(batch["dense"], batch["sparse"]), batch["label"])
         loss.backward()
         optimizer.step()
@@ -82,10 +84,14 @@ def train_epoch(batches: Meter, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 @torch.no_grad()
-def evaluate(loader: Iterable, model: nn.Module, ranks: Ranks) -> dict[str, float]:
+def evaluate(loader: Iterable, model: nn.Module, ranks: Ranks, device: torch.device) -> dict[str, float]:
     """Collective: return the scores of the test set (on rank 0; none elsewhere)."""
     model.eval()
-    found = [torch.stack([batch["label"], model(batch["dense"], batch["sparse"])], dim=1).double() for batch in loader]
+    found = []
+    for batch in loader:
+        batch = moved(batch, device)
+        scores = model(batch["dense"], batch["sparse"])
+        found.append(torch.stack([batch["label"], scores], dim=1).double().cpu())
     scores = ranks.gather(torch.cat(found).numpy() if found else np.empty((0, 2)))
     if ranks.rank != 0:
         return {}
@@ -152,7 +158,8 @@ def read_command_line(arguments: list[str] | None) -> argparse.Namespace:
         help="declare the table (default: if above 1 GiB)",
     )
     add("--save", metavar="PATH", help="write the model's tensors for plain PyTorch")
-    args = parse(parser, arguments, batch_size=1024, epochs=3, lr=0.003, smaller_batch_size=128, has_dtype=False)
+    options = {"has_dtype": False, "has_device": True}
+    args = parse(parser, arguments, batch_size=1024, epochs=3, lr=0.003, smaller_batch_size=128, **options)
     if args.rows is None:
         args.rows = CRITEO_ROWS if args.data else 2_600_000
     if args.deferred is None:

@@ -22,7 +22,7 @@ from gcn_model import GCN
 from gcn_sampling import Sampler
 from partition import PartBatches, cut_share, partition
 from ranks import Ranks
-from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, parse, report, summarise
+from runs import OPTIMIZERS, Epoch, Loaders, Meter, dtype_of, make_parser, moved, parse, report, summarise
 from torch import nn
 
 LAYERS = 2
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
     task = load_graph(args.data, args.seed) if args.data else make_synthetic(args.nodes, args.seed)
     torch.manual_seed(args.seed)
     graph = task.graph
-    model = GCN(graph.num_nodes, args.dim, args.hidden, graph.num_classes, args.dropout).to(dtype_of(args))
+    model = GCN(graph.num_nodes, args.dim, args.hidden, graph.num_classes, args.dropout).to(args.device, dtype_of(args))
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # the order of nodes must not depend on what building the model drew
     train, validation, test = (
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> list[Epoch]:
         if order is not None:
             order.set_epoch(number)
         meter = Meter(train_loader, number, show=ranks.rank == 0)
-        train_epoch(meter, model, optimizer)
+        train_epoch(meter, model, optimizer, args.device)
         scores = {
-            "validation_accuracy": accuracy(validation_loader, model, ranks),
-            "test_accuracy": accuracy(test_loader, model, ranks),
+            "validation_accuracy": accuracy(validation_loader, model, ranks, args.device),
+            "test_accuracy": accuracy(test_loader, model, ranks, args.device),
         }
         epochs.append(summarise(number, ranks.gather(meter.sums()[None]), scores))
         if ranks.rank == 0:
@@ -86,10 +86,11 @@ def count_nodes(batch: dict[str, object]) -> float:
     return float(len(batch["label"]))
 
 
-def train_epoch(batches: Meter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train_epoch(batches: Meter, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Train one epoch."""
     model.train()
     for batch in batches:
+        batch = moved(batch, device)
         loss = nn.functional.cross_entropy(model(batch), batch["label"])
         loss.backward()
         optimizer.step()
@@ -98,11 +99,12 @@ def train_epoch(batches: Meter, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 @torch.no_grad()
-def accuracy(loader: Iterable, model: nn.Module, ranks: Ranks) -> float:
+def accuracy(loader: Iterable, model: nn.Module, ranks: Ranks, device: torch.device) -> float:
     """Collective: return the share of nodes that are classified right; NaN where there are none."""
     model.eval()
     right = nodes = 0
     for batch in loader:
+        batch = moved(batch, device)
         right += int((model(batch).argmax(1) == batch["label"]).sum())
         nodes += len(batch["label"])
     right, nodes = ranks.gather(np.array([[right, nodes]])).sum(0)
@@ -119,7 +121,7 @@ def read_command_line(arguments: list[str] | None) -> argparse.Namespace:
     add("--fan-out", type=int, default=10, help="neighbours sampled per node and layer (%(default)s)")
     add("--dropout", type=float, default=0.0, help="after the first layer (%(default)s)")
     add("--partition", action="store_true", help="each rank trains the nodes of its own part of the graph")
-    return parse(parser, arguments, batch_size=256, epochs=5, lr=0.05, at_least_1=("fan_out",))
+    return parse(parser, arguments, batch_size=256, epochs=5, lr=0.05, at_least_1=("fan_out",), has_device=True)
 
 
 if __name__ == "__main__":

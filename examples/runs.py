@@ -92,6 +92,7 @@ class Loaders:
         self._batch_size = args.batch_size * (args.plain_ranks if args.plain else 1)
         self._num_workers = args.num_workers
         given = {name: getattr(args, name) for name in ("min_rows", "lookahead", "techniques")}
+        given["device_cache_bytes"] = getattr(args, "device_cache_bytes", None)
         self._settings = {name: value for name, value in given.items() if value is not None}
         if not args.plain:
             self._settings["staleness"] = args.staleness
@@ -187,6 +188,26 @@ def report(args: argparse.Namespace, ranks: Ranks, what: str, epochs: list[Epoch
         Path(args.json).write_text(json.dumps(figures, indent=2, default=str) + "\n")
 
 
+def device(text: str) -> torch.device:
+    """Read `--device`: where the model and its batches are."""
+    try:
+        found = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: give cpu, cuda or cuda:1, say") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r}: this PyTorch ({torch.__version__}) sees no CUDA device here")
+    return found
+
+
+def moved(batch: Any, to: torch.device) -> Any:
+    """Return a batch with its tensors on a device, in whatever dicts, lists and tuples they are."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(to, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: moved(part, to) for name, part in batch.items()}
+    return type(batch)(moved(part, to) for part in batch) if isinstance(batch, (list, tuple)) else batch
+
+
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
     """The floating type of the model."""
     return torch.float64 if args.dtype == "float64" else torch.float32
@@ -221,11 +242,13 @@ def parse(
     at_least_1: tuple[str, ...] = (),
     smaller_batch_size: int | None = None,
     has_dtype: bool = True,
+    has_device: bool = False,
 ) -> argparse.Namespace:
     """Read the command line: the options that `parser` has, and those of all examples with these defaults.
 
     Those named in `at_least_1` are refused below 1. With `--data`, the default of `--batch-size` is
-    `smaller_batch_size`, if there is one. Without `has_dtype`, there is no `--dtype`.
+    `smaller_batch_size`, if there is one. Without `has_dtype`, there is no `--dtype`; with `has_device`, there is
+    `--device`.
     """
     add = parser.add_argument
     also = f"; with --data, which is small, {smaller_batch_size}" if smaller_batch_size else ""
@@ -235,6 +258,9 @@ def parse(
     add("--optimizer", choices=sorted(OPTIMIZERS), default="adagrad", help="(%(default)s)")
     if has_dtype:
         add("--dtype", choices=("float32", "float64"), default="float32", help="(%(default)s)")
+    if has_device:
+        add("--device", type=device, default="cpu", help="where the model is: cpu, cuda, cuda:1 (%(default)s)")
+        add("--device-cache-bytes", type=int, help="memory there for rows (the loader's default)")
     add(
         "--staleness",
         type=staleness,

@@ -137,7 +137,14 @@ def test_without_announcements_the_row_unused_for_longest_goes_and_misses_are_co
     for number, key in enumerate([0, 1, 2, 0, 3, 0, 1]):
         cache.begin(number, np.array([key]))
         cache.finish(number, changed=False)
-    assert cache.stats() == {"looked_up": 7, "late": 5, "fetched": 5, "written_back": 0, "miss_rate": 5 / 7}
+    assert cache.stats() == {
+        "looked_up": 7,
+        "late": 5,
+        "fetched": 5,
+        "written_back": 0,
+        "evicted": 2,
+        "miss_rate": 5 / 7,
+    }
 
 
 def test_a_batch_that_does_not_fit_states_the_bytes_and_changes_nothing():
@@ -146,7 +153,7 @@ def test_a_batch_that_does_not_fit_states_the_bytes_and_changes_nothing():
     cache.intend(2, np.arange(20, 26))
     assert cache.prefetch() == 2
     cache.begin(0, np.arange(4))
-    with pytest.raises(MemoryError, match=r"batch 1 looks up 8 rows.*hold 3 others: 264 bytes.*has 240; give it more"):
+    with pytest.raises(MemoryError, match=r"batch 1 needs 8 rows.*hold 3 others: 264 bytes.*has 240; give it more"):
         cache.begin(1, np.arange(3, 11))
     held = cache.begin(1, np.arange(3, 9))  # rows brought ahead give way
     assert len(np.unique(held)) == 6
@@ -216,3 +223,33 @@ def test_entries_that_are_void_do_not_pile_up():
         turns.enter(np.arange(8), np.full(8, NEVER))
     assert sum(len(slots) for waiting in turns._entries.values() for slots, _ in waiting) <= 4 * 8 + 1024 + 8
     assert turns.take(8).tolist() == list(range(8))
+
+
+def test_what_is_held_for_no_batch_stays_until_it_is_let_go_and_forgets_no_plan():
+    rng = np.random.default_rng()
+    cache, host, device = make(rng, keys=20, slots=6)
+    cache.intend(3, np.array([0, 1, 2]))
+    number, slots = cache.hold(np.array([7, 8, 9]))
+    assert number < 0
+    np.testing.assert_array_equal(device.rows[slots], host.rows[[7, 8, 9]])
+    device.rows[slots] += 1
+    cache.changed(slots)
+    assert cache.prefetch() == 1  # batch 3 is still announced, and has room beside what is held
+    cache.begin(3, np.array([0, 1, 2]))
+    with pytest.raises(MemoryError, match=r"a step needs 2 rows, .* hold 6 others"):
+        cache.hold(np.array([10, 11]))
+    expected = device.rows[slots].copy()
+    cache.let_go()
+    assert cache.slots_in_use(3) is None
+    cache.hold(np.arange(10, 16))
+    np.testing.assert_array_equal(host.rows[[7, 8, 9]], expected)
+
+
+def test_rows_that_were_changed_on_the_host_are_brought_again():
+    rng = np.random.default_rng()
+    cache, host, device = make(rng, keys=20, slots=6)
+    slots = cache.begin(0, np.array([4, 2, 9]))
+    cache.flush()
+    host.rows[:] = rng.standard_normal(host.rows.shape)
+    cache.reload()
+    np.testing.assert_array_equal(device.rows[slots], host.rows[[4, 2, 9]])
