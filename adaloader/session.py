@@ -8,6 +8,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,14 +127,14 @@ class Session:
         generators, the run that goes on from there drew before it was saved."""
         self._resumption = call
 
-    def begin_checkpoints(self, loader, folder, every_steps, every_minutes, keep, extra, signals) -> None:
+    def begin_checkpoints(self, loader, folder, **options) -> None:
         """See `AdaLoader.checkpoint`."""
         from adaloader.checkpoint.periodic import Periodic, default_folder  # which imports loaders
 
         if self.managed.periodic is not None:
             raise ValueError("a loader of this model makes checkpoints already: close it, or ask for them once")
         where = default_folder() if folder is None else Path(folder)
-        made = Periodic(loader, where, every_steps, every_minutes, keep, extra, signals)
+        made = Periodic(loader, where, **options)
         self.periodic = self.managed.periodic = made
 
     def take_resumption(self) -> Callable[[], None] | None:
@@ -213,9 +214,10 @@ class Session:
         replica_steps: copies of rows that were sent again because they had changed. hops: rows asked of a rank that did
         not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
         machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
-        memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
-        rows that this rank gave to another, and replications, rows that it copied to another for a batch. seconds:
-        where time went, on whatever thread.
+        memory_bytes: of rows held, with state and index. saves: checkpoints begun, and the bytes (over all ranks) and
+        seconds of those that have been waited for, and for how long of that training stood still. tables: the same
+        counts of lookups by table, and relocations, rows that this rank gave to another, and replications, rows that it
+        copied to another for a batch. seconds: where time went, on whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
         traffic = manager.counted()
@@ -240,6 +242,7 @@ class Session:
             "machine_ranks": manager.machine_ranks,
             "neighbour_rows": traffic.neighbour_rows,
             "memory_bytes": manager.memory_bytes,
+            "saves": {"begun": 0} if managed.saves is None else asdict(managed.saves),
             "tables": {
                 name: {
                     "lookups": c.rows,
@@ -260,9 +263,21 @@ class Session:
     def close(self) -> None:
         if not self._close_feed.alive:
             return
-        if self.periodic is not None:
-            self.periodic.close()
-            self.periodic = self.managed.periodic = None
+        try:
+            if self.periodic is not None:
+                self.periodic.close()
+                self.periodic = self.managed.periodic = None
+            if self.managed.saving is not None:
+                self._finish_saving()
+        finally:
+            self._close()
+
+    def _finish_saving(self) -> None:
+        from adaloader.checkpoint.saving import finish_saving  # which imports loaders
+
+        finish_saving(self.managed)
+
+    def _close(self) -> None:
         managed = self.managed
         if managed.follower is not None:
             managed.follower.finish()
@@ -480,6 +495,8 @@ if launched_ranks() > 1:
 def _serve_until_all_are_done() -> None:
     """A rank that ends keeps serving its rows until the others have ended too."""
     end_job_if_failed()
+    if "adaloader.checkpoint.writing" in sys.modules:
+        sys.modules["adaloader.checkpoint.writing"].finish_at_exit()
     managers = list(_open_managers)
     for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
         for manager in managers:

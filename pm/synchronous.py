@@ -131,6 +131,7 @@ class SynchronousManager(Manager):
         return self.neighbours.ranks
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
+        table.store.await_snapshot()
         with self.still(), self.asking.planning:
             self.asking.leave_in_place(table)
             self._on_background(lambda: self._replace_rule(table, spec))
@@ -500,6 +501,11 @@ class SynchronousManager(Manager):
     def closed_peers(self) -> frozenset[int]:
         """The ranks that take no more steps."""
         return frozenset(self.others.ended)
+
+    @property
+    def gone_peers(self) -> frozenset[int]:
+        """The ranks that send and answer nothing any more."""
+        return frozenset(self.others.gone)
 
     def close(self, *, linger: bool = False) -> None:
         """Say that this rank takes no more steps and asks for no more rows; with `linger`, wait until all have said so.
