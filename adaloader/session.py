@@ -396,6 +396,7 @@ def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, time
     group = managed.process_group = process_group(comm, timeout_seconds=timeout_seconds)
     broadcast([p for _, p in dense] + list(model.buffers()), group)
     whereabouts = Whereabouts(managed.manager, lambda: managed.reducer.begun)
+    managed.manager.describe_peers = whereabouts.describe
     managed.reducer = DenseReducer(
         dense,
         group,
