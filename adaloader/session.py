@@ -54,6 +54,7 @@ from pm.launch import default_comm, launched_ranks
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.periodic import Periodic
+    from adaloader.checkpoint.roll_call import RollCall
 
 _ONE_DATASET = (
     "give all ranks the whole dataset, which is shared out here, or all ranks batches of their own: "
@@ -346,6 +347,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
         managed.combiner = Combiner(managed)
+        managed.roll_call = _roll_call(manager)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
     try:
@@ -365,6 +367,12 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
+
+
+def _roll_call(manager: pm.SynchronousManager) -> RollCall:
+    from adaloader.checkpoint.roll_call import RollCall  # of a room that imports loaders
+
+    return RollCall(manager)
 
 
 def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:

@@ -72,6 +72,7 @@ class Kind(IntEnum):
     CHECKPOINT = 90
     CHECKPOINT_WRITTEN = 91
     CHECKPOINT_ENDED = 92
+    CHECKPOINT_ROLL = 93
 
 
 @dataclass(frozen=True)

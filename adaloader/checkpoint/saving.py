@@ -82,8 +82,9 @@ def save_at(
     managed = managed_by(loader)
     manager = managed.manager
     finish_saving(managed)
-    if manager.ranks > 1 and managed.exchange is None:
-        managed.exchange = Exchange(manager)
+    if manager.ranks > 1:
+        managed.roll_call.check()
+        managed.exchange = managed.exchange or Exchange(manager)
     managed.saves = managed.saves or SaveCounts()
     manager.settle()
     agree_on_candidates(managed)

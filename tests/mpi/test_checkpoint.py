@@ -151,6 +151,23 @@ def test_failing_to_write_is_an_error_on_every_rank_and_the_run_goes_on(comm, se
     again.close(), script.close()
 
 
+def test_save_while_a_rank_has_run_out_of_batches_is_an_error_at_once(comm, seed, folder):
+    """The last batch has one sample, which is rank 0's; whoever has none follows, and can save after the pass."""
+    script = Script(comm, seed=seed, samples=4 * comm.size * 3 + 1, options={"timeout_seconds": 60.0}).start().run(3)
+    script.save(folder / "saved")
+    if comm.rank == 0:
+        script.one_batch()
+        if comm.size > 1:
+            with pytest.raises(adaloader.CheckpointError, match="rank 1.* has run out of batches"):
+                script.save(folder / "saved")
+    script.finish_pass()
+    assert read_index(folder / "saved").steps == 3
+    script.save(folder / "after")
+    assert read_index(folder / "after").steps == 4
+    script.run(2)
+    script.close()
+
+
 def test_rows_of_a_rank_are_those_that_it_owns_and_somebody_touched(comm, seed, folder):
     script = Script(comm, "adam", seed=seed, samples=8).start().run(2)
     script.save(folder / "saved")
