@@ -210,9 +210,13 @@ class Follower:
         def checkpoint_asked() -> bool:
             return periodic is not None and periodic.meeting.others_wait
 
+        def save_begun() -> bool:
+            return model.roll_call is not None and model.roll_call.others_wait
+
         manager.wait_until(
             lambda: (
                 checkpoint_asked()
+                or save_begun()
                 or all_answered()
                 and (
                     sum_begun()
@@ -225,6 +229,8 @@ class Follower:
         )
         if checkpoint_asked():
             periodic.meeting.decline()
+        elif save_begun():
+            model.roll_call.answer()
         elif sum_begun():
             self._join_sum(model)
         elif model.combiner.begun_by_others():

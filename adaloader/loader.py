@@ -319,6 +319,7 @@ class AdaLoader(StatefulDataLoader):
         keep: int = 2,
         extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         signals: bool = True,
+        asynchronous: bool = False,
     ) -> None:
         """Have this loader make checkpoints by itself, where its loop asks for the next batch (collective).
 
@@ -333,11 +334,22 @@ class AdaLoader(StatefulDataLoader):
             keep: how many complete ones stay.
             extra: what `adaloader.save` takes as `extra`, or a function that returns it at the time.
             signals: False to leave signals as they are.
+            asynchronous: whether training goes on while they are written, as in `adaloader.save`; the last one, which a
+                signal asks for, is waited for.
 
         Raises:
             ValueError: for arguments out of range.
         """
-        self._need_session().begin_checkpoints(self, folder, every_steps, every_minutes, keep, extra, signals)
+        self._need_session().begin_checkpoints(
+            self,
+            folder,
+            every_steps=every_steps,
+            every_minutes=every_minutes,
+            keep=keep,
+            extra=extra,
+            signals=signals,
+            asynchronous=asynchronous,
+        )
 
     # What accelerate asks of a loader, see `trainers.py`
 

@@ -38,7 +38,10 @@ from adaloader.slabs import Buffers, Part
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
+    from adaloader.checkpoint.exchange import Exchange
     from adaloader.checkpoint.periodic import Periodic
+    from adaloader.checkpoint.roll_call import RollCall
+    from adaloader.checkpoint.writing import SaveCounts, Saving
     from adaloader.combining import Combiner
     from adaloader.following import Follower
 
@@ -71,6 +74,10 @@ class ManagedModel:
         self.follower: Follower | None = None
         self.combiner: Combiner | None = None
         self.periodic: Periodic | None = None
+        self.roll_call: RollCall | None = None
+        self.exchange: Exchange | None = None
+        self.saving: Saving | None = None
+        self.saves: SaveCounts | None = None
         self.gradient_hooks = GradientHooks(self)
         self.scalers = Scalers()
         self.optimizer_steps = 0

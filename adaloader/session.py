@@ -8,6 +8,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ from pm.launch import default_comm, launched_ranks
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.periodic import Periodic
+    from adaloader.checkpoint.roll_call import RollCall
 
 _ONE_DATASET = (
     "give all ranks the whole dataset, which is shared out here, or all ranks batches of their own: "
@@ -127,14 +129,14 @@ class Session:
         generators, the run that goes on from there drew before it was saved."""
         self._resumption = call
 
-    def begin_checkpoints(self, loader, folder, every_steps, every_minutes, keep, extra, signals) -> None:
+    def begin_checkpoints(self, loader, folder, **options) -> None:
         """See `AdaLoader.checkpoint`."""
         from adaloader.checkpoint.periodic import Periodic, default_folder  # which imports loaders
 
         if self.managed.periodic is not None:
             raise ValueError("a loader of this model makes checkpoints already: close it, or ask for them once")
         where = default_folder() if folder is None else Path(folder)
-        made = Periodic(loader, where, every_steps, every_minutes, keep, extra, signals)
+        made = Periodic(loader, where, **options)
         self.periodic = self.managed.periodic = made
 
     def take_resumption(self) -> Callable[[], None] | None:
@@ -214,11 +216,12 @@ class Session:
         replica_steps: copies of rows that were sent again because they had changed. hops: rows asked of a rank that did
         not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
         machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
-        memory_bytes: of rows held, with state and index. tables: the same counts of lookups by table, and relocations,
-        rows that this rank gave to another, and replications, rows that it copied to another for a batch. device_cache:
-        of each table whose rows are kept on a device, how many there is room for (rows, bytes), were looked_up,
-        fetched, late (not there when looked up: miss_rate), evicted, written_back. seconds: where time went, on
-        whatever thread.
+        memory_bytes: of rows held, with state and index. saves: checkpoints begun, and the bytes (over all ranks) and
+        seconds of those that have been waited for, and for how long of that training stood still. tables: the same
+        counts of lookups by table, and relocations, rows that this rank gave to another, and replications, rows that it
+        copied to another for a batch. device_cache: of each table whose rows are kept on a device, how many there is
+        room for (rows, bytes), were looked_up, fetched, late (not there when looked up: miss_rate), evicted,
+        written_back. seconds: where time went, on whatever thread.
         """
         managed, manager = self.managed, self.managed.manager
         traffic = manager.counted()
@@ -243,6 +246,7 @@ class Session:
             "machine_ranks": manager.machine_ranks,
             "neighbour_rows": traffic.neighbour_rows,
             "memory_bytes": manager.memory_bytes,
+            "saves": {"begun": 0} if managed.saves is None else asdict(managed.saves),
             "tables": {
                 name: {
                     "lookups": c.rows,
@@ -264,9 +268,21 @@ class Session:
     def close(self) -> None:
         if not self._close_feed.alive:
             return
-        if self.periodic is not None:
-            self.periodic.close()
-            self.periodic = self.managed.periodic = None
+        try:
+            if self.periodic is not None:
+                self.periodic.close()
+                self.periodic = self.managed.periodic = None
+            if self.managed.saving is not None:
+                self._finish_saving()
+        finally:
+            self._close()
+
+    def _finish_saving(self) -> None:
+        from adaloader.checkpoint.saving import finish_saving  # which imports loaders
+
+        finish_saving(self.managed)
+
+    def _close(self) -> None:
         managed = self.managed
         if managed.follower is not None:
             managed.follower.finish()
@@ -335,6 +351,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
         managed.combiner = Combiner(managed)
+        managed.roll_call = _roll_call(manager)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
     try:
@@ -355,6 +372,12 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
+
+
+def _roll_call(manager: pm.SynchronousManager) -> RollCall:
+    from adaloader.checkpoint.roll_call import RollCall  # of a room that imports loaders
+
+    return RollCall(manager)
 
 
 def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
@@ -386,6 +409,7 @@ def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, time
     group = managed.process_group = process_group(comm, timeout_seconds=timeout_seconds)
     broadcast([p for _, p in dense] + list(model.buffers()), group)
     whereabouts = Whereabouts(managed.manager, lambda: managed.reducer.begun)
+    managed.manager.describe_peers = whereabouts.describe
     managed.reducer = DenseReducer(
         dense,
         group,
@@ -485,6 +509,8 @@ if launched_ranks() > 1:
 def _serve_until_all_are_done() -> None:
     """A rank that ends keeps serving its rows until the others have ended too."""
     end_job_if_failed()
+    if "adaloader.checkpoint.writing" in sys.modules:
+        sys.modules["adaloader.checkpoint.writing"].finish_at_exit()
     managers = list(_open_managers)
     for linger in (False, True):  # say so of all of them before waiting for any: ranks may not have the same order
         for manager in managers:

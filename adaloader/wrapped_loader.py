@@ -118,8 +118,7 @@ class WrappedLoader:
 
     def checkpoint(self, folder: str | os.PathLike | None = None, **options) -> None:
         """As `AdaLoader.checkpoint` (collective)."""
-        given = {"every_steps": None, "every_minutes": None, "keep": 2, "extra": None, "signals": True, **options}
-        self._session.begin_checkpoints(self, folder, **given)
+        self._session.begin_checkpoints(self, folder, **options)
 
     def stats(self) -> dict[str, Any]:
         """Return what the model's tables have cost so far; see `Session.stats`."""

@@ -135,6 +135,7 @@ class EventualManager(SynchronousManager):
                 "moved all its rows; it cannot be given another rule"
             )
         self.settle()
+        table.store.await_snapshot()
         with self.structure:
             old = self.holdings_of(table)
             keys, slots = old.owned.store.index.items()
@@ -380,9 +381,8 @@ class EventualManager(SynchronousManager):
             table.store.set_states(slots, states)
             self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
-    def owned_slots(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        with self.structure:
-            return table.store.index.items()
+    def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return keys, slots
 
     def make_slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
         return self.touch(table, rows)

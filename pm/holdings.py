@@ -100,7 +100,7 @@ class Owned:
     def add_records(self, keys: np.ndarray, values: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
         """Take in records of keys that are not here; return their slots."""
         slots = self.store.allocate(len(keys))
-        cuda_ops.scatter(self.store.words, self.store.stride, slots, values)
+        self.store.put(slots, values)
         self.keys[slots], self.live[slots], self.counters[slots] = keys, 0, counters
         self.holders[slots], self.changed_by[slots] = 0, 0
         self.store.index.add(keys, slots)
@@ -117,11 +117,12 @@ class Owned:
 
     def add(self, slots: np.ndarray, deltas: np.ndarray) -> None:
         """Add `deltas` `[n, width]` to records."""
+        self.store.keep(slots)
         cuda_ops.merge(self.store.words, self.store.stride, slots, deltas)
 
     def put(self, slots: np.ndarray, values: np.ndarray) -> None:
         """Set records to `values` `[n, width]`."""
-        cuda_ops.scatter(self.store.words, self.store.stride, slots, values)
+        self.store.put(slots, values)
 
     def mark_changed(self, slots: np.ndarray, by: np.ndarray) -> None:
         """Note that the set of ranks `by` has changed records; copies elsewhere are to be told."""

@@ -119,6 +119,7 @@ class Manager:
                 f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
                 "moved all its rows; it cannot be given another rule"
             )
+        table.store.await_snapshot()
         with self._structure:
             held_keys, held_slots = table.store.index.items()
             mine = table_of(held_keys) == table.number
@@ -353,6 +354,7 @@ class Manager:
         if table.history is None:
             table.begun = True
             if len(slots):
+                table.store.keep(slots)
                 rule.apply(table.store, slots, grads, scale, group, table.gradient_steps, version)
             return
         with self._values:
@@ -399,6 +401,11 @@ class Manager:
         """Return (rows int64 `[n]`, their slots int64 `[n]`) of the records of `table` that this rank owns."""
         with self._structure:
             keys, slots = table.store.index.items()
+        return self.of_table(table, keys, slots)
+
+    def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (rows int64 `[m]`, slots int64 `[m]`) of the entries, int64 `[n]`, of its store's index that are of
+        `table`."""
         mine = table_of(keys) == table.number
         return rows_of(keys[mine]), slots[mine]
 

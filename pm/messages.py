@@ -70,6 +70,9 @@ class Kind(IntEnum):
     REFRESHED = 78
     EPOCH = 79
     CHECKPOINT = 90
+    CHECKPOINT_WRITTEN = 91
+    CHECKPOINT_ENDED = 92
+    CHECKPOINT_ROLL = 93
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Moving:
         keys = table.keys(rows)
         with manager.structure:
             slots = store.allocate(len(rows))
-            cuda_ops.scatter(store.words, store.stride, slots, records)
+            store.put(slots, records)
             store.index.add(keys, slots)
             manager.serving.notes_of(store).set_moves(slots, moves)
             manager.directory.arrived(keys)

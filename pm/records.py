@@ -6,13 +6,15 @@ caught up, so that taking it out changes nothing, and whoever puts it back bring
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 import cuda_ops
 from pm.manager import Manager
+from pm.snapshot import Snapshot
+from pm.store import RecordClass, RecordStore
 from pm.tables import Table
 
 
@@ -34,9 +36,34 @@ class Records:
     caught_up: np.ndarray | None
 
 
-def owned_in_order(manager: Manager, table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Return (rows int64 `[n]` ascending, their slots int64 `[n]`) of the records of `table` that this rank owns."""
-    rows, slots = manager.owned_slots(table)
+@dataclass(frozen=True)
+class Kept:
+    """A store as it was at one instant: its records, and the index of their keys."""
+
+    snapshot: Snapshot
+    index: cuda_ops.KeyIndex
+
+
+def keep_records(manager: Manager, tables: Sequence[Table], spare_bytes: int) -> dict[RecordStore, Kept]:
+    """Return the stores of `tables` as they are now, for as long as each snapshot has not ended.
+
+    With several ranks this is called inside the manager's `still()`. At most `spare_bytes` are taken for records that
+    change before they are read.
+    """
+    with manager.structure:
+        stores = list(dict.fromkeys(table.store for table in tables))
+        held = sum(len(store) * store.record_class.record_bytes for store in stores)
+        return {
+            store: Kept(
+                Snapshot(store, spare_bytes * len(store) * store.record_class.record_bytes // max(1, held)),
+                store.index.copy(),
+            )
+            for store in stores
+        }
+
+
+def in_order(rows: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return distinct rows (int64 `[n]`) ascending, and their slots (int64 `[n]`) with them."""
     bits = int(slots.max(initial=0)).bit_length()
     if bits + int(rows.max(initial=0)).bit_length() < 63:  # sorting numbers is several times faster than argsort
         packed = (rows << bits) | slots
@@ -46,17 +73,19 @@ def owned_in_order(manager: Manager, table: Table) -> tuple[np.ndarray, np.ndarr
     return rows[order], slots[order]
 
 
-def read_records(table: Table, rows: np.ndarray, slots: np.ndarray, chunk_rows: int) -> Iterator[Records]:
-    """Yield the records of `rows` at `slots` (int64 `[n]` both) as they are, at most `chunk_rows` at a time.
+def take_records(
+    snapshot: Snapshot, record_class: RecordClass, rows: np.ndarray, slots: np.ndarray, chunk_rows: int
+) -> Iterator[Records]:
+    """Yield the records of `rows` at `slots` (int64 `[n]` both) as they were, at most `chunk_rows` at a time.
 
-    With several ranks this is called inside the manager's `still()`. What is yielded is the caller's.
+    What is yielded is the caller's.
     """
-    store, dim = table.store, table.spec.dim
+    dim, words = record_class.dim, record_class.state_words
     for start in range(0, len(rows), chunk_rows):
-        some = slots[start : start + chunk_rows]
-        values = store.values(some, np.empty((len(some), dim), table.spec.dtype))
-        caught_up = None if table.history is None else store.caught_up_words(some)
-        yield Records(rows[start : start + chunk_rows], values, store.states(some), caught_up)
+        taken = snapshot.take(slots[start : start + chunk_rows])
+        values, states = np.ascontiguousarray(taken[:, :dim]), np.ascontiguousarray(taken[:, dim : dim + words])
+        caught_up = taken.view(np.int64)[:, -2].copy() if record_class.catches_up else None
+        yield Records(rows[start : start + chunk_rows], values, states, caught_up)
 
 
 def write_records(manager: Manager, table: Table, records: Records) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 import cuda_ops
 from pm.shared_memory import MAP_NORESERVE, SharedBlock
+from pm.snapshot import Snapshot
 
 _STEP_BYTES = 8
 
@@ -52,7 +53,8 @@ class RecordStore:
 
     The whole capacity is reserved as address space and backed by memory page by page as slots are first written, so
     records never move while the store grows and kernels see one flat array. Invariant: a slot is either free or holds
-    the record of exactly one key, and `index` maps that key to it.
+    the record of exactly one key, and `index` maps that key to it. While there is a `snapshot`, whoever writes to
+    records calls `keep` before, as the methods here that write do.
 
     Args:
         record_class: the layout.
@@ -81,6 +83,7 @@ class RecordStore:
         self._free_count = 0
         self._pins: dict[int, int] = {}
         self._released_while_pinned: set[int] = set()
+        self.snapshot: Snapshot | None = None
 
     @staticmethod
     def bytes_of(record_class: RecordClass, capacity: int) -> int:
@@ -167,10 +170,27 @@ class RecordStore:
         new = self.allocate(len(keys))
         records = np.empty((len(keys), self.stride), self.words.dtype)
         cuda_ops.gather(self.words, self.stride, old, records)
-        cuda_ops.scatter(self.words, self.stride, new, records)
+        self.put(new, records)
         self.release(keys)
         self.index.add(keys, new)
         return new
+
+    def keep(self, slots: np.ndarray) -> None:
+        """The records at `slots` (int64 `[n]`, distinct) are about to be written: have a snapshot keep them."""
+        snapshot = self.snapshot
+        if snapshot is not None:
+            snapshot.keep(slots)
+
+    def await_snapshot(self) -> None:
+        """Wait until nobody reads a snapshot of this store any more."""
+        snapshot = self.snapshot
+        if snapshot is not None:
+            snapshot.wait()
+
+    def put(self, slots: np.ndarray, words: np.ndarray, offset: int = 0) -> None:
+        """Write `words` `[n, width]` to the records at `slots` (int64 `[n]`, distinct), from word `offset` on."""
+        self.keep(slots)
+        cuda_ops.scatter(self.words, self.stride, slots, words, offset=offset)
 
     def values(self, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Copy the values of `slots` (int64 `[n]`) to `out` `[n, dim]` and return it."""
@@ -178,7 +198,7 @@ class RecordStore:
 
     def set_values(self, slots: np.ndarray, rows: np.ndarray) -> None:
         """Write `rows` `[n, dim]` as the values of `slots` (int64 `[n]`, distinct)."""
-        cuda_ops.scatter(self.words, self.stride, slots, rows)
+        self.put(slots, rows)
 
     def states(self, slots: np.ndarray) -> np.ndarray:
         """Return the optimizer state of `slots` (int64 `[n]`) as a new array `[n, state_words]`."""
@@ -187,22 +207,27 @@ class RecordStore:
 
     def set_states(self, slots: np.ndarray, states: np.ndarray) -> None:
         """Write `states` `[n, state_words]` as the optimizer state of `slots` (int64 `[n]`, distinct)."""
-        cuda_ops.scatter(self.words, self.stride, slots, states, offset=self.record_class.dim)
+        self.put(slots, states, self.record_class.dim)
 
     def caught_up_words(self, slots: np.ndarray) -> np.ndarray:
         """Return the words that say up to which steps the records at `slots` are caught up (int64 `[n]`)."""
         record_longs = self.record_class.record_bytes // _STEP_BYTES
         return self.steps[(slots + 1) * record_longs - 2]
 
-    def set_caught_up_words(self, slots: np.ndarray, words: np.ndarray) -> None:
+    def set_caught_up_words(self, slots: np.ndarray, words: np.ndarray | int) -> None:
         """Set what `caught_up_words` gives of the records at `slots` (int64 `[n]`, distinct)."""
+        self.keep(slots)
         record_longs = self.record_class.record_bytes // _STEP_BYTES
         self.steps[(slots + 1) * record_longs - 2] = words
 
     def set_caught_up(self, slots: np.ndarray, count: int) -> None:
         """Say that the records at `slots` (int64 `[n]`) are caught up to step `count` of their table's history."""
-        record_longs = self.record_class.record_bytes // _STEP_BYTES
-        self.steps[(slots + 1) * record_longs - 2] = cuda_ops.caught_up_word(count)
+        self.set_caught_up_words(slots, cuda_ops.caught_up_word(count))
+
+    @property
+    def free_slots(self) -> np.ndarray:
+        """The slots, of those that were ever given out, that are free (int64 `[n]`, a view)."""
+        return self._free[: self._free_count]
 
     @property
     def slots_in_use(self) -> int:

@@ -84,6 +84,7 @@ class SynchronousManager(Manager):
         self.on_failure: Callable[[BaseException], None] | None = None
         self.describe_hyperparameter: Callable[[], Callable[[int, int], str] | None] = lambda: None
         self.who: Sequence[str] = ()
+        self._heard = [time.monotonic()] * self.ranks
         self._shut = False
         self._waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
         self._summing = Summing(alike=True)
@@ -105,6 +106,7 @@ class SynchronousManager(Manager):
             on_failure=self._fail,
             while_collective=self._check_collective,
             after_receiving=self._after_receiving,
+            describe_peers=lambda: self.describe_peers(),
         )
         self.transport.start()
 
@@ -131,6 +133,7 @@ class SynchronousManager(Manager):
         return self.neighbours.ranks
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
+        table.store.await_snapshot()
         with self.still(), self.asking.planning:
             self.asking.leave_in_place(table)
             self._on_background(lambda: self._replace_rule(table, spec))
@@ -328,6 +331,19 @@ class SynchronousManager(Manager):
         named = [f"rank {rank}: {each}" for rank, each in enumerate(who[:_MOST_NAMED])]
         self._waiting.who = "; ".join(named) + ("; ..." if len(who) > _MOST_NAMED else "")
 
+    @property
+    def describe_peers(self) -> Callable[[], str]:
+        """Called, where ranks do not come, for a sentence on what they are doing."""
+        return self._waiting.describe_peers
+
+    @describe_peers.setter
+    def describe_peers(self, describe: Callable[[], str]) -> None:
+        self._waiting.describe_peers = describe
+
+    def seconds_since(self, peer: int) -> float:
+        """Return how long ago the last message of a rank came."""
+        return time.monotonic() - self._heard[peer]
+
     def wait_until(self, reached: Callable[[], bool], describe: Callable[[], str]) -> None:
         """Block until `reached()` is true; `describe()` says what for, if the time limit passes."""
         self._waiting.until(reached, describe)
@@ -392,6 +408,7 @@ class SynchronousManager(Manager):
 
     def _receive(self, source: int, message: Message) -> None:
         """Handle a message; records of a later version, and what the same rank sent after them, wait for that."""
+        self._heard[source] = time.monotonic()
         if self._stalled[source] or self._is_early(message):
             self._stalled[source].append(message)
         else:
@@ -500,6 +517,11 @@ class SynchronousManager(Manager):
     def closed_peers(self) -> frozenset[int]:
         """The ranks that take no more steps."""
         return frozenset(self.others.ended)
+
+    @property
+    def gone_peers(self) -> frozenset[int]:
+        """The ranks that send and answer nothing any more."""
+        return frozenset(self.others.gone)
 
     def close(self, *, linger: bool = False) -> None:
         """Say that this rank takes no more steps and asks for no more rows; with `linger`, wait until all have said so.

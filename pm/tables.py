@@ -82,6 +82,7 @@ class Table:
 
         Without `states` only their values: see `Manager.catch_up`.
         """
+        store.keep(slots)
         cuda_ops.advance(
             self.history.kind,
             store.words,

@@ -43,6 +43,7 @@ class Transport:
             raise.
         after_receiving: called on the thread, again and again, before what is queued is sent; returns whether it did
             anything.
+        describe_peers: called by whoever waited too long in `collective`, for a sentence on the other ranks.
 
     The thread runs from `start()` to `close()`. Closing ranks part in order: each sends what it had queued and LAST,
     answers a LAST with its own, and sends that rank nothing after it, so that no message is left in the network.
@@ -57,6 +58,7 @@ class Transport:
         on_failure: Callable[[BaseException], None],
         while_collective: Callable[[Sequence[int]], None],
         after_receiving: Callable[[], bool] = lambda: False,
+        describe_peers: Callable[[], str] = str,
     ):
         from mpi4py import MPI  # only where there are ranks to talk to
 
@@ -68,6 +70,7 @@ class Transport:
         self._on_failure = on_failure
         self._while_collective = while_collective
         self._after_receiving = after_receiving
+        self._describe_peers = describe_peers
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._outbox: list[deque[Message]] = [deque() for _ in range(self.ranks)]
         self._posted: deque[Callable[[], None]] = deque()
@@ -143,7 +146,7 @@ class Transport:
                 names = ", ".join(map(str, missing())) or "(none: the network is slow)"
                 raise TimeoutError(
                     f"rank {self.rank} waited {timeout_seconds:g} s in a collective operation for rank {names}; all "
-                    "ranks must make the same collective calls"
+                    f"ranks must make the same collective calls. {self._describe_peers()}"
                 )
 
     @property

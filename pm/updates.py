@@ -73,6 +73,7 @@ class Updates:
 
         def apply(store: RecordStore, slots: np.ndarray, some: np.ndarray | None) -> None:
             grads = values if some is None else values[some]
+            store.keep(slots)
             rule.apply(store, slots, grads, scale, group, table.gradient_steps, version)
 
         places = holdings.places(rows, places)

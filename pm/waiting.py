@@ -29,6 +29,8 @@ class Waiting:
         self.failure_was_raised = False
         self.waiters = 0
         self.who = ""
+        self.describe_peers: Callable[[], str] = str
+        """Called, without a lock, for a sentence on the other ranks when one of them does not come."""
         self._on_waited = on_waited
         self._changed = threading.Condition()
 
@@ -60,19 +62,23 @@ class Waiting:
                     reason = in_vain()
                     if reason is not None and not reached():  # the reason may have come after what was waited for
                         raise PeerError(f"rank {self.rank} {reason}")
-                    self._check_time(started, describe)
+                    if time.perf_counter() - started > self.timeout_seconds:
+                        break
                     self._changed.wait(0.1)
+            if not reached():
+                self._waited_too_long(time.perf_counter() - started, describe)
         finally:
             self.waiters -= 1
             self._on_waited(time.perf_counter() - started)
 
-    def _check_time(self, started: float, describe: Callable[[], str]) -> None:
-        waited = time.perf_counter() - started
-        if waited > self.timeout_seconds:
-            raise PeerError(
-                f"rank {self.rank} waited {waited:.0f} s (timeout_seconds={self.timeout_seconds:g}) for {describe()}"
-                + (f" ({self.who})" if self.who else "")
-            )
+    def _waited_too_long(self, waited: float, describe: Callable[[], str]) -> None:
+        """Raise PeerError; in no lock, for the other ranks are asked what they are doing."""
+        peers = self.describe_peers()
+        raise PeerError(
+            f"rank {self.rank} waited {waited:.0f} s (timeout_seconds={self.timeout_seconds:g}) for {describe()}"
+            + (f" ({self.who})" if self.who else "")
+            + (f". {peers}" if peers else "")
+        )
 
     def raise_failure(self) -> None:
         """Raise what ended the background thread, if something did."""

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 import adaloader
 from adaloader import AdaLoader, full_optimizer_state_dict, full_state_dict
+from adaloader.checkpoint.writing import Saved, Saving
 
 ROWS, SMALL_ROWS = 211, 37
 OPTIMIZERS: dict[str, Callable] = {
@@ -126,8 +127,9 @@ class Script:
             if self.iterator is None:
                 return self
 
-    def save(self, path: Path) -> None:
-        adaloader.save(path, self.loader, {"scheduler": self.scheduler, "losses": self.losses})
+    def save(self, path: Path, asynchronous: bool = False) -> Saved | Saving:
+        extra = {"scheduler": self.scheduler, "losses": self.losses}
+        return adaloader.save(path, self.loader, extra, asynchronous=asynchronous)
 
     def load(self, path: Path, **options) -> adaloader.checkpoint.report.Restored:
         return adaloader.load(path, self.loader, extra={"scheduler": self.scheduler}, **options)

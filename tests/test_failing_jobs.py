@@ -181,6 +181,59 @@ JOBS: dict[str, tuple[int, str]] = {
         train(*make(timeout_seconds=3.0), at=4, do=stall if RANK == 1 else int)
         """,
     ),
+    "one rank stalls without dense parameters": (
+        2,
+        """
+        def stall():
+            now("FAIL")
+            time.sleep(300)
+        train(*make(dense=False, timeout_seconds=3.0), at=4, do=stall if RANK == 1 else int)
+        """,
+    ),
+    "one rank is stopped": (
+        2,
+        """
+        def stop():
+            now("FAIL")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        train(*make(timeout_seconds=3.0), at=4, do=stop if RANK == 1 else int)
+        """,
+    ),
+    "one rank waits in a collective operation": (
+        2,
+        """
+        model, optimizer, loader = make(timeout_seconds=3.0)
+        train(model, optimizer, loader, at=4, do=int)
+        if RANK == 1:
+            now("FAIL")
+            threading.Lock().acquire() and threading.Event().wait()
+        adaloader.full_state_dict(model)
+        """,
+    ),
+    "a worker process is stuck": (
+        2,
+        """
+        class Stuck(Ids):
+            def __getitem__(self, i):
+                if RANK == 1 and i == 102:
+                    now("FAIL")
+                    time.sleep(300)
+                return super().__getitem__(i)
+        train(*make(data=Stuck(), num_workers=1, timeout_seconds=3.0))
+        """,
+    ),
+    "a worker process is killed": (
+        2,
+        """
+        class Killed(Ids):
+            def __getitem__(self, i):
+                if i == 101:
+                    now("FAIL")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().__getitem__(i)
+        train(*make(data=Killed(), num_workers=1))
+        """,
+    ),
     "all well on 1": (0, "train(*make())\nnow('END')"),
     "all well on 4": (4, "train(*make(num_workers=1))\nnow('END')"),
     "many loaders left open": (
@@ -300,7 +353,23 @@ FAILING = {
     "SIGINT to one rank": ["KeyboardInterrupt", "rank 1 of 2 failed (KeyboardInterrupt)"],
     "Ctrl-C": [],
     "one rank exits early": ["PeerError|RuntimeError", "[Rr]ank 1[^0-9].*has closed its loader or ended"],
-    "one rank stalls": ["Rank 0 waits for rank 1, which has taken 4 optimizer steps and begun 4 sums"],
+    "one rank stalls": [
+        "Rank 0 waits for rank 1, which has taken 4 optimizer steps and begun 4 sums",
+        r"Rank 1 is at .*program\.py:[0-9]+ in stall",
+    ],
+    "one rank stalls without dense parameters": [
+        "rank 0 waited 3 s",
+        r"Rank 1 is on host .*, PID [0-9]+",
+        r"Rank 1 is at .*program\.py:[0-9]+ in stall",
+    ],
+    "one rank is stopped": [
+        "Rank 1 does not answer: its process is stopped",
+        r"heard of [0-9]+ s ago, and had applied [0-9]+ optimizer steps",
+        r"Rank 1 is on host .*, PID [0-9]+",
+    ],
+    "one rank waits in a collective operation": [r"Rank 1 is at .*program\.py:[0-9]+ in <module>"],
+    "a worker process is stuck": [r"Rank 1 is at .*program\.py:[0-9]+ in train", r"Rank 1 is on host .*, PID [0-9]+"],
+    "a worker process is killed": ["DataLoader worker .* (is|was) killed by signal|exited unexpectedly"],
 }
 
 

@@ -22,6 +22,7 @@ from adaloader.checkpoint.signals import Signals
 from adaloader.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from adaloader.checkpoint.writing import Saving
     from adaloader.iteration import Iteration
     from adaloader.loader_iterator import LoaderIterator
 
@@ -42,23 +43,27 @@ class Periodic:
         keep: how many complete ones stay.
         extra: what to keep beside, or a function that returns it when a checkpoint is made.
         signals: whether SIGTERM, SIGUSR1 and Ctrl-C end the run with a checkpoint.
+        asynchronous: whether the run goes on while one is written.
     """
 
     def __init__(
         self,
         loader,
         folder: Path,
-        every_steps: int | None,
-        every_minutes: float | None,
-        keep: int,
-        extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None,
-        signals: bool,
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int = 2,
+        extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        signals: bool = True,
+        asynchronous: bool = False,
     ):
         _check(every_steps, every_minutes, keep)
         self._loader = weakref.ref(loader)
         self._managed = loader._session.managed
         self._rank = self._managed.manager.rank
-        self._folder, self._keep, self._extra = folder, keep, extra
+        self._folder, self._keep, self._extra, self._asynchronous = folder, keep, extra, asynchronous
+        self._saving: Saving | None = None
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._last_steps, self._last_time = self._managed.optimizer_steps, time.monotonic()
         self._put_off = 0
@@ -70,7 +75,8 @@ class Periodic:
             weakref.finalize(loader, self._signals.close)  # a loader that nobody holds any more makes none
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Wait for what is being written, and give the signals back."""
+        self._finish()
         if self._signals is not None:
             self._signals.close()
 
@@ -82,6 +88,8 @@ class Periodic:
         Raises:
             CheckpointError: if the one that a signal has asked for cannot be made.
         """
+        if self._saving is not None and self._saving.done:
+            self._finish()
         if not iterator.iteration.trains:
             return
         if self._iteration is None or self._iteration() is not iterator.iteration:
@@ -144,23 +152,43 @@ class Periodic:
         path = step_folder(self._folder, steps)
         extra = self._extra() if callable(self._extra) else self._extra
         self._last_steps, self._last_time = steps, time.monotonic()
+        self._finish()
         if not (path / INDEX).exists() or self.meeting is not None:
+            goes_on = self._asynchronous and not is_ending
             try:
-                saved = save_at(path, self._loader(), extra, iterator.state_before_unused())
-                log.info("checkpoint %s: %d bytes in %.2f s", saved.path, saved.bytes, saved.seconds)
+                before = iterator.state_before_unused()
+                self._saving = save_at(path, self._loader(), extra, before, asynchronous=goes_on)
             except CheckpointError as error:
-                if is_ending:
-                    raise
-                if self._rank == 0:
-                    print(f"adaloader: no checkpoint at step {steps}, and the run goes on: {error}", file=sys.stderr)
+                self._not_made(path, error, is_ending)
                 return
-            if self._rank == 0:
-                self._remove_old(path)
+            if not goes_on:
+                self._finish(is_ending)
         if is_ending:
             if self._rank == 0:
                 name = "another rank's signal" if self._signals is None else self._signals.name
                 print(f"adaloader: {name}: saved {path} after step {steps}, and ended", file=sys.stderr, flush=True)
             raise SystemExit(0)
+
+    def _finish(self, is_ending: bool = False) -> None:
+        """Wait for what is being written; what it replaces is removed then."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saved = saving.wait()
+        except CheckpointError as error:
+            self._not_made(saving.path, error, is_ending)
+            return
+        said = "checkpoint %s: %d bytes in %.2f s, of which training stood still for %.2f s"
+        log.info(said, saved.path, saved.bytes, saved.seconds, saved.stall_seconds)
+        if self._rank == 0:
+            self._remove_old(saved.path)
+
+    def _not_made(self, path: Path, error: CheckpointError, is_ending: bool) -> None:
+        if is_ending:
+            raise error
+        if self._rank == 0:
+            print(f"adaloader: no checkpoint {path.name}, and the run goes on: {error}", file=sys.stderr)
 
     def _remove_old(self, newest: Path) -> None:
         complete = complete_in(self._folder)

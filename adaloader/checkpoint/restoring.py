@@ -17,7 +17,7 @@ from adaloader.checkpoint.plain import load_plain
 from adaloader.checkpoint.positions import go_on_from
 from adaloader.checkpoint.random_states import check_random_states, set_random_states
 from adaloader.checkpoint.report import Restored
-from adaloader.checkpoint.saving import managed_by
+from adaloader.checkpoint.saving import finish_saving, managed_by
 from adaloader.checkpoint.table_loading import check_tables, load_tables
 from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.checkpoint.tree import decode
@@ -60,6 +60,7 @@ def load(
             what of it does not fit the model.
     """
     managed = managed_by(loader)
+    finish_saving(managed)
     managed.manager.settle()
     if isinstance(path, Mapping) or Path(path).is_file():
         return load_plain(path, managed, strict=strict)

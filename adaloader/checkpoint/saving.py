@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,43 +15,33 @@ import torch
 
 from adaloader.candidate import agree_on_candidates
 from adaloader.checkpoint.agreement import raise_together
-from adaloader.checkpoint.dtypes import dtype_name
-from adaloader.checkpoint.layout import (
-    INDEX,
-    FileEntry,
-    Index,
-    encode_index,
-    file_name,
-    read_index,
-    remove_other_data,
-    sync_folder,
-    write_durably,
-)
+from adaloader.checkpoint.exchange import Exchange
+from adaloader.checkpoint.layout import FileEntry, Index
 from adaloader.checkpoint.positions import describe_loader, position_of
 from adaloader.checkpoint.random_states import random_states
-from adaloader.checkpoint.tables import OwnRows, own_rows, table_entry
-from adaloader.checkpoint.tensor_file import TensorFileWriter
+from adaloader.checkpoint.tables import cut, table_entry
 from adaloader.checkpoint.tree import Encoder
+from adaloader.checkpoint.writing import Part, SaveCounts, Saved, Saving
 from adaloader.errors import CheckpointError
 from adaloader.gathering import leaving_tables_out
 from adaloader.managed_model import ManagedModel
-from adaloader.table_values import all_texts, text_of_rank_0
+from adaloader.table_values import text_of_rank_0
 
 if TYPE_CHECKING:
     from adaloader.loader import AdaLoader
     from adaloader.wrapped_loader import WrappedLoader
 
-
-@dataclass(frozen=True)
-class Saved:
-    """What a save has done: the checkpoint's folder, bytes over all ranks, and seconds that it took on this rank."""
-
-    path: Path
-    bytes: int
-    seconds: float
+DEFAULT_SPARE_BYTES = 64 << 20
 
 
-def save(path: str | os.PathLike, loader: AdaLoader | WrappedLoader, extra: Mapping[str, Any] | None = None) -> Saved:
+def save(
+    path: str | os.PathLike,
+    loader: AdaLoader | WrappedLoader,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    asynchronous: bool = False,
+    spare_bytes: int = DEFAULT_SPARE_BYTES,
+) -> Saved | Saving:
     """Write a checkpoint of everything that a run needs to go on (collective).
 
     Tables (values and optimizer state of the rows that were touched), all other parameters and buffers, the state of
@@ -66,44 +54,67 @@ def save(path: str | os.PathLike, loader: AdaLoader | WrappedLoader, extra: Mapp
         loader: the loader that the run trains with.
         extra: what else to keep, by name: numbers, text, tensors, lists and dictionaries of them, and whatever has
             `state_dict()` (schedulers, a GradScaler), of which that is kept. Each rank's own.
+        asynchronous: whether to return at once, with a `Saving` whose `wait()` returns what is returned otherwise. What
+            is written is what there is now. The next save, `load` and `loader.close()` wait for it, and raise what
+            went wrong if nobody was told yet. While the first step of a table is not over, it is waited for here.
+        spare_bytes: most memory of each rank for rows that are updated before they are written; when it is full, an
+            update waits for the disk. On top come a copy of the dense parameters and their optimizer state, and about
+            60 bytes a row.
 
     Raises:
         ValueError: if the loader manages no model.
         CheckpointError: on every rank, saying on which the disk is full, a folder cannot be written, or what cannot be
-            saved. Then nothing was changed, what was saved before is intact, and the run can go on.
+            saved; or that a rank has run out of batches. Then nothing was changed, what was saved before is intact, and
+            the run can go on. So it is if this is how an earlier, asynchronous one ended; then this one is not begun.
     """
-    return save_at(path, loader, extra, None)
+    if not isinstance(spare_bytes, int) or spare_bytes < 0:
+        raise ValueError(f"spare_bytes must be a number of bytes, 0 or more; got {spare_bytes!r}")
+    saving = save_at(path, loader, extra, None, spare_bytes=spare_bytes, asynchronous=asynchronous)
+    return saving if asynchronous else saving.wait()
 
 
-def save_at(path, loader, extra, before: tuple[int, Any] | None) -> Saved:
-    """As `save` (collective); `before`: batches handed out, and the loader's state, at the position to save, if not the
-    last batch handed out."""
+def save_at(
+    path, loader, extra, before: tuple[int, Any] | None, *, asynchronous: bool, spare_bytes: int = DEFAULT_SPARE_BYTES
+) -> Saving:
+    """Begin a save (collective); `before`: batches handed out, and the loader's state, at the position to save, if not
+    the last batch handed out. Without `asynchronous` nothing may change until it has been waited for."""
     started = time.perf_counter()
     managed = managed_by(loader)
     manager = managed.manager
+    finish_saving(managed)
+    if manager.ranks > 1:
+        managed.roll_call.check()
+        managed.exchange = managed.exchange or Exchange(manager)
+    managed.saves = managed.saves or SaveCounts()
     manager.settle()
     agree_on_candidates(managed)
     folder = Path(path)
     encoder = Encoder()
-    state, problem = _encode_state(managed, loader, extra, encoder, before)
+    nodes, problem = _encode_state(managed, loader, extra, encoder, before)
     raise_together(manager, problem)
     data = text_of_rank_0(manager, f"data-{secrets.token_hex(8)}")
     raise_together(manager, _make_folder(folder / data) if manager.rank == 0 else "")
-    written: list[str] = []
-    try:
-        with manager.still():
-            problem = _write_rank(managed, folder / data, encoder, state)
-        written = all_texts(manager, problem)
-        _raise_unwritten(written)
-        raise_together(manager, _write_index(managed, loader, folder, data, written) if manager.rank == 0 else "")
-    except BaseException:
-        if manager.rank == 0 and not _is_current(folder, data):
-            shutil.rmtree(folder / data, ignore_errors=True)
-        raise
-    if manager.rank == 0:
-        remove_other_data(folder, data)
-    total = sum(json.loads(each)["file"]["bytes"] for each in written)
-    return Saved(folder, total, time.perf_counter() - started)
+    with manager.still():
+        rows = cut(managed, spare_bytes)
+    if asynchronous:
+        encoder.copy_tensors()
+    managed.saves.begun += 1
+    part = Part(folder, data, nodes, encoder, rows)
+    managed.saving = Saving(managed, part, _index_maker(managed, loader, data), started)
+    if not rows.is_kept:
+        managed.saving.wait()
+    return managed.saving
+
+
+def finish_saving(managed: ManagedModel) -> None:
+    """Wait for a save that is under way.
+
+    Raises:
+        CheckpointError: on every rank, if it could not be made and nobody was told yet.
+    """
+    saving, managed.saving = managed.saving, None
+    if saving is not None and not saving.is_told:
+        saving.wait()
 
 
 def managed_by(loader: AdaLoader | WrappedLoader) -> ManagedModel:
@@ -185,86 +196,39 @@ def _make_folder(data: Path) -> str:
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
         data.mkdir()
-        sync_folder(data.parent.parent)
     except OSError as error:
         return f"the checkpoint cannot be written: {error.filename or data}: {error.strerror}"
     return ""
 
 
-def _write_rank(managed: ManagedModel, data: Path, encoder: Encoder, nodes: dict[str, Any]) -> str:
-    """Write this rank's file; return what the index needs to know of it as JSON, or "!" and what went wrong."""
-    path = data / file_name(managed.manager.rank)
-    writer = None
-    try:
-        rows = own_rows(managed)
-        forms = {name: (dtype_name(each), tuple(each.shape)) for name, each in encoder.tensors.items()}
-        for of_table in rows:
-            forms.update(of_table.forms())
-        writer = TensorFileWriter(path, forms)
-        for name, tensor in encoder.tensors.items():
-            writer.write(name, tensor)
-        _write_rows(managed, rows, writer)
-        writer.close()
-    except OSError as error:
-        return f"!{path}: {error.strerror or error}; what was saved before is intact, and the run can go on"
-    finally:
-        if writer is not None:
-            writer.abandon()
-    entry = FileEntry(path.name, writer.bytes, writer.header_crc, writer.crcs)
-    held = {of_table.table.name: len(of_table.rows) for of_table in rows}
-    return json.dumps({"file": asdict(entry), "held": held, **nodes}, allow_nan=False)
-
-
-def _write_rows(managed: ManagedModel, rows: list[OwnRows], writer: TensorFileWriter) -> None:
-    for of_table in rows:
-        for name, part in of_table.parts(managed.manager):
-            writer.write(name, part)
-
-
-def _raise_unwritten(written: list[str]) -> None:
-    failed = [f"rank {rank}: {each[1:]}" for rank, each in enumerate(written) if each.startswith("!")]
-    if failed:
-        raise CheckpointError("the checkpoint could not be written: " + "; ".join(failed))
-
-
-def _write_index(managed: ManagedModel, loader, folder: Path, data: str, written: list[str]) -> str:
-    """Make the checkpoint what the folder holds; return what went wrong, an empty text if nothing did."""
-    said = [json.loads(each) for each in written]
-    missing = [each["file"]["name"] for each in said if not (folder / data / each["file"]["name"]).is_file()]
-    if missing:
-        return f"{folder} is not one folder that all ranks see: rank 0 does not find {', '.join(missing)} there"
-    tables = {
-        name: {**entry, "held": sum(each["held"][name] for each in said)} for name, entry in said[0]["tables"].items()
-    }
-    index = Index(
-        data=data,
-        steps=managed.optimizer_steps,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        software={"adaloader": _version_of("adaloader"), "torch": torch.__version__},
-        configuration={
+def _index_maker(managed: ManagedModel, loader, data: str) -> Callable[[list[dict[str, Any]]], Index]:
+    """Return a function that makes the index of the present state from what the ranks say of their parts."""
+    known = {
+        "data": data,
+        "steps": managed.optimizer_steps,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "software": {"adaloader": _version_of("adaloader"), "torch": torch.__version__},
+        "configuration": {
             "ranks": managed.ranks,
             "settings": {name: value for name, value in managed.settings.items() if name != "comm"},
             "loader": describe_loader(loader),
         },
-        tables=tables,
-        trees=said[0]["trees"],
-        of_ranks=[each["own"] for each in said],
-        files=[FileEntry(**each["file"]) for each in said],
-    )
-    try:
-        sync_folder(folder / data)
-        write_durably(folder / INDEX, encode_index(index))
-    except OSError as error:
-        return f"{folder / INDEX}: {error.strerror}; what was saved before is intact, and the run can go on"
-    return ""
+    }
 
+    def make(said: list[dict[str, Any]]) -> Index:
+        tables = {
+            name: {**entry, "held": sum(each["held"][name] for each in said)}
+            for name, entry in said[0]["tables"].items()
+        }
+        return Index(
+            **known,
+            tables=tables,
+            trees=said[0]["trees"],
+            of_ranks=[each["own"] for each in said],
+            files=[FileEntry(**each["file"]) for each in said],
+        )
 
-def _is_current(folder: Path, data: str) -> bool:
-    """Whether the index already names this data."""
-    try:
-        return read_index(folder).data == data
-    except CheckpointError:
-        return False
+    return make
 
 
 def _version_of(package: str) -> str:

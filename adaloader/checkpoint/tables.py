@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import cuda_ops
 import pm
 from adaloader.checkpoint.layout import TableEntry, held_name
 from adaloader.checkpoint.tree import Encoder
@@ -15,39 +16,56 @@ from adaloader.held_state import state_names
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.program_fill import ProgramFill
-from pm.records import Records, caught_up_to, owned_in_order, read_records
+from pm.records import Kept, Records, in_order, keep_records, take_records
+from pm.store import RecordClass
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 2 << 20
 _FORMS = {"float32": "F32", "float64": "F64"}
 
 
-@dataclass(frozen=True)
 class OwnRows:
-    """The rows of one table that this rank writes: those that it owns and somebody touched (int64 `[n]`, ascending).
+    """The rows of one table that this rank writes, as they are when this is made, inside `still()`: those that it owns
+    and somebody touched.
 
-    `slots` (int64 `[n]`) are theirs; None while the table's first step is not over, when rank 0 writes all rows from
-    the parameter's own memory.
+    Args:
+        table: the table.
+        kept: its store; None while the table's first step is not over, when rank 0 writes all rows from the
+            parameter's own memory, which must not change meanwhile.
     """
 
-    table: ManagedTable
-    rows: np.ndarray
-    slots: np.ndarray | None
+    def __init__(self, manager: pm.Manager, table: ManagedTable, kept: Kept | None):
+        self._manager, self._table, self._kept = manager, table.table, kept
+        self.name = table.name
+        self._record_class: RecordClass = table.table.store.record_class
+        self._states = states_of(table.table)
+        self._rows, self._slots = np.empty(0, np.int64), np.empty(0, np.int64)
+
+    def find(self) -> None:
+        """Find out which rows they are, which takes some time; to be called once, before what is below."""
+        if self._kept is not None:
+            keys, slots = self._kept.index.items()
+            self._rows, self._slots = in_order(*self._manager.of_table(self._table, keys, slots))
+        elif self._manager.rank == 0:
+            self._rows = np.arange(self._table.spec.rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def forms(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return dtype and shape of each tensor that they become, by name."""
-        name, spec, n = self.table.name, self.table.table.spec, len(self.rows)
-        form = _FORMS[spec.dtype]
-        forms = {held_name("rows", name): ("I64", (n,)), held_name("values", name): (form, (n, spec.dim))}
-        for state, width in zip(*states_of(self.table.table), strict=True):
+        name, of, n = self.name, self._record_class, len(self)
+        form = _FORMS[of.dtype]
+        forms = {held_name("rows", name): ("I64", (n,)), held_name("values", name): (form, (n, of.dim))}
+        for state, width in zip(*self._states, strict=True):
             forms[held_name("state", name, state)] = (form, (n, width))
-        if self.table.table.history is not None:
+        if of.catches_up:
             forms[held_name("caught_up", name)] = ("I64", (n,))
         return forms
 
-    def parts(self, manager: pm.Manager) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (name of a tensor, its next part), in chunks; inside `still()`."""
-        name, (states, widths) = self.table.name, states_of(self.table.table)
-        for records in self._records(manager):
+    def parts(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (name of a tensor, its next part), in chunks."""
+        name, (states, widths) = self.name, self._states
+        for records in self._records():
             yield held_name("rows", name), records.rows
             yield held_name("values", name), records.values
             at = 0
@@ -57,29 +75,45 @@ class OwnRows:
             if records.caught_up is not None:
                 yield held_name("caught_up", name), records.caught_up
 
-    def _records(self, manager: pm.Manager) -> Iterator[Records]:
-        table = self.table.table
-        chunk_rows = max(1, _CHUNK_BYTES // table.store.record_class.record_bytes)
-        if self.slots is not None:
-            yield from read_records(table, self.rows, self.slots, chunk_rows)
+    def _records(self) -> Iterator[Records]:
+        of = self._record_class
+        chunk_rows = max(1, _CHUNK_BYTES // of.record_bytes)
+        if self._kept is not None:
+            yield from take_records(self._kept.snapshot, of, self._rows, self._slots, chunk_rows)
             return
-        for start in range(0, len(self.rows), chunk_rows):
-            rows = self.rows[start : start + chunk_rows]
-            values, states = manager.initial_rows(table, rows)
-            count = 0 if table.history is None else len(table.history)
-            yield Records(rows, values, states, caught_up_to(table, count, len(rows)))
+        count = len(self._table.history) if of.catches_up else 0
+        for start in range(0, len(self), chunk_rows):
+            rows = self._rows[start : start + chunk_rows]
+            values, states = self._manager.initial_rows(self._table, rows)
+            caught_up = np.full(len(rows), cuda_ops.caught_up_word(count), np.int64) if of.catches_up else None
+            yield Records(rows, values, states, caught_up)
 
 
-def own_rows(model: ManagedModel) -> list[OwnRows]:
-    """Return, for each table in order, the rows that this rank writes; inside `still()`."""
-    found = []
-    for table in model.tables_in_order():
-        if table.probation is None:
-            found.append(OwnRows(table, *owned_in_order(model.manager, table.table)))
-        else:
-            rows = table.table.spec.rows if model.manager.rank == 0 else 0
-            found.append(OwnRows(table, np.arange(rows, dtype=np.int64), None))
-    return found
+@dataclass(frozen=True)
+class Cut:
+    """What this rank has of all tables at one instant; `is_kept`: it stays so whatever steps are taken."""
+
+    rows: list[OwnRows]
+    kept: list[Kept]
+    is_kept: bool
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long the run was kept from writing to records since."""
+        return sum(each.snapshot.stall_seconds for each in self.kept)
+
+    def end(self) -> None:
+        """Nothing more of it is needed."""
+        for each in self.kept:
+            each.snapshot.end()
+
+
+def cut(model: ManagedModel, spare_bytes: int) -> Cut:
+    """Return what the rows are now that this rank writes; inside `still()`."""
+    tables, manager = model.tables_in_order(), model.manager
+    kept = keep_records(manager, [table.table for table in tables if table.probation is None], spare_bytes)
+    rows = [OwnRows(manager, t, None if t.probation is not None else kept[t.table.store]) for t in tables]
+    return Cut(rows, list(kept.values()), all(table.probation is None for table in tables))
 
 
 def states_of(table: pm.Table) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import stat
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,12 @@ class TensorFileWriter:
         for place in self._places.values():
             place[0] += _LENGTH.size + len(text)
             place[1] += _LENGTH.size + len(text)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="adaloader-checkpoint")
-        self._pending: list[Future] = []
+        self._queue: queue.Queue[tuple[str, np.ndarray, int] | None] = queue.Queue(_WRITES_AHEAD)
+        self._error: BaseException | None = None
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        # No pool: those take no more work when the interpreter ends, which waits for what is being saved.
+        self._thread = threading.Thread(target=self._work, name="adaloader-checkpoint-file", daemon=True)
+        self._thread.start()
         try:
             _reserve(self._file, self.bytes)
             _write_all(self._file, _LENGTH.pack(len(text)) + text, 0)
@@ -95,9 +99,21 @@ class TensorFileWriter:
         if place[0] + len(data) > place[1]:
             raise ValueError(f"{name!r} was declared with {place[1] - place[0]} bytes less than were written")
         start, place[0] = place[0], place[0] + len(data)
-        while len(self._pending) >= _WRITES_AHEAD:
-            self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(self._write, name, data, start))
+        self._raise_error()
+        self._queue.put((name, data, start))
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        """Write what is queued; after an error only take it, so that nobody waits for room in the queue."""
+        while (given := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._write(*given)
+                except BaseException as error:  # it is raised where the next part is handed over, or at the end
+                    self._error = error
 
     def _write(self, name: str, data: np.ndarray, start: int) -> None:
         for at in range(0, len(data), CHUNK_BYTES):
@@ -108,8 +124,8 @@ class TensorFileWriter:
     def close(self) -> None:
         """Have everything on the disk, and close the file."""
         try:
-            while self._pending:
-                self._pending.pop(0).result()
+            self._end_thread()
+            self._raise_error()
             unwritten = [name for name, (start, stop) in self._places.items() if start != stop]
             if unwritten:
                 raise ValueError(f"{unwritten} were declared and not written whole")
@@ -119,10 +135,16 @@ class TensorFileWriter:
 
     def abandon(self) -> None:
         """Close the file as it is."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._error = self._error or OSError(errno.ECANCELED, "abandoned")
+        self._end_thread()
         if self._file >= 0:
             file, self._file = self._file, -1
             os.close(file)
+
+    def _end_thread(self) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
 
 
 def _reserve(file: int, size: int) -> None:

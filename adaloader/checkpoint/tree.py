@@ -31,6 +31,13 @@ class Encoder:
     def __init__(self):
         self.tensors: dict[str, np.ndarray | torch.Tensor] = {}
 
+    def copy_tensors(self) -> None:
+        """Have `tensors` in memory of their own, which nobody changes."""
+        self.tensors = {
+            name: each.copy() if isinstance(each, np.ndarray) else each.to("cpu", copy=True)
+            for name, each in self.tensors.items()
+        }
+
     def encode(self, value: Any, place: str) -> Any:
         """Return the node of `value`.
 

@@ -60,9 +60,9 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(
     resumed.close()
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+@pytest.mark.parametrize("optimizer, num_workers", [("adagrad", 0), ("adam", 0), ("sgd", 1)])
 @pytest.mark.parametrize("from_one", [True, False])
-def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, folder, optimizer, from_one):
+def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, folder, optimizer, num_workers, from_one):
     """From one rank to all of them, or back: each sample once, and one process's results for the same batches."""
     from mpi4py import MPI
 
@@ -70,7 +70,9 @@ def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, fol
 
     def script(ranks):
         size = each * comm.size // ranks
-        return Script(MPI.COMM_SELF if ranks == 1 else comm, optimizer, torch.float64, 0.0, samples, size, seed, {})
+        options = {"num_workers": num_workers}
+        own = MPI.COMM_SELF if ranks == 1 else comm
+        return Script(own, optimizer, torch.float64, 0.0, samples, size, seed, options)
 
     first, second = (1, comm.size) if from_one else (comm.size, 1)
     seen, expected = [], {}
@@ -147,6 +149,23 @@ def test_failing_to_write_is_an_error_on_every_rank_and_the_run_goes_on(comm, se
     assert len(again.load(folder / "saved")["losses"]) == 2
     comm.Barrier()
     again.close(), script.close()
+
+
+def test_save_while_a_rank_has_run_out_of_batches_is_an_error_at_once(comm, seed, folder):
+    """The last batch has one sample, which is rank 0's; whoever has none follows, and can save after the pass."""
+    script = Script(comm, seed=seed, samples=4 * comm.size * 3 + 1, options={"timeout_seconds": 60.0}).start().run(3)
+    script.save(folder / "saved")
+    if comm.rank == 0:
+        script.one_batch()
+        if comm.size > 1:
+            with pytest.raises(adaloader.CheckpointError, match="rank 1.* has run out of batches"):
+                script.save(folder / "saved")
+    script.finish_pass()
+    assert read_index(folder / "saved").steps == 3
+    script.save(folder / "after")
+    assert read_index(folder / "after").steps == 4
+    script.run(2)
+    script.close()
 
 
 def test_rows_of_a_rank_are_those_that_it_owns_and_somebody_touched(comm, seed, folder):
