@@ -77,11 +77,12 @@ class Owned:
         self.group = group
         self.store = RecordStore(group.record_class, group.capacity, index=places.records)
         words = masks.words_for(ranks)
-        self.keys = reserve_zeros(group.capacity, np.int64)
-        self.live = reserve_zeros(group.capacity, np.int32)
-        self.counters = reserve_zeros(group.capacity, np.int32)
-        self.holders = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
-        self.changed_by = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
+        notes = reserve_zeros(group.capacity * (2 + 2 * words), np.int64).reshape(-1, 2 + 2 * words)
+        self.keys = notes[:, 0]  # what is known of a slot lies together: to look at all of it is one miss of the cache
+        self.live, self.counters = (notes.view(np.int32)[:, column] for column in (2, 3))
+        self.holders = notes.view(np.uint64)[:, 2 : 2 + words]
+        self.changed_by = notes.view(np.uint64)[:, 2 + words :]
+        self.notes_bytes = notes.strides[0]
         self.changed: list[np.ndarray] = []
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -167,12 +168,11 @@ class Copies:
         words = 3 * group.width - group.record_class.dim
         record_class = replace(group.record_class, state_words=words, catches_up=False)
         self.store = RecordStore(record_class, group.capacity, index=places.copies)
-        self.keys = reserve_zeros(group.capacity, np.int64)
-        self.states = reserve_zeros(group.capacity, np.int8)
-        self.live = reserve_zeros(group.capacity, np.int32)
-        self.owners = reserve_zeros(group.capacity, np.int32)
-        self.parcels = reserve_zeros(group.capacity, np.int64)
-        self.dirty = reserve_zeros(group.capacity, np.bool_)
+        notes = reserve_zeros(group.capacity * 4, np.int64).reshape(-1, 4)
+        self.keys, self.parcels = notes[:, 0], notes[:, 1]
+        self.live, self.owners = (notes.view(np.int32)[:, column] for column in (4, 5))
+        self.states, self.dirty = notes.view(np.int8)[:, 24], notes.view(np.bool_)[:, 25]
+        self.notes_bytes = notes.strides[0]
         self.changed: list[np.ndarray] = []
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -330,11 +330,9 @@ class Holdings:
     @property
     def memory_bytes(self) -> int:
         owned, copies = self.owned, self.copies
-        per_owned = 16 + owned.holders.shape[1] * 16
-        per_copy = 8 + 1 + 4 + 4 + 8 + 1
         return (
             owned.store.memory_bytes
             + copies.store.memory_bytes
-            + per_owned * owned.store.slots_in_use
-            + per_copy * copies.store.slots_in_use
+            + owned.notes_bytes * owned.store.slots_in_use
+            + copies.notes_bytes * copies.store.slots_in_use
         )

@@ -11,6 +11,7 @@ import cuda_ops
 from pm.shared_memory import MAP_NORESERVE, SharedBlock
 
 _STEP_BYTES = 8
+_LARGE_BYTES = 1 << 24  # from this size on a large page more or less does not matter
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,8 @@ def reserve_zeros(count: int, dtype: type) -> np.ndarray:
     """Return zeros `[count]` that take address space only, and memory page by page as they are first written."""
     size = max(1, count) * np.dtype(dtype).itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    if size >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        _advise_huge_pages(memory)
     return np.frombuffer(memory, dtype, count)
 
 

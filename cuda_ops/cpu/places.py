@@ -15,7 +15,7 @@ def moved_places(keys, places, owned_keys, copy_keys):
     Args:
         keys: [n] int64.
         places: [n] int64; p >= 0 says that owned_keys[p] was the key, p <= -2 that copy_keys[-2 - p] was, -1 nothing.
-        owned_keys, copy_keys: [any] int64, the keys of slots.
+        owned_keys, copy_keys: [any] int64, the keys of slots; need not be contiguous.
 
     Raises:
         IndexError: a place is outside its slots.
@@ -49,7 +49,7 @@ def add_uses(places, of_records, of_copies, count):
 
     Args:
         places: [n] int64, distinct, none of them -1.
-        of_records, of_copies: [any] int32, uses by slot, updated in place.
+        of_records, of_copies: [any] int32, uses by slot, updated in place; need not be contiguous.
 
     Raises:
         IndexError: a place is outside its slots, or -1; nothing is changed.
@@ -57,7 +57,8 @@ def add_uses(places, of_records, of_copies, count):
     """
     places = int_vector(places, "places")
     for uses, name in ((of_records, "of_records"), (of_copies, "of_copies")):
-        writable(uses, name, np.int32, (uses.size,))
+        if uses.dtype != np.int32 or uses.ndim != 1:
+            raise TypeError(f"{name} must be a vector of int32, got {uses.dtype} of shape {uses.shape}")
     _check_places(places, of_records.size, of_copies.size)
     out = np.empty(places.size, np.int64)
     idle = _add_uses(places, of_records, of_copies, count, out)
