@@ -151,11 +151,17 @@ def _running(command: list[str], environment: dict[str, str], folder: Path) -> I
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
+            preexec_fn=_take_interrupts,
         )
         try:
             yield process
         finally:
             _end(process)
+
+
+def _take_interrupts() -> None:
+    """Heed SIGINT again, which a shell makes those ignore that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], timeout_seconds: float, interrupt_after_seconds: float | None) -> bool:

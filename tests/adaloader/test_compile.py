@@ -80,7 +80,7 @@ def test_compiled_code_gives_what_plain_pytorch_gives(seed, what, backend, recwa
     assert [str(w.message) for w in recwarn if "Dynamo" in str(w.message)] == []
 
 
-def test_compiled_code_is_not_compiled_again_when_another_model_is_freed(seed, monkeypatch):
+def test_compiled_code_is_not_compiled_again_when_another_model_is_freed(seed):
     """Dynamo traces the optimizer's hooks, ours among them: it is to guard nothing that other models change."""
     batches = make_batches(seed)
     other = Model()
@@ -89,12 +89,11 @@ def test_compiled_code_is_not_compiled_again_when_another_model_is_freed(seed, m
     del other
 
     def with_another(batches):
-        for at, ids in enumerate(batches):
-            if at == 4:
-                others.clear()
-                gc.collect()
-                monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-            yield ids
+        yield from batches[:4]
+        others.clear()
+        gc.collect()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            yield from batches[4:]
 
     run_plain(Model, adagrad, with_another(batches), compiled_step("eager"))
 
