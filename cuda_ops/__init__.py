@@ -43,6 +43,8 @@ sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
 rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
 advance = by_device(_advance.advance)
 moved_places = by_device(_places.moved_places)
+add_uses = by_device(_places.add_uses)
+gather_places = by_device(_places.gather_places)
 alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
@@ -61,6 +63,7 @@ __all__ = [
     "KeyIndex",
     "adagrad_update",
     "add_holds",
+    "add_uses",
     "advance",
     "alias_table",
     "caught_up_word",
@@ -69,6 +72,7 @@ __all__ = [
     "delta",
     "expand",
     "gather",
+    "gather_places",
     "held_by_one",
     "history_columns",
     "keys_of_segments",

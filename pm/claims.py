@@ -14,6 +14,8 @@ import cuda_ops
 from intents.timing import ActionTiming
 from pm.holdings import Copy, Holdings
 from pm.messages import Kind, Message, narrow, widen
+from pm.partition import each_rank
+from pm.place_index import ABSENT
 
 if TYPE_CHECKING:
     from pm.node import Node
@@ -69,8 +71,8 @@ class Claims:
         self._generations: Counter[int] = Counter()
         self._finished: list[Intent] = []
         self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
-        self._ending: list[tuple[Holdings, np.ndarray]] = []
-        self._leaving: list[tuple[Holdings, np.ndarray]] = []
+        self._ending: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # the same
+        self._leaving: list[tuple[Holdings, np.ndarray, np.ndarray, int, int]] = []  # and owner, parcel that says so
 
     # Clocks and intents
 
@@ -172,80 +174,78 @@ class Claims:
             if intent.is_over or (intent.end is not None and intent.end < clock.now):
                 continue
             intent.is_live = True
-            late = self._register(self._node.holdings[intent.group], intent)
+            holdings = self._node.holdings[intent.group]
+            self._register(holdings, intent)
             if start <= clock.now:
+                at = -2 - intent.places[intent.places < 0]
+                late = int(np.count_nonzero(holdings.copies.states[at] != Copy.ACTIVE))
                 self._node.count("late_intents", intent.group, late)
             if intent.end is not None:
                 heapq.heappush(clock.live, (intent.end, order, intent))
 
-    def _register(self, holdings: Holdings, intent: Intent) -> int:
-        """Count an intent for its keys; return how many of them are not here yet."""
-        owned, copies, keys = holdings.owned, holdings.copies, intent.keys
-        places = holdings.places(keys)
-        absent = np.flatnonzero(places == -1)
+    def _register(self, holdings: Holdings, intent: Intent) -> None:
+        """Count an intent for its keys, and note those that are to be asked for."""
+        keys, places = intent.keys, holdings.places(intent.keys)
+        absent = np.flatnonzero(places == ABSENT)
         if len(absent):
             made = self._node.grants.make_unmoved(holdings, keys[absent])
             places[absent] = made
             absent = absent[made < 0]
         if len(absent):
-            made = copies.add_wanted(keys[absent])
+            made = holdings.copies.add_wanted(keys[absent])
             places[absent] = -2 - made
             self._wanted.append((holdings, keys[absent], made))
-        owned.live[places[places >= 0]] += 1
-        at = -2 - places[places < 0]
-        copies.live[at] += 1
+        cuda_ops.add_uses(places, holdings.owned.live, holdings.copies.live, 1)
         intent.places = places
-        return int((copies.states[at] != Copy.ACTIVE).sum())
 
     def _unregister(self, holdings: Holdings, intent: Intent) -> None:
-        owned, copies = holdings.owned, holdings.copies
         places = holdings.places(intent.keys, intent.places)
-        slots = places[places >= 0]
-        owned.live[slots] -= 1
-        self._node.grants.intents_ended(holdings, slots)
-        at = -2 - places[places < 0]
-        copies.live[at] -= 1
-        ended = at[copies.live[at] == 0]
-        if len(ended):
-            self._ending.append((holdings, copies.keys[ended]))
+        idle = cuda_ops.add_uses(places, holdings.owned.live, holdings.copies.live, -1)
+        self._node.grants.intents_ended(holdings, idle[idle >= 0])
+        self._note_idle(holdings, -2 - idle[idle < 0])
+
+    def _note_idle(self, holdings: Holdings, slots: np.ndarray) -> None:
+        """Copies, or keys asked for, have no live intent any more."""
+        if len(slots):
+            self._ending.append((holdings, holdings.copies.keys[slots], slots))
 
     # Giving up
 
     def _end(self) -> None:
         """Give up keys without live intents, but those whose owner has not taken in changes that are under way."""
         ending, self._ending = self._ending, []
-        for holdings, keys in ending:
+        for holdings, keys, at in ending:
             copies = holdings.copies
-            at, states = copies.find(keys)
-            idle = (at >= 0) & (copies.live[at] == 0)
-            copies.remove(at[idle & (states == Copy.WANTED)])
-            self._drop_refused(holdings, at[idle & (states == Copy.REFUSED)])
-            active = idle & (states == Copy.ACTIVE)
+            at = at[(copies.keys[at] == keys) & (copies.live[at] == 0)]
+            states = copies.states[at]
+            active = states == Copy.ACTIVE
+            if not active.all():
+                copies.remove(at[states == Copy.WANTED])
+                self._drop_refused(holdings, at[states == Copy.REFUSED])
+                at = at[active]
             taken_in = copies.parcels[at] <= self._node.acknowledged[copies.owners[at]]
-            self._drop(holdings, at[active & taken_in])
-            later = active & ~taken_in
-            if later.any():
-                self._ending.append((holdings, keys[later]))
+            if not taken_in.all():
+                self._note_idle(holdings, at[~taken_in])
+                at = at[taken_in]
+            self._drop(holdings, at)
 
     def _drop(self, holdings: Holdings, slots: np.ndarray) -> None:
         """Tell owners that active copies are gone, with their last changes."""
         node, copies, group = self._node, holdings.copies, holdings.group.number
-        for owner in np.unique(copies.owners[slots]).tolist():
-            part = slots[copies.owners[slots] == owner]
-            changed = part[copies.dirty[part]]
-            clean = part[~copies.dirty[part]]
+        for owner, part in copies.by_owner(slots):
+            dirty = copies.dirty[part]
+            changed, clean = part[dirty], part[~dirty]
             copies.forget_changes_under_way(clean)
             deltas = copies.take_changes(changed)
-            copies.states[part] = Copy.LEAVING
-            copies.parcels[part] = node.next_parcel(owner)
+            parcel = node.next_parcel(owner)
+            copies.states[part], copies.parcels[part] = Copy.LEAVING, parcel
             arrays = (narrow(copies.keys[clean]), narrow(copies.keys[changed]), deltas)
             node.emit(owner, Message(Kind.DROPS, (group, node.rank), arrays))
-            self._leaving.append((holdings, copies.keys[part]))
+            self._leaving.append((holdings, copies.keys[part], part, owner, int(parcel)))
 
     def _drop_refused(self, holdings: Holdings, slots: np.ndarray) -> None:
         copies = holdings.copies
-        for owner in np.unique(copies.owners[slots]).tolist():
-            part = slots[copies.owners[slots] == owner]
+        for owner, part in copies.by_owner(slots):
             self._emit_drops(holdings, owner, copies.keys[part])
         copies.remove(slots)
 
@@ -258,19 +258,19 @@ class Claims:
     def settle_leaving(self) -> None:
         """Forget copies that owners know to be gone; ask again for those that are wanted again."""
         leaving, self._leaving = self._leaving, []
-        for holdings, keys in leaving:
+        for entry in leaving:
+            holdings, keys, at, owner, parcel = entry
+            if parcel > self._node.acknowledged[owner]:
+                self._leaving.append(entry)
+                continue
             copies = holdings.copies
-            at, states = copies.find(keys)
-            at = at[states == Copy.LEAVING]  # the others have come here as records meanwhile
-            known = copies.parcels[at] <= self._node.acknowledged[copies.owners[at]]
-            again = known & (copies.live[at] > 0)
-            if again.any():
-                copies.states[at[again]] = Copy.WANTED
-                copies.parcels[at[again]] = -1
-                self._wanted.append((holdings, copies.keys[at[again]], at[again]))
-            if not known.all():
-                self._leaving.append((holdings, copies.keys[at[~known]]))
-            copies.remove(at[known & ~again])
+            at = at[(copies.keys[at] == keys) & (copies.states[at] == Copy.LEAVING)]  # others came here as records
+            is_wanted = copies.live[at] > 0
+            if is_wanted.any():
+                again, at = at[is_wanted], at[~is_wanted]
+                copies.states[again], copies.parcels[again] = Copy.WANTED, -1
+                self._wanted.append((holdings, copies.keys[again], again))
+            copies.remove(at)
 
     # Asking
 
@@ -288,9 +288,8 @@ class Claims:
                 self._wanted.append((holdings, keys[~ready], at[~ready]))
             copies.states[at[ready]] = Copy.REQUESTED
             keys, target = keys[ready], target[ready]
-            for owner in np.unique(target).tolist():
-                part = keys[target == owner]
-                node.emit(owner, Message(Kind.REQUEST, (number, node.rank), (narrow(part),)))
+            for owner, some in each_rank(target, node.ranks):
+                node.emit(owner, Message(Kind.REQUEST, (number, node.rank), (narrow(keys[some]),)))
 
     def on_copies(self, source: int, message: Message) -> None:
         """COPIES(group; keys, values): copies of what `source` owns."""
@@ -301,12 +300,10 @@ class Claims:
         holdings.copies.install(at[asked], values[asked], source)
         self._note(holdings, "copied", keys[asked], source)
         self._node.locations[holdings.group.number].learn(keys, source)
-        self._ended_on_the_way(holdings, keys[asked], at[asked])
+        self._ended_on_the_way(holdings, at[asked])
 
-    def _ended_on_the_way(self, holdings: Holdings, keys: np.ndarray, at: np.ndarray) -> None:
-        idle = holdings.copies.live[at] == 0
-        if idle.any():
-            self._ending.append((holdings, keys[idle]))
+    def _ended_on_the_way(self, holdings: Holdings, at: np.ndarray) -> None:
+        self._note_idle(holdings, at[holdings.copies.live[at] == 0])
 
     def on_refused(self, source: int, message: Message) -> None:
         """REFUSED(group; keys): `source` owns them, knows of the intent, and makes no copies."""
@@ -317,7 +314,7 @@ class Claims:
         holdings.copies.states[at[asked]] = Copy.REFUSED
         holdings.copies.owners[at[asked]] = source
         self._node.locations[holdings.group.number].learn(keys, source)
-        self._ended_on_the_way(holdings, keys[asked], at[asked])
+        self._ended_on_the_way(holdings, at[asked])
 
     def on_refresh(self, source: int, message: Message) -> None:
         """REFRESH(group; keys, values): what `source` holds now of keys that this rank has copies of."""
@@ -349,7 +346,7 @@ class Claims:
         owned, copies, node = holdings.owned, holdings.copies, self._node
         here = at >= 0
         live = np.where(here, copies.live[at], 0)
-        copies.remove(at[here])
+        copies.owned_now(at[here])
         slots = owned.add_records(keys, values, counters)
         owned.live[slots] = live
         if len(holders):
@@ -379,8 +376,7 @@ class Claims:
             later.append(slots[~large])
             slots = slots[large]
         copies.changed = [part for part in later if len(part)]
-        for owner in np.unique(copies.owners[slots]).tolist():
-            part = slots[copies.owners[slots] == owner]
+        for owner, part in copies.by_owner(slots):
             deltas = copies.take_changes(part)
             copies.parcels[part] = node.next_parcel(owner)
             arrays = (narrow(copies.keys[part]), deltas)

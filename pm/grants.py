@@ -10,6 +10,7 @@ from pm import masks
 from pm.decision import copies_are_made, moves_to_asker, moves_to_last
 from pm.holdings import Holdings
 from pm.messages import Kind, Message, narrow, widen
+from pm.partition import each_rank
 
 if TYPE_CHECKING:
     from pm.node import Node
@@ -90,12 +91,12 @@ class Grants:
         node = self._node
         target = node.locations[number].next_hop(keys)
         target[node.locations[number].are_coming(keys, source)] = node.rank
-        for peer in np.unique(target).tolist():
-            message = message_of(np.flatnonzero(target == peer))
+        for peer, some in each_rank(target, node.ranks):
+            message = message_of(some)
             if peer == node.rank:
                 self._early.append((source, message))
             else:
-                node.counts["hops"] += int((target == peer).sum())
+                node.counts["hops"] += len(some)
                 node.emit(peer, message)
 
     def retry(self) -> None:
@@ -133,14 +134,15 @@ class Grants:
     def intents_ended(self, holdings: Holdings, slots: np.ndarray) -> None:
         """Intents for owned keys have ended, here or elsewhere: move those that only another rank needs."""
         owned, node = holdings.owned, self._node
-        slots = slots[(owned.live[slots] == 0) & (owned.holders[slots] != 0).any(axis=1)]
+        slots = slots[(owned.live[slots] == 0) & ~masks.are_empty(owned.holders[slots])]
         if not len(slots) or node.claims.is_paused:
             return
         holders = owned.holders[slots]
         moves = moves_to_last(self._techniques(holdings), owned.live[slots] > 0, masks.count(holders))
         target = masks.first(holders[moves])
-        for peer in np.unique(target).tolist():
-            self._give_away(holdings, slots[moves][target == peer], peer)
+        moving = slots[moves]
+        for peer, some in each_rank(target, node.ranks):
+            self._give_away(holdings, moving[some], peer)
 
     def _give_away(self, holdings: Holdings, slots: np.ndarray, to: int) -> None:
         """Move records to `to`, and tell their homes. A holder whose copy is what the record is gets no values."""
@@ -150,7 +152,7 @@ class Grants:
         keys, counters = owned.keys[slots], owned.counters[slots] + 1
         receiver = masks.only(to, node.ranks)
         holders = owned.holders[slots] & ~receiver
-        is_known = (owned.changed_by[slots] & ~receiver == 0).all(axis=1)
+        is_known = masks.are_empty(owned.changed_by[slots] & ~receiver)
         promoted = masks.contains(owned.holders[slots], to) & is_known & copies_are_made(node.techniques)
         for some in (promoted, ~promoted):
             if not some.any():
@@ -172,14 +174,14 @@ class Grants:
         node = self._node
         locations = node.locations[number]
         home = locations.home_of(keys)
-        for peer in np.unique(home).tolist():
-            part = keys[home == peer]
+        for peer, some in each_rank(home, node.ranks):
+            part = keys[some]
             if peer == node.rank:
-                locations.moved(part, owner, counters[home == peer].astype(np.int64))
+                locations.moved(part, owner, counters[some].astype(np.int64))
                 continue
             locations.gave_away(part, owner, int(node.next_parcel(peer)))
             if peer != owner:
-                node.emit(peer, Message(Kind.MOVED, (number, owner), (narrow(part), counters[home == peer])))
+                node.emit(peer, Message(Kind.MOVED, (number, owner), (narrow(part), counters[some])))
 
     def on_moved(self, source: int, message: Message) -> None:
         """MOVED(group, owner; keys, counters): keys that are at home here have gone to `owner`."""
@@ -253,7 +255,7 @@ class Grants:
                 continue
             for peer in node.peers:
                 receiver = masks.only(peer, node.ranks)
-                self.refresh(holdings, peer, slots[(changed_by & ~receiver != 0).any(axis=1)])
+                self.refresh(holdings, peer, slots[~masks.are_empty(changed_by & ~receiver)])
 
 
 def _sets(holders: np.ndarray) -> np.ndarray:

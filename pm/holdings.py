@@ -10,6 +10,8 @@ import numpy as np
 
 import cuda_ops
 from pm import masks
+from pm.partition import each_rank
+from pm.place_index import PlaceIndex
 from pm.store import RecordClass, RecordStore, reserve_zeros
 
 NO_KEY = -1
@@ -71,15 +73,16 @@ class Owned:
     whose changes the holders have not been sent, with `changed` the slots where it is not empty.
     """
 
-    def __init__(self, group: Group, ranks: int):
+    def __init__(self, group: Group, ranks: int, places: PlaceIndex):
         self.group = group
-        self.store = RecordStore(group.record_class, group.capacity)
+        self.store = RecordStore(group.record_class, group.capacity, index=places.records)
         words = masks.words_for(ranks)
-        self.keys = reserve_zeros(group.capacity, np.int64)
-        self.live = reserve_zeros(group.capacity, np.int32)
-        self.counters = reserve_zeros(group.capacity, np.int32)
-        self.holders = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
-        self.changed_by = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
+        notes = reserve_zeros(group.capacity * (2 + 2 * words), np.int64).reshape(-1, 2 + 2 * words)
+        self.keys = notes[:, 0]  # what is known of a slot lies together: to look at all of it is one miss of the cache
+        self.live, self.counters = (notes.view(np.int32)[:, column] for column in (2, 3))
+        self.holders = notes.view(np.uint64)[:, 2 : 2 + words]
+        self.changed_by = notes.view(np.uint64)[:, 2 + words :]
+        self.notes_bytes = notes.strides[0]
         self.changed: list[np.ndarray] = []
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -98,12 +101,12 @@ class Owned:
         return cuda_ops.gather(store.words, store.stride, slots, out, positions)
 
     def add_records(self, keys: np.ndarray, values: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
-        """Take in records of keys that are not here; return their slots."""
+        """Take in records of keys that are not here, or of which there were copies; return their slots."""
         slots = self.store.allocate(len(keys))
         self.store.put(slots, values)
         self.keys[slots], self.live[slots], self.counters[slots] = keys, 0, counters
         self.holders[slots], self.changed_by[slots] = 0, 0
-        self.store.index.add(keys, slots)
+        self.store.index.put(keys, slots)
         return slots
 
     def make(self, keys: np.ndarray) -> np.ndarray:
@@ -126,7 +129,7 @@ class Owned:
 
     def mark_changed(self, slots: np.ndarray, by: np.ndarray) -> None:
         """Note that the set of ranks `by` has changed records; copies elsewhere are to be told."""
-        held = slots[(self.holders[slots] != 0).any(axis=1)]
+        held = slots[~masks.are_empty(self.holders[slots])]
         if len(held):
             self.changed_by[held] |= by
             self.changed.append(held)
@@ -137,7 +140,7 @@ class Owned:
             return np.empty(0, np.int64), self.changed_by[:0]
         slots, _ = cuda_ops.dedup(np.concatenate(self.changed))
         self.changed = []
-        slots = slots[(self.changed_by[slots] != 0).any(axis=1)]  # those that have left since are not ours to tell
+        slots = slots[~masks.are_empty(self.changed_by[slots])]  # those that have left since are not ours to tell
         changed_by = self.changed_by[slots]
         self.changed_by[slots] = 0
         return slots, changed_by
@@ -160,17 +163,17 @@ class Copies:
     on their way (-1: none are), `dirty` whether there may be changes to take.
     """
 
-    def __init__(self, group: Group, ranks: int):
-        self.group = group
+    def __init__(self, group: Group, ranks: int, places: PlaceIndex):
+        self.group, self.ranks = group, ranks
         self.width = group.width
         words = 3 * group.width - group.record_class.dim
-        self.store = RecordStore(replace(group.record_class, state_words=words, catches_up=False), group.capacity)
-        self.keys = reserve_zeros(group.capacity, np.int64)
-        self.states = reserve_zeros(group.capacity, np.int8)
-        self.live = reserve_zeros(group.capacity, np.int32)
-        self.owners = reserve_zeros(group.capacity, np.int32)
-        self.parcels = reserve_zeros(group.capacity, np.int64)
-        self.dirty = reserve_zeros(group.capacity, np.bool_)
+        record_class = replace(group.record_class, state_words=words, catches_up=False)
+        self.store = RecordStore(record_class, group.capacity, index=places.copies)
+        notes = reserve_zeros(group.capacity * 4, np.int64).reshape(-1, 4)
+        self.keys, self.parcels = notes[:, 0], notes[:, 1]
+        self.live, self.owners = (notes.view(np.int32)[:, column] for column in (4, 5))
+        self.states, self.dirty = notes.view(np.int8)[:, 24], notes.view(np.bool_)[:, 25]
+        self.notes_bytes = notes.strides[0]
         self.changed: list[np.ndarray] = []
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,10 +190,20 @@ class Copies:
         return slots
 
     def remove(self, slots: np.ndarray) -> None:
-        """Forget keys that this rank has no copy of any more, or owns now."""
+        """Forget keys that this rank has no copy of any more."""
+        if len(slots):
+            self.store.index.remove(self.keys[slots])
+            self.owned_now(slots)
+
+    def owned_now(self, slots: np.ndarray) -> None:
+        """Forget copies of keys that this rank owns now."""
         self.states[slots], self.live[slots], self.dirty[slots] = Copy.FREE, 0, False
-        self.store.release(self.keys[slots])
+        self.store.release_slots(slots)
         self.keys[slots] = NO_KEY
+
+    def by_owner(self, slots: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Return (owner, its part of `slots`) for each owner that has any."""
+        return [(owner, slots[some]) for owner, some in each_rank(self.owners[slots].astype(np.int64), self.ranks)]
 
     def _part(self, slots: np.ndarray, part: int) -> np.ndarray:
         store = self.store
@@ -298,36 +311,29 @@ class Holdings:
 
     def __init__(self, group: Group, ranks: int):
         self.group = group
-        self.owned = Owned(group, ranks)
-        self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks)
+        self._index = PlaceIndex()
+        self.owned = Owned(group, ranks, self._index)
+        self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks, self._index)
 
     def places(self, keys: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
         """Return where keys are: the slot of an owned record, -2 - slot of a copy, or -1; int64 `[n]`.
 
-        `known`: what this returned for the same keys before. Those that are still there cost no search.
+        `known`: what this returned for the same keys before, which is brought up to date and returned. Those that are
+        still there cost no search.
         """
         if known is None:
-            places = self.owned.find(keys)
-            absent = np.flatnonzero(places < 0)
-        else:
-            places = known.copy()
-            absent = cuda_ops.moved_places(keys, known, self.owned.keys, self.copies.keys)
-            if len(absent):
-                places[absent] = self.owned.find(keys[absent])
-                absent = absent[places[absent] < 0]
-        if len(absent):
-            slots = self.copies.store.index.find(keys[absent])
-            places[absent] = np.where(slots >= 0, -2 - slots, -1)
-        return places
+            return self._index.find(keys)
+        moved = cuda_ops.moved_places(keys, known, self.owned.keys, self.copies.keys)
+        if len(moved):
+            known[moved] = self._index.find(keys[moved])
+        return known
 
     @property
     def memory_bytes(self) -> int:
         owned, copies = self.owned, self.copies
-        per_owned = 16 + owned.holders.shape[1] * 16
-        per_copy = 8 + 1 + 4 + 4 + 8 + 1
         return (
             owned.store.memory_bytes
             + copies.store.memory_bytes
-            + per_owned * owned.store.slots_in_use
-            + per_copy * copies.store.slots_in_use
+            + owned.notes_bytes * owned.store.slots_in_use
+            + copies.notes_bytes * copies.store.slots_in_use
         )

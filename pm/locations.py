@@ -88,7 +88,7 @@ class Locations:
 
     def learn(self, keys: np.ndarray, owner: int) -> None:
         """Remember for later that `owner` owns `keys` (but for those that it, or this rank, is the home of)."""
-        if not self._cache_keys:
+        if not self._cache_keys or self._ranks == 2:  # of two ranks, a key's owner or whoever asks is its home
             return
         home = self.home_of(keys)
         keys = keys[(home != owner) & (home != self._rank)]

@@ -26,7 +26,16 @@ def everyone(ranks: int) -> np.ndarray:
 
 def count(masks: np.ndarray) -> np.ndarray:
     """Return the number of members of each set: uint64 `[n, words]` -> int64 `[n]`."""
+    if masks.shape[1] == 1:  # a sum of one addend costs many times as much as none
+        return np.bitwise_count(masks[:, 0]).astype(np.int64)
     return np.bitwise_count(masks).sum(axis=1, dtype=np.int64)
+
+
+def are_empty(masks: np.ndarray) -> np.ndarray:
+    """Return which sets have no member: uint64 `[n, words]` -> bool `[n]`."""
+    if masks.shape[1] == 1:
+        return masks[:, 0] == 0
+    return (masks == 0).all(axis=1)
 
 
 def contains(masks: np.ndarray, rank: int) -> np.ndarray:

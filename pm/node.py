@@ -247,6 +247,11 @@ class Node:
         )
 
     @property
+    def is_waited_for(self) -> bool:
+        """Whether somebody waits for what a round would bring."""
+        return self.syncing.has_work or bool(self.operations.waiting)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of records, copies and what is known of locations."""
         return sum(h.memory_bytes for h in self.holdings) + sum(known.memory_bytes for known in self.locations)

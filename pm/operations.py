@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import cuda_ops
 from pm.holdings import Copy, Holdings
 from pm.messages import Kind, Message, narrow, widen
+from pm.partition import each_rank
+from pm.place_index import ABSENT
 
 if TYPE_CHECKING:
     from pm.node import Node
@@ -82,6 +85,8 @@ class Operations:
         self._numbers += 1
         operation.number = self._numbers
         operation.remaining = len(operation.keys)
+        if self._pulls_at_once(operation):
+            return operation
         everything = np.arange(len(operation.keys))
         blocked = self._are_waiting(operation.group, operation.keys)
         if blocked.any():
@@ -91,6 +96,26 @@ class Operations:
         if not len(operation.keys):
             operation.on_done()
         return operation
+
+    def _pulls_at_once(self, operation: Operation) -> bool:
+        """Do a pull whose keys are all here, as most are, in one go; return whether it is done."""
+        holdings = self._node.holdings[operation.group]
+        if (
+            operation.action != Action.PULL
+            or operation.places is None
+            or self.waiting
+            or self._under_way.get(operation.group)
+            or holdings.group.before_reading is not None
+        ):
+            return False
+        places = holdings.places(operation.keys, operation.places)
+        copied = -2 - places[places < 0]
+        if len(copied) and (copied.min() < 0 or (holdings.copies.states[copied] != Copy.ACTIVE).any()):
+            return False
+        records, copies = holdings.owned.store, holdings.copies.store
+        cuda_ops.gather_places(places, records.words, records.stride, copies.words, copies.stride, operation.values)
+        self._did(operation, len(operation.keys))
+        return True
 
     def pull_if_local(self, group: int, keys: np.ndarray, out: np.ndarray) -> bool:
         """Write distinct keys to `out` `[n, width]` if all are here; return whether they are."""
@@ -153,9 +178,11 @@ class Operations:
         holdings = self._node.holdings[operation.group]
         keys = operation.keys[positions]
         places = holdings.places(keys, None if operation.places is None else operation.places[positions])
-        absent = np.flatnonzero(places == -1)
+        absent = np.flatnonzero(places == ABSENT)
         if len(absent):
             places[absent] = self._node.grants.make_unmoved(holdings, keys[absent])
+        if operation.places is not None:
+            operation.places[positions] = places
         mine = places >= 0
         under_way = self.are_under_way(operation.group, keys, sets_only=operation.action == Action.PUSH)
         mine &= ~under_way  # the record may have come here after this rank's changes left for its former owner
@@ -226,8 +253,7 @@ class Operations:
             under_way = self._under_way.setdefault(group, {})
             under_way.setdefault((operation.number, operation.action), []).append(keys)
         node.counts["remote_pulls" if is_pull else "remote_pushes"] += len(keys)
-        for peer in np.unique(target).tolist():
-            some = target == peer
+        for peer, some in each_rank(target, node.ranks):
             if is_pull:
                 numbers = (group, node.rank, operation.number, operation.values.shape[1])
                 message = Message(Kind.FETCH, numbers, (narrow(keys[some]),))

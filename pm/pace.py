@@ -6,9 +6,14 @@ import time
 
 from pm.node import Node
 
+_LONGEST_SECONDS_WITHOUT_ROUND = 0.01
+
 
 class Pace:
     """Lets a node take its turns. Its caller holds the lock around the node, but for `is_turn`.
+
+    A round waits for a worker's clock to advance, so that it carries a whole step's business, but not for long, and not
+    where somebody waits for it.
 
     Args:
         node: the node.
@@ -19,6 +24,7 @@ class Pace:
         self._node = node
         self._round_seconds = 1.0 / max_rounds_per_second
         self._next_round = 0.0
+        self._clock_at_round = -1
         self._has_received = False
 
     def received(self) -> None:
@@ -36,8 +42,16 @@ class Pace:
         if busy:
             self._node.after_messages()
         self._node.tell_time(now)
-        if not ends and now >= self._next_round and self._node.needs_round:
+        if not ends and now >= self._next_round and self._is_worth_a_round(now):
+            self._clock_at_round = self._node.claims.fastest
             self._node.round()
             self._next_round = now + self._round_seconds
             busy = True
         return busy
+
+    def _is_worth_a_round(self, now: float) -> bool:
+        node = self._node
+        if not node.needs_round:
+            return False
+        advanced = node.claims.fastest != self._clock_at_round
+        return advanced or node.is_waited_for or now >= self._next_round + _LONGEST_SECONDS_WITHOUT_ROUND

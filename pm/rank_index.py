@@ -35,15 +35,11 @@ class RankIndex:
 
     def put(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray | int) -> None:
         """Set what distinct `keys` (int64 `[n]`) map to."""
-        entries = np.empty(len(keys), np.int64)
-        entries[...] = numbers
-        self._index.put(keys, (entries << _RANK_BITS) | ranks)
+        self._index.put(keys, _entries(len(keys), ranks, numbers))
 
     def put_newer(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray) -> None:
-        """As `put`, but for keys that are there with a number that is not smaller."""
-        newer = numbers > self.find(keys)[1]
-        if newer.any():
-            self.put(keys[newer], ranks if np.isscalar(ranks) else ranks[newer], numbers[newer])
+        """As `put`, but for keys that are there with a larger number, or with this one and a rank as large."""
+        self._index.put_larger(keys, _entries(len(keys), ranks, numbers))
 
     def remove(self, keys: np.ndarray) -> None:
         if len(self._index):
@@ -56,3 +52,9 @@ class RankIndex:
 
     def clear(self) -> None:
         self._index = cuda_ops.KeyIndex()
+
+
+def _entries(count: int, ranks: np.ndarray | int, numbers: np.ndarray | int) -> np.ndarray:
+    entries = np.empty(count, np.int64)
+    entries[...] = numbers
+    return (entries << _RANK_BITS) | ranks

@@ -12,6 +12,7 @@ from pm.shared_memory import MAP_NORESERVE, SharedBlock
 from pm.snapshot import Snapshot
 
 _STEP_BYTES = 8
+_LARGE_BYTES = 1 << 24  # from this size on a large page more or less does not matter
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class RecordStore:
         record_class: the layout.
         capacity: most records that can ever be held (address space, not memory).
         block: memory of `bytes_of(record_class, capacity)` that other processes see too; None for memory of its own.
+        index: from key to slot, where it is part of another; None for one of its own.
 
     Raises:
         MemoryError: if the address space cannot be reserved.
     """
 
-    def __init__(self, record_class: RecordClass, capacity: int, block: SharedBlock | None = None):
+    def __init__(self, record_class: RecordClass, capacity: int, block: SharedBlock | None = None, index=None):
         self.record_class = record_class
         self.capacity = max(1, int(capacity))
         self.stride = record_class.stride
@@ -77,7 +79,7 @@ class RecordStore:
             _advise_huge_pages(self._memory)
         self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride)
         self.steps = np.frombuffer(self._memory, dtype=np.int64, count=reserved_bytes // _STEP_BYTES)
-        self.index = cuda_ops.KeyIndex()
+        self.index = cuda_ops.KeyIndex() if index is None else index
         self._next_slot = 0
         self._free = np.empty(0, np.int64)  # the first `_free_count` of them
         self._free_count = 0
@@ -127,7 +129,10 @@ class RecordStore:
 
     def release(self, keys: np.ndarray) -> None:
         """Forget the records of `keys` (int64 `[n]`, all held); a pinned slot is reused only after its last unpin."""
-        slots = self.index.remove(keys)
+        self.release_slots(self.index.remove(keys))
+
+    def release_slots(self, slots: np.ndarray) -> None:
+        """As `release`, for slots (int64 `[n]`) whose keys the index does not map to them any more."""
         pinned = np.fromiter((int(s) in self._pins for s in slots), bool, len(slots)) if self._pins else None
         if pinned is not None and pinned.any():
             self._released_while_pinned.update(slots[pinned].tolist())
@@ -239,6 +244,8 @@ def reserve_zeros(count: int, dtype: type) -> np.ndarray:
     """Return zeros `[count]` that take address space only, and memory page by page as they are first written."""
     size = max(1, count) * np.dtype(dtype).itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    if size >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        _advise_huge_pages(memory)
     return np.frombuffer(memory, dtype, count)
 
 

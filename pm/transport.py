@@ -180,6 +180,7 @@ class Transport:
 
     def _work(self) -> None:
         delay = _ACTIVE_SECONDS
+        until_sent = _URGENT_SECONDS
         deadline = None
         while True:
             busy = self._run_posted()
@@ -193,9 +194,12 @@ class Transport:
             if deadline is not None and (self._has_parted() or time.monotonic() > deadline):
                 return
             if busy:
-                delay = _ACTIVE_SECONDS
-            elif deadline is not None or self._polled or self._sending or self._urgent():
+                delay, until_sent = _ACTIVE_SECONDS, _URGENT_SECONDS
+            elif deadline is not None or self._polled or self._urgent():
                 self._wake.acquire(timeout=_URGENT_SECONDS)
+            elif self._sending:  # the other rank may be long in taking it, and each look costs the trainer's core
+                self._wake.acquire(timeout=until_sent)
+                until_sent = min(until_sent * _BACK_OFF, _ACTIVE_SECONDS)
             elif self._wake.acquire(timeout=delay):
                 delay = _ACTIVE_SECONDS
             else:

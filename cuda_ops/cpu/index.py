@@ -93,16 +93,31 @@ class KeyIndex:
         Raises:
             ValueError: a key or slot is negative, or the numbers differ; nothing is set.
         """
-        keys = _keys(keys, "put")
-        slots = int_vector(as_array(slots, "KeyIndex.put"), "slots")
+        self._put(keys, slots, "put", False)
+
+    def put_larger(self, keys, slots):
+        """As `put`, but keys that map to what is as large or larger stay as they are.
+
+        Args:
+            keys: [n] int64, not negative.
+            slots: [n] int64, not negative.
+
+        Raises:
+            ValueError: a key or slot is negative, or the numbers differ; nothing is set.
+        """
+        self._put(keys, slots, "put_larger", True)
+
+    def _put(self, keys, slots, verb, larger):
+        keys = _keys(keys, verb)
+        slots = int_vector(as_array(slots, f"KeyIndex.{verb}"), "slots")
         _check_pairs(keys, slots)
         if self._size + keys.size > self._capacity * _MAX_LOAD:
             self._grow(self._size + keys.size)
-        done, added = _put(self._entries, self._capacity, keys, slots, 0)
+        done, added = _put(self._entries, self._capacity, keys, slots, 0, larger)
         self._size += added
         while done < keys.size:
             self._grow(self._size + keys.size - done)
-            done, added = _put(self._entries, self._capacity, keys, slots, done)
+            done, added = _put(self._entries, self._capacity, keys, slots, done, larger)
             self._size += added
 
     def remove(self, keys):
@@ -214,8 +229,8 @@ def _add(entries, capacity, keys, slots, first):
 
 
 @kernel
-def _put(entries, capacity, keys, slots, first):
-    """Set keys from the position `first` on, until the tail is full.
+def _put(entries, capacity, keys, slots, first, larger):
+    """Set keys from the position `first` on, until the tail is full; with `larger`, none to a smaller slot.
 
     Return (position after the last that is set, number of keys that were not there).
     """
@@ -231,6 +246,8 @@ def _put(entries, capacity, keys, slots, first):
                 return i, added
             entries[place, 0] = keys[i]
             added += 1
+        elif larger and entries[place, 1] >= slots[i]:
+            continue
         entries[place, 1] = slots[i]
     return keys.size, added
 

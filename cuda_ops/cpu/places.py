@@ -1,9 +1,12 @@
-"""Whether keys are still in the slots where they were found before: cheaper than to search for them again."""
+"""Keys by their places: a place p >= 0 is the slot of a record, p <= -2 that of a copy, -2 - p; -1 is neither.
+
+Keys that are still where they were found before need not be searched for again (`moved_places`).
+"""
 
 import numpy as np
 
-from cuda_ops.cpu.checks import int_vector
-from cuda_ops.cpu.kernels import kernel
+from cuda_ops.cpu.checks import int_vector, record_count, word_range, writable
+from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, touch
 
 
 def moved_places(keys, places, owned_keys, copy_keys):
@@ -12,7 +15,7 @@ def moved_places(keys, places, owned_keys, copy_keys):
     Args:
         keys: [n] int64.
         places: [n] int64; p >= 0 says that owned_keys[p] was the key, p <= -2 that copy_keys[-2 - p] was, -1 nothing.
-        owned_keys, copy_keys: [any] int64, the keys of slots.
+        owned_keys, copy_keys: [any] int64, the keys of slots; need not be contiguous.
 
     Raises:
         IndexError: a place is outside its slots.
@@ -21,8 +24,7 @@ def moved_places(keys, places, owned_keys, copy_keys):
     keys, places = int_vector(keys, "keys"), int_vector(places, "places")
     if keys.size != places.size:
         raise ValueError(f"{keys.size} keys given with {places.size} places")
-    if places.size and (places.max() >= owned_keys.size or -2 - places.min() >= copy_keys.size):
-        raise IndexError("a place is outside the slots that there are")
+    _check_places(places, owned_keys.size, copy_keys.size)
     out = np.empty(keys.size, np.int64)
     return out[: _moved_places(keys, places, owned_keys, copy_keys, out)]
 
@@ -40,3 +42,102 @@ def _moved_places(keys, places, owned_keys, copy_keys, out):
             out[count] = i
             count += 1
     return count
+
+
+def add_uses(places, of_records, of_copies, count):
+    """Add `count` to the uses of what is at places; return the places (int64 [m]) that have none then.
+
+    Args:
+        places: [n] int64, distinct, none of them -1.
+        of_records, of_copies: [any] int32, uses by slot, updated in place; need not be contiguous.
+
+    Raises:
+        IndexError: a place is outside its slots, or -1; nothing is changed.
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    places = int_vector(places, "places")
+    for uses, name in ((of_records, "of_records"), (of_copies, "of_copies")):
+        if uses.dtype != np.int32 or uses.ndim != 1:
+            raise TypeError(f"{name} must be a vector of int32, got {uses.dtype} of shape {uses.shape}")
+    _check_places(places, of_records.size, of_copies.size)
+    out = np.empty(places.size, np.int64)
+    idle = _add_uses(places, of_records, of_copies, count, out)
+    if idle < 0:
+        raise IndexError("a place is -1: what is used must be somewhere")
+    return out[:idle]
+
+
+def gather_places(places, words, stride, copy_words, copy_stride, out):
+    """Copy the first words of records and copies to the rows of a slab: row i is what is at places[i].
+
+    Args:
+        places: [n] int64, none of them -1.
+        words, stride: the store of the records (see rows.py).
+        copy_words, copy_stride: the store of the copies.
+        out: [n, width], dtype of both stores.
+
+    Raises:
+        IndexError: a place is outside its store, or -1.
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    places = int_vector(places, "places")
+    _check_places(places, record_count(words, stride), record_count(copy_words, copy_stride))
+    writable(out, "out", words.dtype, (places.size, out.shape[-1]))
+    if copy_words.dtype != words.dtype:
+        raise TypeError(f"records are {words.dtype} and copies {copy_words.dtype}")
+    word_range(min(stride, copy_stride), 0, out.shape[1])
+    if not _gather_places(places, words, stride, copy_words, copy_stride, out):
+        raise IndexError("a place is -1: nothing is there to copy")
+    return out
+
+
+def _check_places(places, records, copies):
+    if places.size and (places.max() >= records or -2 - places.min() >= copies):
+        raise IndexError("a place is outside the slots that there are")
+
+
+@kernel
+def _add_uses(places, of_records, of_copies, count, out):
+    for i in range(places.size):
+        if places[i] == -1:
+            return -1
+    idle = 0
+    for i in range(places.size):
+        place = places[i]
+        if place >= 0:
+            of_records[place] += count
+            uses = of_records[place]
+        else:
+            of_copies[-2 - place] += count
+            uses = of_copies[-2 - place]
+        if uses == 0:
+            out[idle] = place
+            idle += 1
+    return idle
+
+
+@kernel
+def _gather_places(places, words, stride, copy_words, copy_stride, out):
+    count = places.size
+    width = out.shape[1]
+    flat = out.reshape(-1)
+    for i in range(count):
+        if i + ROWS_AHEAD < count:
+            ahead = places[i + ROWS_AHEAD]
+            if ahead >= 0:
+                touch(words, ahead * stride, width)
+            elif ahead <= -2:
+                touch(copy_words, (-2 - ahead) * copy_stride, width)
+        place = places[i]
+        target = np.uint64(i * width)
+        if place >= 0:
+            source = np.uint64(place * stride)
+            for j in range(width):
+                flat[target + np.uint64(j)] = words[source + np.uint64(j)]
+        elif place <= -2:
+            source = np.uint64((-2 - place) * copy_stride)
+            for j in range(width):
+                flat[target + np.uint64(j)] = copy_words[source + np.uint64(j)]
+        else:
+            return False
+    return True

@@ -51,6 +51,14 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.put(np.array(batch, np.int64), slots)
         self.model.update(zip(batch, slots.tolist(), strict=True))
 
+    @rule(batch=st.lists(keys, max_size=60), first=st.integers(0, 60), part=st.integers(1, 4))
+    def put_larger(self, batch, first, part):
+        batch = sorted(self.model)[::part] + batch
+        slots = np.arange(first, first + len(batch))
+        self.index.put_larger(np.array(batch, np.int64), slots)
+        for key, slot in zip(batch, slots.tolist(), strict=True):
+            self.model[key] = max(slot, self.model.get(key, -1))
+
     @rule(batch=st.lists(keys, unique=True, min_size=1, max_size=20), known=st.randoms(use_true_random=False))
     def add_a_known_key(self, batch, known):
         if not self.model:

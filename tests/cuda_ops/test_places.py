@@ -1,0 +1,97 @@
+"""Keys by their places, against NumPy one place at a time."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import pytest
+
+import cuda_ops
+
+SLOTS = 50
+
+
+def fresh_rng() -> np.random.Generator:
+    seed = secrets.randbits(32)
+    print(f"{seed=}")  # shown where a test fails
+    return np.random.default_rng(seed)
+
+
+def some_places(rng: np.random.Generator) -> np.ndarray:
+    """Distinct places of records and copies."""
+    everywhere = np.concatenate([np.arange(SLOTS), -2 - np.arange(SLOTS)])
+    return rng.permutation(everywhere)[: rng.integers(0, len(everywhere) + 1)]
+
+
+def column(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
+    """The same values, as a column of a wider array or on their own."""
+    if rng.random() < 0.5:
+        return values
+    wider = np.full((len(values), 3), -7, values.dtype)
+    wider[:, 1] = values
+    return wider[:, 1]
+
+
+def test_uses_are_counted_and_what_has_none_is_returned():
+    rng = fresh_rng()
+    for _ in range(50):
+        places, count = some_places(rng), int(rng.choice([1, -1]))
+        records, copies = (column(rng, rng.integers(-2, 3, SLOTS).astype(np.int32)) for _ in range(2))
+        of_records, of_copies = records.tolist(), copies.tolist()
+        idle = []
+        for place in places.tolist():
+            uses, slot = (of_records, place) if place >= 0 else (of_copies, -2 - place)
+            uses[slot] += count
+            idle += [place] if uses[slot] == 0 else []
+        assert cuda_ops.add_uses(places, records, copies, count).tolist() == idle
+        assert (records.tolist(), copies.tolist()) == (of_records, of_copies)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_come_from_records_and_copies(dtype):
+    rng = fresh_rng()
+    for _ in range(30):
+        places, (stride, copy_stride) = some_places(rng), rng.integers(3, 9, 2).tolist()
+        words = rng.random(SLOTS * stride).astype(dtype)
+        copy_words = rng.random(SLOTS * copy_stride).astype(dtype)
+        out = np.empty((len(places), 3), dtype)
+        cuda_ops.gather_places(places, words, stride, copy_words, copy_stride, out)
+        records, copies = words.reshape(SLOTS, -1), copy_words.reshape(SLOTS, -1)
+        for place, row in zip(places.tolist(), out, strict=True):
+            expected = records[place] if place >= 0 else copies[-2 - place]
+            np.testing.assert_array_equal(row, expected[:3])
+
+
+def test_keys_that_have_moved_are_found_out():
+    rng = fresh_rng()
+    for _ in range(50):
+        places = some_places(rng)
+        owned, copied = (column(rng, rng.permutation(10 * SLOTS)[:SLOTS]) for _ in range(2))
+        keys = np.array([owned[p] if p >= 0 else copied[-2 - p] for p in places.tolist()], np.int64)
+        gone = rng.random(len(places)) < 0.3
+        places[gone & (rng.random(len(places)) < 0.5)] = -1
+        keys[gone & (places != -1)] += 10 * SLOTS
+        assert cuda_ops.moved_places(keys, places, owned, copied).tolist() == np.flatnonzero(gone).tolist()
+
+
+@pytest.mark.parametrize("place", [SLOTS, -2 - SLOTS, -1])
+def test_places_that_are_none_are_refused_and_nothing_is_counted(place):
+    places = np.array([0, place, -2], np.int64)
+    uses, words = np.zeros(SLOTS, np.int32), np.zeros(SLOTS * 4, np.float32)
+    with pytest.raises(IndexError, match="place"):
+        cuda_ops.add_uses(places, uses, uses.copy(), 1)
+    assert not uses.any()
+    with pytest.raises(IndexError, match="place"):
+        cuda_ops.gather_places(places, words, 4, words, 4, np.empty((3, 2), np.float32))
+
+
+def test_arrays_of_other_types_are_refused():
+    places, words = np.array([0], np.int64), np.zeros(8, np.float32)
+    uses = np.zeros(2, np.int32)
+    with pytest.raises(TypeError, match="of_copies"):
+        cuda_ops.add_uses(places, uses, uses.astype(np.int64), 1)
+    with pytest.raises(TypeError, match="float64"):
+        cuda_ops.gather_places(places, words, 4, words.astype(np.float64), 4, np.empty((1, 2), np.float32))
+    with pytest.raises(ValueError, match="do not lie"):
+        cuda_ops.gather_places(places, words, 4, words, 4, np.empty((1, 5), np.float32))
