@@ -104,6 +104,7 @@ class CachedManager(Manager):
         if not cached.update(number, table.keys(part.rows), part.values, part.scale, group, version):
             self._to_host(table, written=True)  # gradients of many batches together, which have no room there at once
             slots, values = self.touch(table, part.rows), part.values.detach().cpu().numpy()
+            table.store.keep(slots)
             table.spec.rule.apply(table.store, slots, values, part.scale, group, table.gradient_steps, version)
 
     # Who reads or changes the host's records

@@ -190,7 +190,7 @@ class _HostRecords:
         """Wait for what is under way, and store it."""
         store = self._table.store
         for keys, rows in self._coming:
-            cuda_ops.scatter(store.words, store.stride, store.index.find(keys), rows())
+            store.put(store.index.find(keys), rows())
         self._coming.clear()
 
 

@@ -111,4 +111,5 @@ def apply_together(run: Sequence[TableGradient], group: Mapping[str, object], ve
     if part.stop > part.start:
         stretch, count = first.plan.stretch, first.table.gradient_steps
         slots, sums = stretch.slots[part], first.sums[part]
+        stretch.store.keep(slots)
         first.table.spec.rule.apply(stretch.store, slots, sums, first.scale, group, count, version)
