@@ -16,8 +16,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("example", SIZES, ids=lambda module: module.__name__)
-@pytest.mark.parametrize("cache", ["0", "60000"])
+@pytest.mark.parametrize(("example", "cache"), [(ctr, "60000"), (gcn, "0")])
 def test_figures_are_those_of_plain_pytorch(example, cache, device):
     ours = example.main([*SIZES[example], "--device", str(device), "--device-cache-bytes", cache])
     plain = example.main([*SIZES[example], "--plain"])

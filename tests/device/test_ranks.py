@@ -11,15 +11,6 @@ from adaloader import AdaLoader, full_state_dict
 ROWS, DIM, BATCH = 40, 3, 6
 
 
-@pytest.fixture(scope="module")
-def device():
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this PyTorch has no place for a device in Python")
-    from tests.device.delayed import install
-
-    return install()
-
-
 class Factors(nn.Module):
     """Two tables and nothing else: dense parameters on that device have no backend of `torch.distributed`."""
 
