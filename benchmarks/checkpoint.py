@@ -2,7 +2,8 @@
 
     python benchmarks/checkpoint.py [--rows N] [--dim D] [--folder DIR]
 
-One process, a table with Adagrad's state. Prints seconds and the ratio of each to writing and syncing as many bytes.
+One process, a table with Adagrad's state. Prints seconds, the ratio of each to writing and syncing as many bytes, and
+for how long training stood still while a checkpoint was written in the background, as a share of a synchronous save.
 """
 
 from __future__ import annotations
@@ -37,6 +38,21 @@ def plain_write_seconds(path: Path, size: int) -> float:
     return seconds
 
 
+def stall_of_asynchronous(path: Path, loader: AdaLoader, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Train while a checkpoint is written; return the seconds for which training stood still."""
+    saving = adaloader.save(path, loader, asynchronous=True)
+    batches = iter(loader)
+    while not saving.done:
+        ids = next(batches, None)
+        if ids is None:
+            batches = iter(loader)
+            continue
+        model(ids).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return saving.wait().stall_seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000)
@@ -58,12 +74,14 @@ def main() -> None:
         for _ in range(args.repeat):
             saved = adaloader.save(folder / "saved", loader)
             plain = plain_write_seconds(folder / "plain", saved.bytes)
+            stall = stall_of_asynchronous(folder / "saved", loader, model, optimizer)
             started = time.perf_counter()
             adaloader.load(folder / "saved", loader)
             loaded = time.perf_counter() - started
             print(
                 f"{saved.bytes / 1e6:,.0f} MB: plain write {plain:.3f} s; save {saved.seconds:.3f} s "
-                f"({plain / saved.seconds:.0%} of its speed); load {loaded:.3f} s ({plain / loaded:.0%})"
+                f"({plain / saved.seconds:.0%} of its speed); load {loaded:.3f} s ({plain / loaded:.0%}); "
+                f"asynchronous save: training stood still for {stall:.3f} s ({stall / saved.seconds:.0%} of the synchronous one)"
             )
     finally:
         shutil.rmtree(folder)

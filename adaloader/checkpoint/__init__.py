@@ -2,7 +2,7 @@
 
 `saving.py` and `restoring.py` are the two ways; `layout.py` says what lies on the disk, `tensor_file.py` is the format
 of its files, `tree.py` how nested state becomes JSON and tensors, `tables.py` and `table_loading.py` what becomes of
-rows. Read `layout.py` first.
+rows; what a save has cut, `writing.py` writes in the background. Read `layout.py` first.
 """
 
 from adaloader.checkpoint.restoring import load
