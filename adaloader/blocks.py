@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Usage = tuple[int | None, bool, torch.Size]
 """Of one lookup of a table: its `padding_idx` and `sparse`, and the shape of its ids without the first dimension."""
 
-_witness = torch.zeros((), requires_grad=True)
+_witness = torch.zeros((), device="cpu", requires_grad=True)
 """An input of all blocks, which the engine reaches exactly in a backward that is not for certain inputs alone."""
 
 
