@@ -11,7 +11,7 @@ SMALL = ["--rows", "31200", "--dim", "4", "--batch", "64", "--steps", "6", "--bl
 
 @pytest.mark.parametrize("tables", [1, 26])
 def test_both_sides_end_with_equal_weights(tables):
-    result = launch(0, ROOT / "benchmarks" / "ctr.py", *SMALL, "--tables", str(tables))
+    result = launch(0, ROOT / "benchmarks" / "ctr_step.py", *SMALL, "--tables", str(tables))
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     step = figures["wall_milliseconds"]
@@ -20,6 +20,6 @@ def test_both_sides_end_with_equal_weights(tables):
 
 
 def test_blocks_too_short_to_measure_are_refused():
-    result = launch(0, ROOT / "benchmarks" / "ctr.py", "--steps", "6", "--block", "2")
+    result = launch(0, ROOT / "benchmarks" / "ctr_step.py", "--steps", "6", "--block", "2")
     assert result.returncode == 2
     assert "--steps 6 --block 2" in result.stderr
