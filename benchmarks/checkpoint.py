@@ -81,7 +81,8 @@ def main() -> None:
             print(
                 f"{saved.bytes / 1e6:,.0f} MB: plain write {plain:.3f} s; save {saved.seconds:.3f} s "
                 f"({plain / saved.seconds:.0%} of its speed); load {loaded:.3f} s ({plain / loaded:.0%}); "
-                f"asynchronous save: training stood still for {stall:.3f} s ({stall / saved.seconds:.0%} of the synchronous one)"
+                f"asynchronous save: training stood still for {stall:.3f} s "
+                f"({stall / saved.seconds:.0%} of the synchronous one)"
             )
     finally:
         shutil.rmtree(folder)
