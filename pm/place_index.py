@@ -54,6 +54,10 @@ class _Records:
         """Remove keys, all of them among these, and return their slots."""
         return self._index.remove(keys)
 
+    def copy(self) -> _Records:
+        """Return what this is now, whatever becomes of it."""
+        return _Records(self._index.copy())
+
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (keys, slots)."""
         keys, found = self._index.items()
