@@ -1,7 +1,7 @@
 """A whole step of click-through training on one rank: AdaLoader against plain PyTorch, in turns, in one run.
 
     python benchmarks/ctr_step.py                       synthetic clicks, one table of 2,600,000 rows
-    python benchmarks/ctr_step.py --data PATH           the Criteo sample (see examples/ctr.py), its ids renumbered by field
+    python benchmarks/ctr_step.py --data PATH           the Criteo sample (see examples/ctr.py), ids renumbered
     python benchmarks/ctr_step.py --tables 26           a table for each field
 
 Five sides take turns of `--block` steps with the same batches, made beforehand: Wide & Deep of examples/ctr_models.py
