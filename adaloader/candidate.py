@@ -254,12 +254,13 @@ def state_was_loaded(model: ManagedModel) -> None:
 def _promote(model: ManagedModel, name: str, parameter: nn.Parameter, table) -> None:
     """Make a table of a candidate; its memory is kept for as long as it may still become dense (see `probation.py`)."""
     held = held_anywhere(model.optimizers, parameter, table.spec.rule)
-    managed = ManagedTable(name, parameter, table, weakref.ref(model), probation=Probation(parameter, held))
-    managed.steps_before = table.gradient_steps
-    table.spec = replace(table.spec, fill=managed.probation.fill, fill_states=managed.probation.fill_states)
     if model.reducer is not None:
         model.reducer.drop(parameter)
-    become_table(parameter, managed)
+    with model.manager.structure:  # no row is being made meanwhile, for another rank, of the memory that goes
+        managed = ManagedTable(name, parameter, table, weakref.ref(model), probation=Probation(parameter, held))
+        managed.steps_before = table.gradient_steps
+        table.spec = replace(table.spec, fill=managed.probation.fill, fill_states=managed.probation.fill_states)
+        become_table(parameter, managed)
     model.table_added(managed)
 
 

@@ -1,5 +1,9 @@
 """Bare parameters: a table if first looked up, a dense parameter if first used otherwise."""
 
+import threading
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +162,29 @@ def test_optimizer_state_goes_along():
     torch.testing.assert_close(
         optimizer.state_dict()["state"], plain_optimizer.state_dict()["state"], atol=1e-6, rtol=1e-6
     )
+
+
+def test_a_row_that_is_made_for_another_rank_while_the_candidate_becomes_a_table_has_its_value():
+    """Other ranks may ask for rows before this one's first lookup, which takes the memory that rows are made of."""
+    model = Bare(LOOKUPS["embedding"])
+    values = model.table.detach().clone()
+    loader = AdaLoader.wrap([torch.arange(9)], model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    manager = loader._session.managed.manager
+    (table,) = manager.tables
+    fill, is_making = table.spec.fill, threading.Event()
+
+    def slow_fill(rows, out):
+        is_making.set()
+        time.sleep(0.2)
+        fill(rows, out)
+
+    table.spec = replace(table.spec, fill=slow_fill)
+    rows = np.arange(20, 40)
+    other = threading.Thread(target=manager.touch, args=(table, rows))
+    other.start()
+    is_making.wait()
+    for ids in loader:
+        model(ids).sum().backward()
+    other.join()
+    np.testing.assert_array_equal(manager.pull(table, rows, np.empty((20, DIM), np.float32)), values[20:40].numpy())
+    loader.close()
