@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from adaloader.errors import ManagedTableError
 from adaloader.free_memory import free_bytes
@@ -44,7 +45,8 @@ def become_dense(table: ManagedTable, operation: str) -> None:
     """
     model, parameter = table.owner, table.parameter
     where = users_line()
-    with model.paused(), torch.no_grad(), torch.inference_mode(False):
+    # What is made inside a function transform (jvp comes here from one) would be its wrapper, which must not outlive it.
+    with model.paused(), torch.no_grad(), torch.inference_mode(False), temporarily_clear_interpreter_stack():
         values = table.whole_values()
         values = values if table.probation is not None else values.clone()
         _give_state_back(table)

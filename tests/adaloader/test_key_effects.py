@@ -142,6 +142,27 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_function_transforms_over_a_table_that_was_trained_make_it_dense(transform, seed):
+    torch.manual_seed(seed)
+    net, batches = Net(), [torch.randint(0, 300, (5,)) for _ in range(3)]
+    optimizer = torch.optim.Adagrad(net.parameters(), lr=0.1)
+    loader = AdaLoader.wrap(batches, model=net, optimizer=optimizer, min_rows=1)
+    for ids in loader:
+        net(ids).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = net.item.weight.detach().clone()
+
+    def call(weight, ids):
+        return torch.func.functional_call(net.item, {"weight": weight}, (ids,)).sum()
+
+    torch.testing.assert_close(transform(call, net.item.weight, batches[0]), transform(call, plain, batches[0]))
+    assert type(net.item.weight) is torch.nn.Parameter
+    torch.testing.assert_close(net.item.weight.detach(), plain)
+    loader.close()
+
+
 @pytest.mark.parametrize("strategy", [None, {"item.weight": "managed"}], ids=["auto", "managed"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 def test_function_transforms_over_a_table_make_it_dense_or_are_refused(transform, strategy, seed):
