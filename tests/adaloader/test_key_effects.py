@@ -149,7 +149,7 @@ def test_function_transforms_over_a_table_that_was_trained_make_it_dense(transfo
     optimizer = torch.optim.Adagrad(net.parameters(), lr=0.1)
     loader = AdaLoader.wrap(batches, model=net, optimizer=optimizer, min_rows=1)
     for ids in loader:
-        net(ids).sum().backward()
+        net.item(ids).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     plain = net.item.weight.detach().clone()
