@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from intents import ReplayError
@@ -40,6 +40,7 @@ RESHAPES = {5, 6, 7, 8}  # they copy, another operation, only where sizes and st
 
 
 @settings(deadline=None, max_examples=60)
+@example(chain=[0, 21, 12], columns=1, size=2, seed=29767)
 @given(
     chain=st.lists(st.integers(0, len(OPERATIONS) - 1), min_size=1, max_size=5),
     columns=st.integers(1, 9),
@@ -74,7 +75,14 @@ def test_any_chain_is_derived_or_refined(chain, columns, size, seed):
         first = refined
     assert [site.reason for site in first.sites] == [None], first.describe()
     for later in (size, size + 13, size + 4):
-        assert_replays(first, step, make(later), tables)
+        batch = make(later)
+        try:
+            assert_replays(first, step, batch, tables)
+        except ReplayError:  # a mask that kept all in every recording so far looks like none: another one tells
+            assert mentions_data(chain)
+            first = first.refine(record(step, batch, tables).program(0))
+            assert first is not None
+            assert_replays(first, step, batch, tables)
 
 
 def mentions_data(chain: list[int]) -> bool:
