@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import adaloader
-from adaloader.checkpoint import layout, saving
+from adaloader.checkpoint import layout, writing
 from adaloader.checkpoint.tensor_file import TensorFileWriter
 from tests.resuming import Script
 
@@ -58,9 +58,9 @@ def arm(script: Script, where: str, count: int, kind: str) -> None:
     elif where == "close":
         TensorFileWriter.close = after(count, kind, TensorFileWriter.close)
     elif where == "index":
-        saving.write_durably = after(count, kind, layout.write_durably)
+        writing.write_durably = after(count, kind, layout.write_durably)
     elif where == "remove":
-        saving.remove_other_data = after(count, kind, layout.remove_other_data)
+        writing.remove_other_data = after(count, kind, layout.remove_other_data)
     else:
         raise ValueError(where)
 
