@@ -159,11 +159,19 @@ class GlobalBatchSampler(Sampler):
 
     def __iter__(self) -> EpochIterator:
         epoch = EpochIterator(self)
-        resume, self._resume = self._resume, None
-        if resume is not None:
-            epoch.load_state_dict({**resume, "batches": 0})
+        if self._resume is not None:
+            epoch.load_state_dict({**self._resume, "batches": 0})
+            epoch.resumed = self._resume
         self._epoch = weakref.ref(epoch)
         return epoch
+
+    def begins(self, resumed: dict[str, Any]) -> None:
+        """The first batch of an epoch is read that goes on from `resumed`: later ones do not.
+
+        Not where it is made: with workers, torch makes two, and reads the second.
+        """
+        if self._resume is resumed:
+            self._resume = None
 
     def go_on_from(self, state: dict[str, Any]) -> None:
         """Have the next epoch be the rest of the one that a state of an `EpochIterator`, of any number of ranks and
@@ -185,6 +193,7 @@ class EpochIterator(Iterator):
 
     def __init__(self, sampler: GlobalBatchSampler) -> None:
         self._sampler = sampler
+        self.resumed: dict[str, Any] | None = None  # what it goes on from, of another loader's
         self._shares: Shares | None = None  # None until the epoch starts
         self._start_state: torch.Tensor | None = None  # of the order's generator, before its first draw
         self._source: Iterator[int] = iter(())  # torch's sampler, asked past its end by `_draw_end_if_due`
@@ -203,6 +212,9 @@ class EpochIterator(Iterator):
         return self
 
     def __next__(self) -> list[int] | int:
+        if self.resumed is not None:
+            self._sampler.begins(self.resumed)
+            self.resumed = None
         if self._shares is None:
             self._start(self._draw_start_state())
         self._reads += 1

@@ -60,9 +60,9 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(
     resumed.close()
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+@pytest.mark.parametrize("optimizer, num_workers", [("adagrad", 0), ("adam", 0), ("sgd", 1)])
 @pytest.mark.parametrize("from_one", [True, False])
-def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, folder, optimizer, from_one):
+def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, folder, optimizer, num_workers, from_one):
     """From one rank to all of them, or back: each sample once, and one process's results for the same batches."""
     from mpi4py import MPI
 
@@ -70,7 +70,9 @@ def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, fol
 
     def script(ranks):
         size = each * comm.size // ranks
-        return Script(MPI.COMM_SELF if ranks == 1 else comm, optimizer, torch.float64, 0.0, samples, size, seed, {})
+        options = {"num_workers": num_workers}
+        own = MPI.COMM_SELF if ranks == 1 else comm
+        return Script(own, optimizer, torch.float64, 0.0, samples, size, seed, options)
 
     first, second = (1, comm.size) if from_one else (comm.size, 1)
     seen, expected = [], {}
