@@ -45,7 +45,7 @@ def become_dense(table: ManagedTable, operation: str) -> None:
     """
     model, parameter = table.owner, table.parameter
     where = users_line()
-    # What is made inside a function transform (jvp comes here from one) would be its wrapper, and not outlive it.
+    # Out of a function transform (jvp comes here from one), whose wrappers of what is made there do not outlive it.
     with model.paused(), torch.no_grad(), torch.inference_mode(False), temporarily_clear_interpreter_stack():
         values = table.whole_values()
         values = values if table.probation is not None else values.clone()

@@ -182,7 +182,7 @@ def test_a_row_that_is_made_for_another_rank_while_the_candidate_becomes_a_table
     rows = np.arange(20, 40)
     other = threading.Thread(target=manager.touch, args=(table, rows))
     other.start()
-    is_making.wait()
+    assert is_making.wait(60)
     for ids in loader:
         model(ids).sum().backward()
     other.join()
