@@ -6,6 +6,7 @@ PyTorch has no public way to ask; the private ones used here serve its own check
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -72,8 +73,19 @@ def queue_at_end(callback: TaskEnd) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def hook_gradient(parameter: Parameter, call: Callable[[Parameter], None]) -> RemovableHandle:
-    """Call `call(parameter)` after each accumulation of its gradient; it may be frozen now and thaw later."""
+def hook_gradient(parameter: Parameter, method: Callable[[Parameter], None]) -> RemovableHandle:
+    """Call `method(parameter)` after each accumulation of its gradient; it may be frozen now and thaw later.
+
+    The object of `method` is not kept alive: Python does not see that autograd holds hooks, and so would never find
+    that only the object and the parameter hold each other.
+    """
+    weakly = weakref.WeakMethod(method)
+
+    def call(parameter: Parameter) -> None:
+        method = weakly()
+        if method is not None:
+            method(parameter)
+
     frozen = not parameter.requires_grad
     parameter.requires_grad_(True)  # PyTorch takes no hook for a frozen parameter
     handle = parameter.register_post_accumulate_grad_hook(call)

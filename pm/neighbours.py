@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("adaloader")
 
 _PAUSE_SECONDS = 1e-5
+# Of a process's 128 TiB of address space: the rest is for what this rank makes itself.
+_MOST_MAPPED_BYTES = 1 << 46
 
 
 class Neighbours:
@@ -125,15 +127,18 @@ class Neighbours:
         number, serial, file, size = message.numbers
         manager.asking.forget_slots(source, number)
         self._places.pop((source, number), None)
+        used = {(rank, serial) for (rank, _), serial in self._places.items()}
+        self._mapped = {at: memory for at, memory in self._mapped.items() if at in used}
         try:
             if (source, serial) not in self._mapped:
+                mapped = sum(memory.size for memory in self._mapped.values())
+                if mapped + size > _MOST_MAPPED_BYTES:
+                    raise OSError(f"{size:,} bytes of it would join {mapped:,}; {_MOST_MAPPED_BYTES:,} are the most")
                 memory = map_block(self._machine.processes[source], file, size)
                 self._mapped[source, serial] = np.frombuffer(memory, np.uint8)
             self._places[source, number] = serial
         except OSError as error:
             log.warning("rank %d gets rows of rank %d by message: %s", manager.rank, source, error)
-        used = {(rank, serial) for (rank, _), serial in self._places.items()}
-        self._mapped = {at: memory for at, memory in self._mapped.items() if at in used}
         manager.transport.send(source, Message(Kind.MAPPED, (number, int((source, number) in self._places))))
 
     def on_mapped(self, source: int, message: Message) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -264,6 +266,7 @@ def test_rank_that_closes_early_is_named(comm, seed):
 
 @pytest.mark.ranks(2)
 def test_idle_background_threads_take_little(comm):
+    gc.collect()  # process groups of earlier tests: each has threads that wake up too
     model = Net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     loader = AdaLoader.wrap([torch.tensor([[1, 2]])] * 6, model=model, optimizer=optimizer)
@@ -274,3 +277,20 @@ def test_idle_background_threads_take_little(comm):
         time.sleep(2.0)
     assert idle.share < 0.1 and idle.wakes_per_second < 400, idle
     loader.close()
+
+
+def test_what_closed_loaders_held_is_freed_with_their_models(comm):
+    managers = []
+    for _ in range(3):
+        model = Net()
+        optimizer = OPTIMIZERS["adagrad"](model.parameters())
+        loader = AdaLoader.wrap([torch.tensor([[1, 2]])] * 3, model=model, optimizer=optimizer)
+        train(model, optimizer, loader)
+        managers.append(weakref.ref(loader._session.managed.manager))
+        loader.close()
+        del model, optimizer, loader
+    deadline = time.monotonic() + 20  # each rank's background thread goes on until the others have closed too
+    while any(manager() is not None for manager in managers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        gc.collect()
+    assert [manager() for manager in managers] == [None] * 3

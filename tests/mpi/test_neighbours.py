@@ -12,6 +12,7 @@ import pytest
 import pm
 import pm.machine
 import pm.neighbours
+from pm.store import RecordStore
 from tests.mpi.worlds import World, gathered, meet, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
@@ -174,6 +175,21 @@ def test_one_rank_that_does_not_want_to_share_keeps_all_by_themselves(managers, 
     rows = np.arange(60, dtype=np.int64)
     take_steps(manager, table, DenseTable(0, table.spec), 3, lambda step, rank: rows)
     assert not manager.traffic.neighbour_rows
+
+
+@pytest.mark.ranks(2)
+def test_no_more_is_mapped_than_the_address_space_has_room_for(managers, monkeypatch, caplog):
+    """Tables of terabytes leave each rank room for its own; what it does not map it gets by message."""
+    spec = make_spec(0, 300, 60, "float64", "sgd")
+    store_bytes = RecordStore.bytes_of(spec.record_class, 2 * 300)
+    monkeypatch.setattr(pm.neighbours, "_MOST_MAPPED_BYTES", 2 * store_bytes - 1)  # of one other rank
+    manager = managers(shared_memory=True)
+    (table,) = manager.add_tables([spec])
+    rows = np.arange(300, dtype=np.int64)
+    take_steps(manager, table, DenseTable(0, table.spec), 4, lambda step, rank: rows)
+    assert caplog.text.count(f"by message: {store_bytes:,} bytes of it would join {store_bytes:,}") == manager.ranks - 2
+    assert manager.traffic.neighbour_rows
+    assert manager.neighbours.have_all(table) == (manager.ranks == 2)
 
 
 @pytest.mark.ranks(2)
