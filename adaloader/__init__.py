@@ -1,8 +1,9 @@
 """AdaLoader: replace `DataLoader`, and the model's embedding tables are managed, over any number of MPI ranks.
 
-`loader.py` holds the loader; `session.py` ties it to a model; `managed_model.py` and `managed_table.py` are what the
-patched model looks rows up in; `feed.py` and `planner.py` read ahead; `checkpoint/` saves and resumes. The room imports
-`intents` (which rows a batch needs) and `pm` (where rows are). Read `loader.py` first.
+`loader.py` holds the loader; `session.py` ties it to a model, which `managing.py` begins to manage; `managed_model.py`
+and `managed_table.py` are what the patched model looks rows up in; `feed.py` and `planner.py` read ahead; `checkpoint/`
+saves and resumes. The room imports `intents` (which rows a batch needs) and `pm` (where rows are). Read `loader.py`
+first.
 """
 
 from adaloader.checkpoint import load, save

@@ -376,7 +376,7 @@ class AdaLoader(StatefulDataLoader):
     """accelerate has added no samples to the last batch."""
 
     def stats(self) -> dict[str, Any]:
-        """Return what the model's tables have cost so far; see `Session.stats`."""
+        """Return what the model's tables have cost so far; see `adaloader.stats.stats`."""
         return self._need_session().stats()
 
     def explain(self) -> Explanation:

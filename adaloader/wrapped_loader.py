@@ -121,7 +121,7 @@ class WrappedLoader:
         self._session.begin_checkpoints(self, folder, **options)
 
     def stats(self) -> dict[str, Any]:
-        """Return what the model's tables have cost so far; see `Session.stats`."""
+        """Return what the model's tables have cost so far; see `adaloader.stats.stats`."""
         return self._session.stats()
 
     def explain(self) -> Explanation:

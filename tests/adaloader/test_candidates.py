@@ -74,7 +74,7 @@ def managed(batches, model, optimizer):
 def test_first_lookup_makes_a_table(name):
     model, losses, loader = make(LOOKUPS[name], managed)
     plain, expected, _ = make(LOOKUPS[name], lambda batches, *_: batches)
-    assert type(model.table) is TableParameter
+    assert type(model.table) is TableParameter, loader.explain()
     assert loader.stats()["lookups"] > 0
     np.testing.assert_allclose(losses, expected, atol=1e-6)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), atol=1e-6, rtol=0)
@@ -109,7 +109,7 @@ def test_named_in_keys_it_is_a_table_at_once():
     loader = AdaLoader.wrap(
         [torch.tensor([1, 2])], model=model, optimizer=optimizer, keys={model.table: lambda ids: ids}
     )
-    assert type(model.table) is TableParameter
+    assert type(model.table) is TableParameter, loader.explain()
     for ids in loader:
         model(ids)
     assert loader.stats()["intent_coverage"] == 1.0
