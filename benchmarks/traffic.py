@@ -28,7 +28,8 @@ import numpy as np
 from workloads import WORKLOADS
 
 from pm.schedules import Recording
-from pm.simulator import Setting, Simulation
+from pm.simulated_network import Setting
+from pm.simulator import Simulation
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
 ID_BYTES = 4

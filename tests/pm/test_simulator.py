@@ -10,7 +10,8 @@ from pm.ledger import Violation
 from pm.locations import Locations
 from pm.operations import Operations
 from pm.schedules import Does, Event, Recording, random_schedule
-from pm.simulator import Setting, Simulation, main, run_seed
+from pm.simulated_network import Setting
+from pm.simulator import Simulation, main, run_seed
 
 MOST_SEEDS = 100
 
