@@ -18,6 +18,7 @@ from adaloader.batch_weights import own_weight, shared_weight
 from adaloader.explain import Explanation
 from adaloader.loader_iterator import DRAWS, LoaderIterator
 from adaloader.lookahead import LookaheadIterator
+from adaloader.read_draws import ReadDraws
 from adaloader.sampling import GlobalBatchSampler, Shares
 from adaloader.session import Session
 from adaloader.settings import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Settings
@@ -142,6 +143,7 @@ class AdaLoader(StatefulDataLoader):
             **kwargs,
         )
         self._session: Session | None = None
+        self._read_draws = ReadDraws()
         self._place = None
         self._accelerated: Accelerated | None = None
         settings = Settings(
@@ -262,6 +264,13 @@ class AdaLoader(StatefulDataLoader):
             end=epoch.shares.global_batches if has_last else None,
         )
 
+        draws = self._read_draws
+        read_first = draws.begin(inner, inner._num_yielded)
+
+        def on_yield(number: int, batch: Any) -> None:
+            draws.handed_out(number)
+            passed.on_yield(number, batch)
+
         def on_end(reason: str) -> None:
             if accelerated is not None and reason == "exhausted":
                 accelerated.end(self)
@@ -272,13 +281,13 @@ class AdaLoader(StatefulDataLoader):
             lookahead,
             snapshot=inner.state_dict,
             on_read=passed.on_read,
-            on_yield=passed.on_yield,
+            on_yield=on_yield,
             on_end=on_end,
             start=inner._num_yielded,
         )
         self._place = iterator.place
         passed.place = iterator.place if epoch is None else None
-        return LoaderIterator(self, iterator, passed, epoch)
+        return LoaderIterator(self, iterator, passed, epoch, read_first)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the last batch handed out, in torchdata's form (and `random_ids`' pass)."""

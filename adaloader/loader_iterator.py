@@ -34,10 +34,21 @@ class RecentStates:
 class LoaderIterator(Iterator):
     """Keeps its loader alive; tells the sample order how often the loop has asked, so that random draws come when a
     plain loader makes them.
+
+    Args:
+        read_first: how many batches are read before the first is handed out, if this pass is the rest of one.
     """
 
-    def __init__(self, loader, iterator: LookaheadIterator, iteration: Iteration, epoch: EpochIterator | None = None):
+    def __init__(
+        self,
+        loader,
+        iterator: LookaheadIterator,
+        iteration: Iteration,
+        epoch: EpochIterator | None = None,
+        read_first: int | None = None,
+    ):
         self._loader, self._iterator, self._epoch = loader, iterator, epoch
+        self._read_first = read_first
         self._resumed = loader._session.take_resumption()
         self.iteration = iteration
         self._recent = RecentStates()
@@ -56,6 +67,10 @@ class LoaderIterator(Iterator):
         if self._resumed is None:
             return next(self._iterator)
         resumed, self._resumed = self._resumed, None
+        if self._read_first is not None:  # these reads were drawn for before the run was saved, and no more
+            self._iterator.read_ahead(self._read_first)
+            resumed()
+            return next(self._iterator)
         try:
             return next(self._iterator)
         finally:

@@ -114,6 +114,12 @@ class LookaheadIterator(Iterator):
         finally:
             del self
 
+    def read_ahead(self, batches: int) -> None:
+        """Read so many batches, if there are as many, before more are handed out."""
+        for _ in range(batches):
+            if self._inner is not None:
+                self._keep(_read(self._inner, self._snapshot))
+
     def close(self) -> None:
         """Drop what is held, and the source; no more batches come. Without effect after the end."""
         self._inner = None

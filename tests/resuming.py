@@ -45,6 +45,15 @@ class Visits(Dataset):
         return {"ids": self.ids[at], "label": self.label[at], "at": torch.tensor(at)}
 
 
+def with_draws(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A `collate_fn` that draws ids, from three generators and each time another number."""
+    batch = torch.utils.data.default_collate(samples)
+    batch["ids"][:, 1] = torch.randint(0, ROWS, (len(samples),))
+    for at in range(random.randrange(len(samples) + 1)):
+        batch["ids"][at, 2] = int(np.random.normal(ROWS / 2, ROWS / 9)) % ROWS
+    return batch
+
+
 class Model(nn.Module):
     """A declared table, one that is built, one that no module says is one; dense layers, a buffer, and dropout."""
 

@@ -49,6 +49,22 @@ def position_of(loader: AdaLoader | WrappedLoader, before: tuple[int, Any] | Non
     return {"state": state, "ended": bool(state.get("_iterator_finished")), "order": order}
 
 
+def read_ahead_of(
+    loader: AdaLoader | WrappedLoader, before: tuple[int, Any] | None = None
+) -> list[dict[str, Any] | None] | None:
+    """Return what `ReadDraws.ahead` does at the position that `position_of` returns."""
+    if isinstance(loader, WrappedLoader):
+        return None
+    yielded = 0 if loader._place is None else loader._place.yielded
+    return loader._read_draws.ahead(yielded if before is None else before[0])
+
+
+def read_again(loader: AdaLoader | WrappedLoader, states: list[dict[str, Any] | None] | None) -> None:
+    """Have the next pass, the rest of one, begin with reads from these states; None: from those that there are."""
+    if isinstance(loader, AdaLoader):
+        loader._read_draws.resume(states)
+
+
 def go_on_from(
     loader: AdaLoader | WrappedLoader, position: Mapping[str, Any] | None, saved: Mapping[str, Any], same_ranks: bool
 ) -> bool:

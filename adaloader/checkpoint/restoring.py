@@ -14,8 +14,7 @@ from adaloader.checkpoint.agreement import raise_together
 from adaloader.checkpoint.dense_state import DenseState, load_dense
 from adaloader.checkpoint.layout import Index, find_checkpoint, open_file, read_index, verify_file
 from adaloader.checkpoint.plain import load_plain
-from adaloader.checkpoint.positions import go_on_from
-from adaloader.checkpoint.random_states import check_random_states, set_random_states
+from adaloader.checkpoint.positions import describe_loader, go_on_from, read_again
 from adaloader.checkpoint.report import Restored
 from adaloader.checkpoint.saving import finish_saving, managed_by
 from adaloader.checkpoint.table_loading import check_tables, load_tables
@@ -23,6 +22,7 @@ from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.checkpoint.tree import decode
 from adaloader.errors import CheckpointError
 from adaloader.managed_model import ManagedModel
+from adaloader.random_states import check_random_states, set_random_states
 from adaloader.table_values import all_texts
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def _check_own(own: Mapping[str, Any]) -> None:
             raise ValueError("the position of the loader is none")
         if not isinstance(own["extra"], dict) or not isinstance(draws["pass"], int) or draws["seed"] == "":
             raise ValueError("extra or the place of random ids is none")
-        check_random_states(own["random"])
+        for states in (own["random"], *(each for each in own.get("read_ahead") or () if each is not None)):
+            check_random_states(states)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"the state of a rank in the index is malformed: {error!r}"[:300]) from error
 
@@ -168,6 +169,8 @@ def _load_position(loader, index: Index, own: Mapping[str, Any], strict: bool) -
             raise CheckpointError(f"the loader's position cannot be taken up: {error}") from error
         report.append(f"position: {error}")
         is_rest = False
+    is_same = same_ranks and describe_loader(loader) == index.configuration.get("loader")
+    read_again(loader, own.get("read_ahead") if is_rest and is_same else None)
     loader._session.draws.go_on_from(own["draws"])
     states = own["random"]
     set_random_states(states, generator)

@@ -17,14 +17,14 @@ from adaloader.candidate import agree_on_candidates
 from adaloader.checkpoint.agreement import raise_together
 from adaloader.checkpoint.exchange import Exchange
 from adaloader.checkpoint.layout import FileEntry, Index
-from adaloader.checkpoint.positions import describe_loader, position_of
-from adaloader.checkpoint.random_states import random_states
+from adaloader.checkpoint.positions import describe_loader, position_of, read_ahead_of
 from adaloader.checkpoint.tables import cut, table_entry
 from adaloader.checkpoint.tree import Encoder
 from adaloader.checkpoint.writing import Part, SaveCounts, Saved, Saving
 from adaloader.errors import CheckpointError
 from adaloader.gathering import leaving_tables_out
 from adaloader.managed_model import ManagedModel
+from adaloader.random_states import random_states
 from adaloader.table_values import text_of_rank_0
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def _encode_state(managed: ManagedModel, loader, extra, encoder: Encoder, before
             "position": position_of(loader, before),
             "random": random_states(getattr(loader, "generator", None)),
             "draws": loader._session.draws.position(),
+            "read_ahead": read_ahead_of(loader, before),
             "extra": stateful(dict(extra or {})),
         }
         with leaving_tables_out(managed), torch.no_grad():

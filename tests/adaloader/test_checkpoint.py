@@ -14,7 +14,7 @@ import adaloader
 from adaloader import AdaLoader, CheckpointError, full_state_dict
 from adaloader.checkpoint.layout import complete_in, read_index
 from adaloader.command_line import main
-from tests.resuming import OPTIMIZERS, Script, assert_close, assert_identical
+from tests.resuming import OPTIMIZERS, Script, assert_close, assert_identical, with_draws
 
 
 def begun(optimizer="adagrad", batches=5, **options) -> Script:
@@ -36,6 +36,46 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, seed, optimiz
     assert resumed.losses == whole.losses[done:]
     assert_identical(resumed.state(), expected)
     whole.close(), resumed.close()
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 5, 40])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_reading_draws_is_drawn_again(tmp_path, seed, lookahead, shuffle):
+    """A `collate_fn` that draws, and dropout, which draws from the same generator; resumed twice, over passes."""
+    options = {"collate_fn": with_draws, "lookahead": lookahead, "shuffle": shuffle}
+    rng = random.Random(seed)
+    parts = [rng.randrange(20) for _ in range(3)]
+    whole = Script(None, "adagrad", torch.float64, 0.2, seed=seed, options=options).start().run(parts[0])
+    whole.save(tmp_path / "0")
+    done = len(whole.losses)
+    whole.run(parts[1]).run(parts[2])
+    expected, losses = whole.state(), []
+    for at, batches in enumerate(parts[1:]):
+        resumed = Script(None, "adagrad", torch.float64, 0.2, seed=seed, options=options).start(model_seed=at)
+        resumed.load(tmp_path / str(at))
+        resumed.run(batches)
+        losses += resumed.losses
+        if at == 0:
+            resumed.save(tmp_path / "1")
+            resumed.close()
+    assert losses == whole.losses[done:], parts
+    assert_identical(resumed.state(), expected)
+    whole.close(), resumed.close()
+
+
+def test_a_checkpoint_before_the_resumed_run_has_read_again_keeps_the_draws(tmp_path, seed):
+    options = {"collate_fn": with_draws, "lookahead": 4}
+    whole = Script(None, "sgd", torch.float64, 0.2, seed=seed, options=options).start().run(6)
+    whole.save(tmp_path / "first")
+    whole.run(9)
+    between = Script(None, "sgd", torch.float64, 0.2, seed=seed, options=options).start()
+    between.load(tmp_path / "first")
+    between.save(tmp_path / "second")
+    resumed = Script(None, "sgd", torch.float64, 0.2, seed=seed, options=options).start()
+    resumed.load(tmp_path / "second")
+    resumed.run(9)
+    assert resumed.losses == whole.losses[6:]
+    whole.close(), between.close(), resumed.close()
 
 
 def test_saving_changes_nothing(tmp_path, seed):

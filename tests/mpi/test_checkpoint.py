@@ -14,7 +14,7 @@ import torch
 
 import adaloader
 from adaloader.checkpoint.layout import complete_in, open_file, read_index
-from tests.resuming import Script, assert_close, assert_identical
+from tests.resuming import Script, assert_close, assert_identical, with_draws
 
 CASES = [
     # optimizer, dtype, batches before the save, options of the loader, dropout
@@ -23,6 +23,7 @@ CASES = [
     ("momentum", torch.float64, 7, {"techniques": "relocation", "num_workers": 1}, 0.2),
     ("adam", torch.float32, 9, {"techniques": "replication", "lookahead": 0}, 0.0),
     ("rowwise", torch.float64, 26, {"techniques": "all", "lookahead": 9}, 0.0),
+    ("adagrad", torch.float64, 5, {"collate_fn": with_draws, "lookahead": 6}, 0.3),
 ]
 
 

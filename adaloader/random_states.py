@@ -11,17 +11,22 @@ import torch
 
 def random_states(generator: torch.Generator | None) -> dict[str, Any]:
     """Return the states of this process's generators, and of `generator`, as `tree.Encoder` takes them."""
-    version, words, gauss = random.getstate()
-    states = {
-        "python": [version, np.array(words, np.uint32), gauss],
-        "numpy": list(np.random.get_state()),
-        "torch": torch.get_rng_state(),
-    }
+    states = host_random_states()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     if generator is not None:
         states["loader"] = generator.get_state()
     return states
+
+
+def host_random_states() -> dict[str, Any]:
+    """Return those of `random_states` that a process without devices has."""
+    version, words, gauss = random.getstate()
+    return {
+        "python": [version, np.array(words, np.uint32), gauss],
+        "numpy": list(np.random.get_state()),
+        "torch": torch.get_rng_state(),
+    }
 
 
 def check_random_states(states: dict[str, Any]) -> None:
