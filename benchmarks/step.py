@@ -9,8 +9,8 @@ A step is: fetch the next batch, look it up, `out.backward(gradient)` with a fix
 AdaLoader from `AdaLoader.wrap` of that list, so deriving keys and reading ahead are part of its steps. Each
 rank is pinned to one core with all its threads. The sides run in turns of `--block` steps. Not counted are
 the first steps of a turn, when the other side's data fills the caches, and the warm-up, when keys are learned
-and kernels load. At the end both tables must be equal, or the program fails (with `--staleness` they differ, and by
-how much is reported).
+and kernels load. At the end both tables must be equal, to rounding, or the program fails (with `--staleness`
+they differ, and by how much is reported).
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
     figures["largest_difference"] = difference(managed_table, plain_table, rank)
     if rank == 0:
         report(args, figures)
-    if args.staleness == 0 and not figures["largest_difference"] <= TOLERANCE:
-        raise SystemExit(f"the tables differ by {figures['largest_difference']}; expected at most {TOLERANCE}")
+    # The gradient of a hot row is a sum of almost as many terms as there are ids, in an order of either side's.
+    tolerance = max(TOLERANCE, np.finfo(np.float32).eps * (args.batch * args.fields * size) ** 0.5)
+    if args.staleness == 0 and not figures["largest_difference"] <= tolerance:
+        raise SystemExit(f"the tables differ by {figures['largest_difference']}; expected at most {tolerance:.1e}")
 
 
 def make_model(args: argparse.Namespace, tables: int, *, sparse: bool = False) -> nn.Module:
@@ -201,10 +203,15 @@ def report(args: argparse.Namespace, figures: dict) -> None:
 
 
 def difference(managed_table: nn.Module, plain_table: nn.Module, rank: int) -> float:
-    """Collective: the largest absolute difference between the two models' tables; 0 on ranks other than 0."""
+    """Collective: the largest difference between the two models' tables, relative to the largest value of a row where
+    that is above 1 (SGD moves hot rows far, as every step has the same gradient); 0 on ranks other than 0.
+    """
     state = adaloader.full_state_dict(managed_table)
+    if rank:
+        return 0.0
     plain = plain_table.state_dict()
-    return max(float((state[name] - plain[name]).abs().max()) for name in plain) if rank == 0 else 0.0
+    sizes = {name: values.abs().amax(1, keepdim=True).clamp(min=1.0) for name, values in plain.items()}
+    return max(float(((state[name] - plain[name]).abs() / size).max()) for name, size in sizes.items())
 
 
 def make_batches(args: argparse.Namespace, rank: int) -> list[dict[str, torch.Tensor]]:
