@@ -26,12 +26,15 @@ from adaloader.form import FORM
 from adaloader.held_state import continue_from, held_anywhere, hyperparameters, take_states
 from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
+from adaloader.native import native
 from adaloader.optimizers import group_of, rule_for
 from adaloader.probation import Probation, confirm
 from adaloader.table_parameter import LOOKUPS, TableParameter, become_table
 
 # Modules of PyTorch's own multiply their weights; these only hold parameters for others.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+# Lookups whose first argument is the table.
+_TABLE_FIRST = {native("embedding"), native("index_select"), torch.Tensor.index_select}
 # What a rank has decided of a candidate.
 _OPEN, _TABLE_SO_FAR, _TABLE, _DENSE = range(4)
 
@@ -286,6 +289,6 @@ def _looked_up(func, args: tuple, kwargs: dict) -> nn.Parameter | None:
         if isinstance(index, torch.Tensor):
             is_ids = not index.is_floating_point() and index.dtype not in (torch.bool, torch.uint8)
         return args[0] if is_ids and not isinstance(index, bool) else None
-    if func in (torch.embedding, torch.index_select, torch.Tensor.index_select):
+    if func in _TABLE_FIRST:
         weight = kwargs.get("weight", kwargs.get("input", args[0] if args else None))
     return weight if isinstance(weight, CandidateParameter) else None

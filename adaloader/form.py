@@ -7,6 +7,8 @@ import types
 
 import torch
 
+from adaloader.native import native
+
 # Attributes that are made of values, or are handled by themselves; all others are questions about a tensor's form.
 _OF_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad", "_grad"}
 _ATTRIBUTES = [
@@ -24,6 +26,6 @@ _has_compatible_shallow_copy_type rand_like randn_like randint_like""".split()
 FORM = (
     {attribute.__get__ for attribute in _ATTRIBUTES}
     | {getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)}
-    | {getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)}
+    | {native(name) for name in _FUNCTIONS if hasattr(torch, name)}
 )
 """What `__torch_function__` is given for them."""

@@ -22,6 +22,7 @@ from adaloader.errors import ManagedTableError, WholeTableError
 from adaloader.form import FORM
 from adaloader.function_transforms import guard_transforms
 from adaloader.gradient_hooks import OfTable
+from adaloader.native import native
 from adaloader.row_gradient import RowGradient, row_gradient
 from adaloader.whole_gradient import catch_whole_gradients
 from adaloader.whole_use import use_whole
@@ -249,9 +250,9 @@ def _take_over_hooks(parameter: nn.Parameter, table: ManagedTable) -> None:
 
 LOOKUPS = {
     nn.functional.embedding: lookups.embedding,
-    torch.embedding: lookups.aten_embedding,
+    native("embedding"): lookups.aten_embedding,
     nn.functional.embedding_bag: lookups.embedding_bag,
-    torch.index_select: lookups.index_select,
+    native("index_select"): lookups.index_select,
     torch.Tensor.index_select: lookups.index_select,
     torch.Tensor.__getitem__: lookups.get_item,
 }

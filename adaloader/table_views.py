@@ -19,6 +19,7 @@ from adaloader.compiler import not_compiled
 from adaloader.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import WholeTableError
 from adaloader.gradient_layout import check_layout
+from adaloader.native import native
 from adaloader.rows_view import guarded, written_arguments
 from adaloader.slabs import expand
 from adaloader.view_layout import Layout, layout_of
@@ -439,8 +440,8 @@ def _detached(view, *args) -> TableSlice:
 
 
 def _functions(names: str) -> set:
-    owners = (torch.Tensor, torch)
-    return {getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name)}
+    methods = {getattr(torch.Tensor, name) for name in names.split() if hasattr(torch.Tensor, name)}
+    return methods | {native(name) for name in names.split() if hasattr(torch, name)}
 
 
 _WEIGHT_SECOND = {torch.nn.functional.embedding, torch.nn.functional.embedding_bag}
@@ -453,11 +454,11 @@ VIEWS = _functions(
 
 # Lookups by something else than rows in front; of tables and views alike.
 BY_INDEX = {
-    torch.gather: gather,
+    native("gather"): gather,
     torch.Tensor.gather: gather,
-    torch.take_along_dim: take_along_dim,
+    native("take_along_dim"): take_along_dim,
     torch.Tensor.take_along_dim: take_along_dim,
-    torch.take: take,
+    native("take"): take,
     torch.Tensor.take: take,
 }
 
@@ -465,10 +466,10 @@ _INDEXING = BY_INDEX | {
     torch.Tensor.__getitem__: get_item,
     torch.nn.functional.embedding: embedding,
     torch.nn.functional.embedding_bag: embedding_bag,
-    torch.index_select: index_select,
+    native("index_select"): index_select,
     torch.Tensor.index_select: index_select,
     torch.Tensor.detach: _detached,
-    torch.detach: _detached,
+    native("detach"): _detached,
     torch.Tensor.data.__get__: _detached,
 }
 

@@ -1,5 +1,6 @@
 """Bare parameters: a table if first looked up, a dense parameter if first used otherwise."""
 
+import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import nn
 from adaloader import AdaLoader, UnsupportedOptimizerError
 from adaloader.candidate import CandidateParameter
 from adaloader.table_parameter import TableParameter
+from tests.launch import launch
 
 ROWS, DIM = 1200, 6
 
@@ -78,6 +80,41 @@ def test_first_lookup_makes_a_table(name):
     assert loader.stats()["lookups"] > 0
     np.testing.assert_allclose(losses, expected, atol=1e-6)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("first", ["adaloader", "the other"])
+def test_functions_that_another_library_has_replaced_are_lookups(first):
+    """As torch_geometric replaces `torch.index_select`, by a function that calls it."""
+    replacing = """
+        import torch
+        plain = torch.index_select
+        def other(input, dim, index, out=None):
+            return plain(input, dim, index)
+        other.__module__ = "torch_other.library"
+        torch.index_select = other
+    """
+    training = """
+        import torch
+        from adaloader import AdaLoader
+        class Bare(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = torch.nn.Parameter(torch.zeros(1200, 2))
+                self.declared = torch.nn.Embedding(1200, 2)
+            def forward(self, ids):
+                return torch.index_select(self.table, 0, ids) + torch.index_select(self.declared.weight, 0, ids)
+        model = Bare()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loader = AdaLoader.wrap([torch.tensor([3, 5])] * 3, model=model, optimizer=optimizer)
+        for ids in loader:
+            model(ids).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        print(loader.stats()["lookups"], type(model.table).__name__, type(model.declared.weight).__name__)
+    """
+    parts = ["import adaloader", replacing] if first == "adaloader" else [replacing]
+    result = launch(0, "\n".join(textwrap.dedent(part) for part in (*parts, training)))
+    assert result.stdout.split() == ["12", "TableParameter", "TableParameter"], result.stderr
 
 
 @pytest.mark.parametrize("name", DENSE)

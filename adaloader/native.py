@@ -1,0 +1,17 @@
+"""Functions of PyTorch as `__torch_function__` is given them, whatever other libraries have put in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def native(name: str) -> Callable:
+    """Return PyTorch's own `torch.<name>`. To go by what has that name now would be wrong where a library has replaced
+    it by a function that calls it, as torch_geometric does with `index_select`.
+    """
+    here = getattr(torch, name)
+    if f"{getattr(here, '__module__', None) or 'torch'}.".startswith("torch."):
+        return here
+    return getattr(torch._C._VariableFunctions, name)
