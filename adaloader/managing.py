@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -233,6 +235,10 @@ def _train_from_now_on(managed: ManagedModel, table: ManagedTable, optimizer: Op
     check_modules(managed.model(), {table.name: (rule_for(optimizer, group, table.name), group)})
     adoption.adopt_later(managed, table, optimizer, at)
 
+
+# A worker that is forked inherits garbage that is not its own to free: communicators, and process groups whose threads
+# it has not got, so that freeing them crashes it.
+os.register_at_fork(after_in_child=gc.freeze)
 
 if launched_ranks() > 1:
     end_job_on_failure()  # from now on: what fails before the first loader is built would leave the others waiting

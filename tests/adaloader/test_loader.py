@@ -575,3 +575,41 @@ def test_an_error_of_a_key_function_comes_in_its_place():
     for _ in range(2):
         with pytest.raises(ArithmeticError, match="no keys for 9"):
             next(iterator)
+
+
+freed = []
+
+
+class Garbage:
+    """Held by itself alone: the next collection frees it."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        freed.append(self)
+
+
+class Collecting(TensorDataset):
+    """Says of each sample whether this process has freed any garbage, once that is collected."""
+
+    def __getitem__(self, at):
+        gc.collect()
+        return super().__getitem__(at)[0], torch.tensor(len(freed))
+
+
+def test_workers_leave_what_they_inherit_as_garbage():
+    """A communicator, or a process group whose threads a forked process has not got, would crash the worker."""
+    gc.collect()
+    gc.disable()
+    try:
+        freed.clear()
+        Garbage()
+        loader, *_ = managed(Collecting(torch.arange(4)), 2, num_workers=1)
+        in_worker = [counts.tolist() for _, counts in loader]
+        assert in_worker == [[0, 0], [0, 0]]
+        gc.collect()
+        assert len(freed) == 1, "there was garbage"
+    finally:
+        gc.enable()
+    loader.close()
