@@ -2,9 +2,8 @@
 multiplied.
 
 What it is cannot be seen before it is used, so its first use decides. Until then it keeps its values. If it is first
-given to
-a lookup it becomes a managed table there and then; any other operation on its values makes it an ordinary dense
-parameter for good. No message is needed: every rank holds the same values, and keeps the rows that it owns.
+given to a lookup it becomes a managed table there and then; any other operation on its values makes it an ordinary
+dense parameter for good. No message is needed: every rank holds the same values, and keeps the rows that it owns.
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ def _spec_for(
     elif optimizers and parameter.requires_grad:
         refusal = ValueError(
             f"no optimizer holds table {name!r} {list(parameter.shape)}: build the optimizer over model.parameters() "
-            f"of "
-            "this very model, or pass all optimizers as optimizer=[...]"
+            "of this very model, or pass all optimizers as optimizer=[...]"
         )
     rows, dim = parameter.shape
     dtype = str(parameter.dtype).removeprefix("torch.")
@@ -221,8 +219,7 @@ def agree_on_candidates(model: ManagedModel) -> None:
         if tables and dense:
             raise ValueError(
                 f"parameter {name!r} was looked up on ranks {tables} and used otherwise on ranks {dense}; all ranks "
-                f"must "
-                "use it the same way, or say in strategy= what it is"
+                "must use it the same way, or say in strategy= what it is"
             )
         if dense:
             _become_dense(parameter())

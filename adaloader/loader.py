@@ -301,6 +301,7 @@ class AdaLoader(StatefulDataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have the next iteration begin where `state_dict` was taken."""
         self._place = None
+        self._read_draws.resume(None)
         if DRAWS in state_dict:
             state_dict = dict(state_dict)
             draws = state_dict.pop(DRAWS)

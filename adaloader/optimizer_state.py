@@ -217,8 +217,7 @@ def _managed_with(model: nn.Module, optimizer: Optimizer) -> ManagedModel:
     if not any(known is optimizer for known in managed.optimizers):
         raise ValueError(
             f"this {type(optimizer).__name__} was given to no AdaLoader of the model: pass it as optimizer=, or use "
-            f"its "
-            "own state_dict() and load_state_dict()"
+            "its own state_dict() and load_state_dict()"
         )
     return managed
 

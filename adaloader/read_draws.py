@@ -45,6 +45,8 @@ class ReadDraws:
         """A pass begins, with an iterator of torchdata's whose next batch has this number. If it is the rest of one,
         whose reads draw, return how many batches are to be read before its first is handed out."""
         is_resumed, self._is_resumed = self._is_resumed, False
+        if not is_resumed:
+            self._again.clear()  # of a pass that was left before it had read them
         self._before.clear()
         self._number = number
         fetcher = getattr(iterator, "_dataset_fetcher", None)  # none where workers read

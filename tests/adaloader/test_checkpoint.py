@@ -78,6 +78,22 @@ def test_a_checkpoint_before_the_resumed_run_has_read_again_keeps_the_draws(tmp_
     whole.close(), between.close(), resumed.close()
 
 
+def test_a_new_pass_after_an_abandoned_resumption_draws_anew(tmp_path, seed):
+    options = {"collate_fn": with_draws, "lookahead": 4, "shuffle": False}
+    saved = Script(None, "sgd", torch.float64, seed=seed, options=options).start().run(6)
+    saved.save(tmp_path / "saved")
+    resumed = Script(None, "sgd", torch.float64, seed=seed, options=options).start()
+    resumed.load(tmp_path / "saved")
+    iter(resumed.loader)  # and nothing is taken from it
+    seen = []
+    for loader in (resumed.loader, torch.utils.data.DataLoader(resumed.loader.dataset, 4, collate_fn=with_draws)):
+        batches = iter(loader)
+        torch.manual_seed(seed), np.random.seed(seed % 2**31), random.seed(seed)
+        seen.append([next(batches)["ids"] for _ in range(5)])
+    assert all(map(torch.equal, *seen))
+    saved.close(), resumed.close()
+
+
 def test_saving_changes_nothing(tmp_path, seed):
     one, other = (Script(None, "adam", torch.float32, 0.2, seed=seed).start() for _ in range(2))
     states = []
