@@ -20,7 +20,7 @@ from cuda_ops.cpu.gaps import (
     LOGS,
     LOOK_EVERY,
     MOST_DECAY,
-    bounds_at,
+    bound_at,
     decay_value,
     factor_between,
     next_look,
@@ -50,24 +50,25 @@ def _step(kind, value, m, v, largest, grad, scale, history, start, stop):
 
 
 @helper
-def _is_over(kind, value, m, denominator, history, at, all_bounds):
+def _is_over(kind, value, m, denominator, history, at, bounds):
     """Whether no later step can do more to a value than let it decay."""
     if at % LOOK_EVERY != 0:
         return False
-    bounds = bounds_at(history, all_bounds, at)
+    least_eps, most_decay = bound_at(history, bounds, at, LEAST_EPS), bound_at(history, bounds, at, MOST_DECAY)
+    coefficient, dies_out = bound_at(history, bounds, at, COEFFICIENT), bound_at(history, bounds, at, DIES_OUT)
     least = rounding(value)
     for j in range(value.size):
         moment, size = abs(np.float64(m[j])), np.float64(denominator[j])
-        if size + bounds[LEAST_EPS] == 0:  # 0 / 0 is to come, as in PyTorch
+        if size + least_eps == 0:  # 0 / 0 is to come, as in PyTorch
             return False
-        if moment == 0 and (bounds[MOST_DECAY] == 0 or value[j] == 0):
+        if moment == 0 and (most_decay == 0 or value[j] == 0):
             continue
-        if bounds[MOST_DECAY] > 0 or bounds[DIES_OUT] == 0:
+        if most_decay > 0 or dies_out == 0:
             return False
-        root = size if kind == ADAMAX else np.sqrt(size) + bounds[LEAST_EPS]
+        root = size if kind == ADAMAX else np.sqrt(size) + least_eps
         if kind == RADAM:  # at times it does not divide
             root = min(root, 1.0)
-        if not moment * bounds[COEFFICIENT] <= abs(np.float64(value[j])) * least * root:
+        if not moment * coefficient <= abs(np.float64(value[j])) * least * root:
             return False
     return True
 

@@ -7,7 +7,7 @@ from cuda_ops.cpu.checks import float_matrix, in_range, int_vector, record_count
 from cuda_ops.cpu.gaps import LOGS
 
 # Per kind: parts of state (of `dim` words each), columns of its history.
-_LAYOUTS = {
+LAYOUTS = {
     "sgd": (0, momentum.COLUMNS),
     "sgd_momentum": (1, momentum.COLUMNS),
     "adagrad": (1, root_mean_square.COLUMNS),
@@ -22,19 +22,19 @@ _LAYOUTS = {
     "radam": (2, adam.COLUMNS),
     "adamax": (2, adam.COLUMNS),
 }
-_ADAM_KINDS = {
+ADAM_KINDS = {
     "adam": adam_steps.ADAM,
     "amsgrad": adam_steps.AMSGRAD,
     "nadam": adam_steps.NADAM,
     "radam": adam_steps.RADAM,
     "adamax": adam_steps.ADAMAX,
 }
-_SQUARE_KINDS = {"adagrad": root_mean_square.ADAGRAD, "adadelta": root_mean_square.ADADELTA}
+SQUARE_KINDS = {"adagrad": root_mean_square.ADAGRAD, "adadelta": root_mean_square.ADADELTA}
 
 
 def history_columns(kind):
     """Return (columns that hold scalars, columns in all) of the history of optimizer `kind`."""
-    columns = _LAYOUTS[kind][1]
+    columns = LAYOUTS[kind][1]
     return columns - LOGS - 1, columns
 
 
@@ -72,7 +72,7 @@ def advance(kind, words, stride, dim, steps, slots, grad, history, bounds, scale
         IndexError: a slot is outside the store.
         TypeError, ValueError: a dtype or shape does not fit.
     """
-    parts, columns = _LAYOUTS[kind]
+    parts, columns = LAYOUTS[kind]
     count = record_count(words, stride)
     if words.itemsize * stride % 8:
         raise ValueError(f"stride is {stride} words of {words.itemsize} bytes; a record must be a multiple of 8 bytes")
@@ -96,11 +96,11 @@ def advance(kind, words, stride, dim, steps, slots, grad, history, bounds, scale
     if bounds.dtype != np.float64 or bounds.ndim != 2 or bounds.shape[1] != 4:
         raise ValueError(f"bounds must be float64 [regimes, 4], got {bounds.dtype} {list(bounds.shape)}")
     rest = (slots, grad, stepping, history, bounds, float(scale), int(version), bool(stepping or states))
-    if kind in _ADAM_KINDS:
-        adam.advance(_ADAM_KINDS[kind], words, stride, dim, steps, *rest)
+    if kind in ADAM_KINDS:
+        adam.advance(ADAM_KINDS[kind], words, stride, dim, steps, *rest)
     elif kind.startswith("sgd"):
         momentum.advance(words, stride, dim, steps, parts, *rest)
     else:
-        number = _SQUARE_KINDS.get(kind, root_mean_square.RMSPROP)
+        number = SQUARE_KINDS.get(kind, root_mean_square.RMSPROP)
         buffered, centered = int(kind.endswith("momentum")), int("centered" in kind)
         root_mean_square.advance(number, words, stride, dim, steps, (buffered, centered), *rest)

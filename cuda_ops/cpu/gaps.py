@@ -62,9 +62,9 @@ def word_of(of_state, of_value):
 
 
 @helper
-def bounds_at(history, bounds, at):
-    """Bounds of all steps up to `at`."""
-    return bounds[np.int64(history[at, history.shape[1] + REGIME])]
+def bound_at(history, bounds, at, which):
+    """One of the bounds of all steps up to `at`."""
+    return bounds[np.int64(history[at, history.shape[1] + REGIME]), which]
 
 
 @helper
@@ -129,12 +129,13 @@ def all_zero(row):
 
 
 @helper
-def linear_part_is_over(value, moving, bounds):
-    """Whether a momentum buffer's updates, coefficient * `moving`, are below rounding from here on."""
-    if bounds[MOST_DECAY] > 0 or bounds[DIES_OUT] == 0:
-        return all_zero(moving) and (bounds[MOST_DECAY] == 0 or all_zero(value))
-    least = rounding(value)
+def linear_part_is_over(value, moving, history, at, bounds):
+    """Whether a momentum buffer's updates, coefficient * `moving`, are below rounding from step `at` on."""
+    most_decay = bound_at(history, bounds, at, MOST_DECAY)
+    if most_decay > 0 or bound_at(history, bounds, at, DIES_OUT) == 0:
+        return all_zero(moving) and (most_decay == 0 or all_zero(value))
+    least, coefficient = rounding(value), bound_at(history, bounds, at, COEFFICIENT)
     for j in range(value.size):
-        if not abs(np.float64(moving[j])) * bounds[COEFFICIENT] <= abs(np.float64(value[j])) * least:
+        if not abs(np.float64(moving[j])) * coefficient <= abs(np.float64(value[j])) * least:
             return False
     return True

@@ -11,7 +11,7 @@ from cuda_ops.cpu.gaps import (
     EXACT_STEPS,
     LOGS,
     LOOK_EVERY,
-    bounds_at,
+    bound_at,
     factor_between,
     linear_part_is_over,
     next_look,
@@ -57,7 +57,7 @@ def _step(value, buffer, grad, scale, history, start, stop):
 def _decay(value, buffer, zeros, history, at, stop, bounds):
     """Steps [at, stop) where there is no buffer: the value only decays."""
     exact = stop
-    if stop - at > EXACT_STEPS and bounds_at(history, bounds, stop - 1)[DIES_OUT] != 0:
+    if stop - at > EXACT_STEPS and bound_at(history, bounds, stop - 1, DIES_OUT) != 0:
         exact = at + EXACT_STEPS
     _step(value, buffer, zeros, value.dtype.type(0), history, at, exact)
     if exact < stop:
@@ -66,7 +66,7 @@ def _decay(value, buffer, zeros, history, at, stop, bounds):
 
 @helper
 def _is_over(value, buffer, history, at, bounds):
-    return at % LOOK_EVERY == 0 and linear_part_is_over(value, buffer, bounds_at(history, bounds, at))
+    return at % LOOK_EVERY == 0 and linear_part_is_over(value, buffer, history, at, bounds)
 
 
 @fused_kernel

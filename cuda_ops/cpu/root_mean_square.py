@@ -13,7 +13,7 @@ from cuda_ops.cpu.gaps import (
     LOOK_EVERY,
     MOST_DECAY,
     all_zero,
-    bounds_at,
+    bound_at,
     factor_between,
     linear_part_is_over,
     next_look,
@@ -96,14 +96,13 @@ def _step(kind, value, squares, second, third, grad, scale, history, start, stop
 
 
 @helper
-def _is_over(kind, value, buffer, history, at, all_bounds):
+def _is_over(kind, value, buffer, history, at, bounds):
     """Whether no later step can move a value: without gradient only momentum and weight decay do."""
-    bounds = bounds_at(history, all_bounds, at)
-    if bounds[LEAST_EPS] == 0:  # 0 / 0 may be to come, as in PyTorch
+    if bound_at(history, bounds, at, LEAST_EPS) == 0:  # 0 / 0 may be to come, as in PyTorch
         return False
     if kind == RMSPROP and buffer.size:
-        return at % LOOK_EVERY == 0 and linear_part_is_over(value, buffer, bounds)
-    return bounds[MOST_DECAY] == 0 or (at % LOOK_EVERY == 0 and all_zero(value))
+        return at % LOOK_EVERY == 0 and linear_part_is_over(value, buffer, history, at, bounds)
+    return bound_at(history, bounds, at, MOST_DECAY) == 0 or (at % LOOK_EVERY == 0 and all_zero(value))
 
 
 @helper

@@ -15,6 +15,8 @@ import torch
 from numba import cuda
 from numba.core import config
 
+from cuda_ops.cuda import numpy_names
+
 SIMULATED = bool(config.ENABLE_CUDASIM)
 """Whether kernels run on Numba's simulator, one Python thread for each of CUDA's."""
 
@@ -34,7 +36,8 @@ helper = cuda.jit(device=True)
 def helper_from(cpu_function, **replaced):
     """Compile the source of a Numba function of the CPU as a helper, with the functions that it calls `replaced`."""
     source = cpu_function.py_func
-    return helper(types.FunctionType(source.__code__, {**source.__globals__, **replaced}, source.__name__))
+    numpy = {} if SIMULATED else {"np": numpy_names}
+    return helper(types.FunctionType(source.__code__, {**source.__globals__, **numpy, **replaced}, source.__name__))
 
 
 def launch(body, rows: int, pieces: int, *args) -> None:

@@ -59,7 +59,8 @@ else:
         count = getattr(width, "literal_value", None)
         if count is None:  # Numba asks for any integer first, and for this constant then
             return None
-        signature = types.void(target, types.int64, source, types.int64, types.int64)
+        # With the constant in its type: Numba keeps one body per signature, and would use one width's for another.
+        signature = types.void(target, types.int64, source, types.int64, width)
 
         def generate(context, builder, signature, args):
             alignment = count * signature.args[0].dtype.bitwidth // 8

@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
+from cuda_ops.cpu.advance import LAYOUTS
 from cuda_ops.cuda import index, init
+from cuda_ops.cuda.advance import advance
 from cuda_ops.cuda.delta import merge
 from cuda_ops.cuda.launch import launch
 from cuda_ops.cuda.renorm import renorm
@@ -76,3 +78,19 @@ def test_the_index_compiles(compiled):
     launch(index._undo, len(keys), 1, entries, keys)
     with_swaps = {name for name, ptx in compiled if "atom." in ptx}
     assert with_swaps == {"_add", "_remove"} and len(compiled) == 4
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgd_momentum", "amsgrad", "rmsprop_centered_momentum", "adadelta"])
+def test_steps_that_rows_missed_are_made_in_registers(compiled, kind):
+    parts, columns = LAYOUTS[kind]
+    for dim in (8, 3, 8):
+        stride = dim * (1 + parts) + 4
+        stride += -stride % 4
+        words = torch.zeros(9 * stride)
+        scalars = torch.zeros(3, columns, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+        grad = torch.ones(4, dim)
+        advance(kind, words, stride, dim, words.view(torch.int64), torch.arange(4), grad, *scalars, 1.0, 3)
+    for (name, ptx), together in zip(compiled, (True, False, True), strict=True):
+        assert ("ld.global.v4.f32" in ptx) == ("st.global.v4.f32" in ptx) == together, name
+        assert ".local" not in ptx and "atom." not in ptx and "bar.sync" not in ptx, name
+        assert "vote.sync" in ptx, name
