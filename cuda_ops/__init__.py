@@ -11,6 +11,7 @@ from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import alias as _alias
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
+from cuda_ops.cpu import half_update as _half_update
 from cuda_ops.cpu import holds as _holds
 from cuda_ops.cpu import partition as _partition
 from cuda_ops.cpu import places as _places
@@ -41,6 +42,12 @@ sgd_update = by_device(_update.sgd_update)
 adagrad_update = by_device(_update.adagrad_update)
 sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
 rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
+half_sgd_update = by_device(_half_update.half_sgd_update)
+half_adagrad_update = by_device(_half_update.half_adagrad_update)
+half_sparse_adam_update = by_device(_half_update.half_sparse_adam_update)
+half_rowwise_adagrad_update = by_device(_half_update.half_rowwise_adagrad_update)
+widen_rows = by_device(_half_update.widen_rows)
+narrow_rows = by_device(_half_update.narrow_rows)
 advance = by_device(_advance.advance)
 moved_places = by_device(_places.moved_places)
 add_uses = by_device(_places.add_uses)
@@ -73,6 +80,10 @@ __all__ = [
     "expand",
     "gather",
     "gather_places",
+    "half_adagrad_update",
+    "half_rowwise_adagrad_update",
+    "half_sgd_update",
+    "half_sparse_adam_update",
     "held_by_one",
     "history_columns",
     "keys_of_segments",
@@ -80,6 +91,7 @@ __all__ = [
     "mark_steps",
     "merge",
     "moved_places",
+    "narrow_rows",
     "note_touches",
     "owners",
     "partition",
@@ -93,4 +105,5 @@ __all__ = [
     "sparse_adam_update",
     "sum_segments",
     "trusted",
+    "widen_rows",
 ]

@@ -12,6 +12,8 @@ import importlib
 import numpy as np
 import torch
 
+from cuda_ops.cpu.checks import BFLOAT16
+
 # Types seen among arguments that are no tensors. A set test over types costs less than looking at every
 # argument.
 _no_tensors = {np.ndarray, int, float, bool, type(None)}
@@ -85,11 +87,15 @@ def as_array(value, function_name):
         raise NotImplementedError(
             f"cuda_ops.{function_name} has no body for device {value.device} yet; pass CPU tensors"
         )
+    if value.dtype == torch.bfloat16:  # NumPy has none
+        return value.detach().view(torch.int16).numpy().view(BFLOAT16)
     return value.detach().numpy()
 
 
 def _as_tensors(result):
     if isinstance(result, np.ndarray):
+        if result.dtype == BFLOAT16:
+            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
     if isinstance(result, tuple):
         return tuple(_as_tensors(part) for part in result)

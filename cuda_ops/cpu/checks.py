@@ -6,6 +6,9 @@ from cuda_ops.cpu.kernels import first_outside
 
 _INT64 = np.dtype(np.int64)
 _VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+BFLOAT16 = np.dtype([("bfloat16", np.int16)])
+"""What stands for torch.bfloat16 where NumPy has no such dtype: `dispatch.py` views tensors so, and back."""
+HALF_DTYPES = (np.dtype(np.float16), BFLOAT16)
 
 
 def plain_input(array):
@@ -49,10 +52,19 @@ def in_range(indices, bound, name):
         raise IndexError(f"{name}[{position}] is {indices[position]}, which is not in [0, {bound})")
 
 
-def record_count(words, stride):
-    """Number of records in the region `words` (`stride` words a record), after checking both."""
-    if words.dtype not in _VALUE_DTYPES:
-        raise TypeError(f"words must be float32 or float64, got {words.dtype}")
+def as_bits(array):
+    """View a plain array of halves as int16, as kernels get them; return any other as it is."""
+    return array.view(np.int16) if array.dtype in HALF_DTYPES else array
+
+
+def record_count(words, stride, copied=False):
+    """Number of records in the region `words` (`stride` words a record), after checking both.
+
+    Where they are only `copied`, words may be halves.
+    """
+    if words.dtype not in _VALUE_DTYPES and not (copied and words.dtype in HALF_DTYPES):
+        kinds = "float32, float64, float16 or bfloat16" if copied else "float32 or float64"
+        raise TypeError(f"words must be {kinds}, got {words.dtype}")
     if words.ndim != 1 or not words.flags.carray:
         raise ValueError("words must be one contiguous, aligned and writeable vector")
     if stride <= 0:

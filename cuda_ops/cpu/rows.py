@@ -8,7 +8,7 @@ record are meant: 0 and dim for the value. A plain matrix of `stride` columns, f
 
 import numpy as np
 
-from cuda_ops.cpu.checks import float_matrix, in_range, int_vector, record_count, word_range, writable
+from cuda_ops.cpu.checks import as_bits, float_matrix, in_range, int_vector, record_count, word_range, writable
 from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, touch
 
 
@@ -19,7 +19,7 @@ def gather(words, stride, slots, out=None, positions=None, offset=0, width=None)
     itemsize bytes.
 
     Args:
-        words: [any] float32 or float64, the record store.
+        words: [any] float32, float64, float16 or bfloat16, the record store.
         stride: words per record.
         slots: [n] int64, records to read; need not be distinct.
         out: [rows, width], dtype of `words`; allocated as [n, width] if not given, which needs `width`.
@@ -35,7 +35,7 @@ def gather(words, stride, slots, out=None, positions=None, offset=0, width=None)
         IndexError: a slot is outside the store, or a position outside `out`.
         TypeError, ValueError: a dtype or shape does not fit.
     """
-    count = record_count(words, stride)
+    count = record_count(words, stride, copied=True)
     slots = int_vector(slots, "slots")
     if out is None:
         if width is None or positions is not None:
@@ -43,7 +43,7 @@ def gather(words, stride, slots, out=None, positions=None, offset=0, width=None)
         out = np.empty((slots.size, width), words.dtype)
     positions = _check_slab(words, stride, slots, out, "out", positions, offset)
     in_range(slots, count, "slots")
-    _gather(words, stride, slots, out, positions, offset)
+    _gather(as_bits(words), stride, slots, as_bits(out), positions, offset)
     return out
 
 
@@ -54,7 +54,7 @@ def scatter(words, stride, slots, rows, positions=None, offset=0, distinct=False
     itemsize bytes.
 
     Args:
-        words: [any] float32 or float64, the record store, written in place.
+        words: [any] float32, float64, float16 or bfloat16, the record store, written in place.
         stride: words per record.
         slots: [n] int64, records to write; where one is repeated the last wins.
         rows: [rows, width], dtype of `words`.
@@ -66,12 +66,12 @@ def scatter(words, stride, slots, rows, positions=None, offset=0, distinct=False
         IndexError: a slot is outside the store, or a position outside `rows`.
         TypeError, ValueError: a dtype or shape does not fit.
     """
-    count = record_count(words, stride)
+    count = record_count(words, stride, copied=True)
     slots = int_vector(slots, "slots")
     rows = float_matrix(rows, "rows", words.dtype)
     positions = _check_slab(words, stride, slots, rows, "rows", positions, offset)
     in_range(slots, count, "slots")
-    _scatter(words, stride, slots, rows, positions, offset)
+    _scatter(as_bits(words), stride, slots, as_bits(rows), positions, offset)
 
 
 def _check_slab(words, stride, slots, slab, name, positions, offset):

@@ -7,6 +7,7 @@ import torch
 from cuda_ops.trust import is_trusted
 
 _VALUE_DTYPES = (torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -54,10 +55,19 @@ def in_range(indices: torch.Tensor, bound: int, name: str) -> None:
         raise IndexError(f"{name}[{position}] is {int(indices[position])}, which is not in [0, {bound})")
 
 
-def record_count(words: torch.Tensor, stride: int) -> int:
-    """Number of records in the region `words` (`stride` words a record), after checking both."""
-    if words.dtype not in _VALUE_DTYPES:
-        raise TypeError(f"words must be float32 or float64, got {name_of(words.dtype)}")
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """View a contiguous tensor of halves as int16, as kernels get them; return any other as it is."""
+    return tensor.view(torch.int16) if tensor.dtype in HALF_DTYPES else tensor
+
+
+def record_count(words: torch.Tensor, stride: int, copied: bool = False) -> int:
+    """Number of records in the region `words` (`stride` words a record), after checking both.
+
+    Where they are only `copied`, words may be halves.
+    """
+    if words.dtype not in _VALUE_DTYPES and not (copied and words.dtype in HALF_DTYPES):
+        kinds = "float32, float64, float16 or bfloat16" if copied else "float32 or float64"
+        raise TypeError(f"words must be {kinds}, got {name_of(words.dtype)}")
     if words.ndim != 1 or not words.is_contiguous():
         raise ValueError("words must be one contiguous, aligned and writeable vector")
     if stride <= 0:

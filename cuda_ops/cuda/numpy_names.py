@@ -5,6 +5,6 @@
 
 from math import exp, sqrt
 
-from numpy import float32, float64, inf, int64, uint16, uint32, uint64
+from numpy import float32, float64, inf, int16, int32, int64, uint16, uint32, uint64
 
-__all__ = ["exp", "float32", "float64", "inf", "int64", "sqrt", "uint16", "uint32", "uint64"]
+__all__ = ["exp", "float32", "float64", "inf", "int16", "int32", "int64", "sqrt", "uint16", "uint32", "uint64"]

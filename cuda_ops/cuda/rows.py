@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cuda_ops.cuda.checks import float_matrix, in_range, int_vector, record_count, word_range, writable
+from cuda_ops.cuda.checks import as_bits, float_matrix, in_range, int_vector, record_count, word_range, writable
 from cuda_ops.cuda.copies import copy_rows
 
 
@@ -16,7 +16,7 @@ def gather(words, stride, slots, out=None, positions=None, offset=0, width=None)
 
     Args, Returns, Raises: as on the CPU, for tensors of one CUDA device.
     """
-    count = record_count(words, stride)
+    count = record_count(words, stride, copied=True)
     slots = int_vector(slots, "slots")
     if out is None:
         if width is None or positions is not None:
@@ -25,7 +25,7 @@ def gather(words, stride, slots, out=None, positions=None, offset=0, width=None)
     positions = _check_slab(words, stride, slots, out, "out", positions, offset)
     in_range(slots, count, "slots")
     width = out.shape[1]
-    copy_rows(out, words, slots.numel(), width, (positions, width, 0), (slots, stride, offset), slots)
+    copy_rows(as_bits(out), as_bits(words), slots.numel(), width, (positions, width, 0), (slots, stride, offset), slots)
     return out
 
 
@@ -35,7 +35,7 @@ def scatter(words, stride, slots, rows, positions=None, offset=0, distinct=False
     Bytes and accesses are those of `gather`. Rows are written in no order: unless `distinct` says that no slot is
     repeated, slots are sorted first (torch.sort, stable) to find the last of each.
     """
-    count = record_count(words, stride)
+    count = record_count(words, stride, copied=True)
     slots = int_vector(slots, "slots")
     rows = float_matrix(rows, "rows", words.dtype)
     positions = _check_slab(words, stride, slots, rows, "rows", positions, offset)
@@ -43,7 +43,9 @@ def scatter(words, stride, slots, rows, positions=None, offset=0, distinct=False
     if not distinct and slots.numel() > 1:
         slots, positions = _last_of_each(slots, positions)
     width = rows.shape[1]
-    copy_rows(words, rows, slots.numel(), width, (slots, stride, offset), (positions, width, 0), slots)
+    copy_rows(
+        as_bits(words), as_bits(rows), slots.numel(), width, (slots, stride, offset), (positions, width, 0), slots
+    )
 
 
 def _last_of_each(slots, positions):

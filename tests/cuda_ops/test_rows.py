@@ -109,7 +109,7 @@ def test_shapes_that_do_not_fit(arguments, message):
 def test_dtypes_that_do_not_fit():
     with pytest.raises(TypeError, match="out must be float64, got float32"):
         cuda_ops.gather(np.zeros(8), 4, np.array([0]), np.zeros((1, 2), np.float32))
-    with pytest.raises(TypeError, match="words must be float32 or float64, got int64"):
+    with pytest.raises(TypeError, match="words must be float32, float64, float16 or bfloat16, got int64"):
         cuda_ops.gather(np.zeros(8, np.int64), 4, np.array([0]), width=1)
     with pytest.raises(ValueError, match="stride must be a positive number of words, got 0"):
         cuda_ops.gather(np.zeros(8), 0, np.array([0]), width=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cuda_ops.cpu.advance import LAYOUTS
-from cuda_ops.cuda import index, init
+from cuda_ops.cuda import half_update, index, init
 from cuda_ops.cuda.advance import advance
 from cuda_ops.cuda.delta import merge
 from cuda_ops.cuda.launch import launch
@@ -94,3 +94,21 @@ def test_steps_that_rows_missed_are_made_in_registers(compiled, kind):
         assert ("ld.global.v4.f32" in ptx) == ("st.global.v4.f32" in ptx) == together, name
         assert ".local" not in ptx and "atom." not in ptx and "bar.sync" not in ptx, name
         assert "vote.sync" in ptx, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_stepped_and_rounded_in_registers(compiled, dtype):
+    for at_random in (None, 7):
+        for dim in (8, 5):
+            stride = (dim + 1) // 2 + 2 * dim + 2
+            stride += -stride % 4
+            words, slots, grad = torch.zeros(9 * stride), torch.arange(4), torch.ones(4, dim)
+            where = (words.view(dtype), words, stride, dim, words.view(torch.int64), slots, grad)
+            half_update.half_sgd_update(*where, 0.1, 1.0, 3, seed=at_random)
+            half_update.half_sparse_adam_update(*where, (0.9, 0.99), 0.1, 1e-8, 1.0, 3, seed=at_random)
+            half_update.half_rowwise_adagrad_update(*where, 0.1, 1e-8, 1.0, 3, seed=at_random)
+            for name, ptx in compiled[-3:]:
+                assert ("ld.global.v4.f32" in ptx) == (dim == 8), name
+                assert ".local" not in ptx and "atom." not in ptx, name
+    half_update.narrow_rows(grad, torch.empty(4, 5, dtype=dtype), seed=7)
+    assert ".local" not in compiled[-1][1]

@@ -141,5 +141,7 @@ def test_arguments_that_do_not_fit():
         scatter(words, stride, slots, torch.ones(3, 3, device=DEVICE), slots[:1])
     with pytest.raises(ValueError, match="delta has 1 rows for 2 slots"):
         merge(words, stride, slots, torch.ones(1, 3, device=DEVICE))
+    with pytest.raises(TypeError, match="words must be float32, float64, float16 or bfloat16, got int64"):
+        gather(words.long(), stride, slots, width=2)
     with pytest.raises(TypeError, match="words must be float32 or float64, got float16"):
-        gather(words.half(), stride, slots, width=2)
+        merge(words.half(), stride, slots, torch.ones(2, 3, dtype=torch.float16, device=DEVICE))
