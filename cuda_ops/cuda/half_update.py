@@ -133,7 +133,17 @@ def _half_update(
     arrays = (halves.view(torch.int16), words, steps, slots, grad.view(-1), keys)
     numbers = like(words, -lr, eps, weight, weight2, scale)
     counters = (np.int64(seed_and_version(seed, version)[0]), np.int64(version))
-    launch(body, slots.numel(), pieces(dim, wide), *arrays, stride, dim, *numbers, *counters)
+    launch(
+        body,
+        slots.numel(),
+        pieces(dim, wide),
+        *arrays,
+        stride,
+        dim,
+        *numbers,
+        *counters,
+        same_lanes=optimizer == ROWWISE_ADAGRAD,
+    )
 
 
 @functools.lru_cache(None)

@@ -2,7 +2,8 @@
 
 A block is `[lanes, rows]` threads: `lanes`, a power of two up to a warp, work on one row together, side by side in its
 words, so that what a warp asks for at once lies in few and whole 32-byte sectors whatever the width of a row; threads
-of other rows in the same warp hide the latency. Rows are taken in turns by a bounded grid.
+of other rows in the same warp hide the latency. Rows are taken in turns by a bounded grid. Fewer lanes, each with more
+of the row, and smaller blocks may be faster: `tuning.py` measures that, where it is asked to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numba import cuda
 from numba.core import config
 
 from cuda_ops.cuda import numpy_names
+from cuda_ops.cuda.tuning import Shape, tuner_for
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 """Whether kernels run on Numba's simulator, one Python thread for each of CUDA's."""
@@ -40,7 +42,7 @@ def helper_from(cpu_function, **replaced):
     return helper(types.FunctionType(source.__code__, {**source.__globals__, **numpy, **replaced}, source.__name__))
 
 
-def launch(body, rows: int, pieces: int, *args) -> None:
+def launch(body, rows: int, pieces: int, *args, same_lanes: bool = False) -> None:
     """Run a kernel over `rows` rows, each of `pieces` accesses, on the current stream of the device of its tensors.
 
     Args:
@@ -49,13 +51,37 @@ def launch(body, rows: int, pieces: int, *args) -> None:
         rows: nothing is launched for none.
         pieces: how many lanes could be busy at once in a row.
         args: contiguous tensors, NumPy scalars (whose dtype is that of the kernel's argument), ints.
+        same_lanes: whether the number of lanes decides in which order something is summed, and must not be tuned.
     """
     if not rows:
         return
-    lanes = min(_WARP, 1 << max(0, pieces - 1).bit_length())
-    block = (lanes, THREADS // lanes)
-    grid = min(-(-rows // block[1]), _MOST_BLOCKS)
-    _run(body, grid, block, args)
+
+    def run(shape):
+        block = (shape.lanes, shape.threads // shape.lanes)
+        _run(body, min(-(-rows // block[1]), _MOST_BLOCKS), block, args)
+
+    shapes = shapes_for(pieces, same_lanes)
+    tuner = tuner_for(next(value.device for value in args if isinstance(value, torch.Tensor)))
+    if tuner is None:
+        run(shapes[0])
+    else:
+        tuner.launch(_kind_of_launch(body, rows, pieces), shapes, rows, run)
+
+
+@functools.lru_cache(None)
+def shapes_for(pieces: int, same_lanes: bool) -> tuple[Shape, ...]:
+    """Return the shapes that a launch may have, the usual one first: a lane for each piece, up to a warp."""
+    most = min(_WARP, 1 << max(0, pieces - 1).bit_length())
+    lanes = [most] if same_lanes else [most >> k for k in range(3) if most >> k]
+    return tuple(Shape(count, THREADS >> k) for count in lanes for k in range(3) if count <= THREADS >> k)
+
+
+def _kind_of_launch(body, rows: int, pieces: int) -> str:
+    """What the fastest shape depends on: the kernel and its constants, the width of a row, the magnitude of rows."""
+    function = body.py_func
+    constants = [cell.cell_contents for cell in function.__closure__ or ()]
+    names = [str(getattr(value, "__name__", value)) for value in constants]
+    return "/".join([function.__name__, *names, f"{pieces} pieces", f"2^{rows.bit_length()} rows"])
 
 
 def _run(body, grid, block, args):

@@ -31,7 +31,16 @@ def renorm(rows, max_norm, norm_type=2.0):
     numbers = (np.float64(limit), np.float64(max_norm), np.float64(norm_type))
     kind = _NORMS.get(float(norm_type), _OTHER_NORM)
     dim = rows.shape[1]
-    launch(_limiter(kind_of(rows), kind), len(rows), pieces(dim, 1), rows.detach().view(-1), changed, dim, *numbers)
+    launch(
+        _limiter(kind_of(rows), kind),
+        len(rows),
+        pieces(dim, 1),
+        rows.detach().view(-1),
+        changed,
+        dim,
+        *numbers,
+        same_lanes=True,
+    )
     return changed
 
 

@@ -37,7 +37,7 @@ def rowwise_adagrad_update(words, stride, dim, steps, slots, grad, lr, eps, scal
     arrays = (words, steps, slots, grad.view(-1))
     sizes = (stride, dim, stride * words.itemsize // 8, int(version))
     body = _rowwise_adagrad(kind_of(words), wide)
-    launch(body, slots.numel(), pieces(dim, wide), *arrays, *sizes, *like(words, -lr, eps, scale))
+    launch(body, slots.numel(), pieces(dim, wide), *arrays, *sizes, *like(words, -lr, eps, scale), same_lanes=True)
 
 
 @functools.lru_cache(None)
