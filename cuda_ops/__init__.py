@@ -9,6 +9,7 @@ in memory.
 
 from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import alias as _alias
+from cuda_ops.cpu import bags as _bags
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import half_update as _half_update
@@ -36,6 +37,8 @@ scatter = by_device(_rows.scatter)
 expand = by_device(_segment.expand)
 segment_sum = by_device(_segment.segment_sum)
 segment_count = by_device(_segment.segment_count)
+reduce_bags = by_device(_bags.reduce_bags)
+bags_backward = by_device(_bags.bags_backward)
 keys_of_segments = by_device(_segments.keys_of_segments)
 sum_segments = by_device(_segments.sum_segments)
 sgd_update = by_device(_update.sgd_update)
@@ -73,6 +76,7 @@ __all__ = [
     "add_uses",
     "advance",
     "alias_table",
+    "bags_backward",
     "caught_up_word",
     "dedup",
     "dedup_counts",
@@ -95,6 +99,7 @@ __all__ = [
     "note_touches",
     "owners",
     "partition",
+    "reduce_bags",
     "renorm",
     "rowwise_adagrad_update",
     "scatter",

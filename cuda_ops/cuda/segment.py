@@ -53,7 +53,15 @@ def segment_sum(grad, inverse, out, skip=-1):
     segments, dim = len(out), grad.shape[1]
     writable(out, "out", grad.dtype, (segments, dim))
     _check_segments(inverse, segments, skip)
+    return sum_of_rows(grad, None, inverse, out, skip)
+
+
+def sum_of_rows(grad, rows, inverse, out, skip):
+    """As segment_sum, of grad[rows[i]] for each i (rows int64 [n] in [0, len(grad)), or None for i), all checked."""
+    segments, dim = out.shape
     order, starts, first_chunk = _sorted_segments(inverse, segments, skip)
+    if rows is not None:
+        order = rows[order]
     chunks = 2 * (len(inverse) // CHUNK)  # at most: a segment that is cut has more than CHUNK lookups
     partial = torch.empty(chunks, dim, dtype=grad.dtype, device=grad.device)
     wide = widest(grad, dim, others=(out, partial))

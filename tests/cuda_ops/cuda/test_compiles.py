@@ -11,6 +11,7 @@ import torch
 from cuda_ops.cpu.advance import LAYOUTS
 from cuda_ops.cuda import half_update, index, init
 from cuda_ops.cuda.advance import advance
+from cuda_ops.cuda.bags import reduce_bags
 from cuda_ops.cuda.delta import merge
 from cuda_ops.cuda.launch import launch
 from cuda_ops.cuda.renorm import renorm
@@ -112,3 +113,13 @@ def test_halves_are_stepped_and_rounded_in_registers(compiled, dtype):
                 assert ".local" not in ptx and "atom." not in ptx, name
     half_update.narrow_rows(grad, torch.empty(4, 5, dtype=dtype), seed=7)
     assert ".local" not in compiled[-1][1]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_reduced_in_registers(compiled, mode):
+    lookups, offsets = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 2, 2])
+    for dim in (8, 3):
+        reduce_bags(torch.ones(4, dim), lookups, offsets, mode, torch.ones(6) if mode == "sum" else None)
+        name, ptx = compiled[-1]
+        assert ("ld.global.v4.f32" in ptx) == (dim == 8 and mode != "max"), name
+        assert ".local" not in ptx and "atom." not in ptx, name
