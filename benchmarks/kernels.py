@@ -1,7 +1,8 @@
-"""Each CPU kernel alone: nanoseconds a row and GB/s, against copies of as many bytes and against PyTorch's own.
+"""Each kernel alone: nanoseconds a row and GB/s, against copies of as many bytes and against PyTorch's own.
 
     python benchmarks/kernels.py                          dims 1 to 128, tables larger than the caches and small ones
     python benchmarks/kernels.py --dims 16 --only gather
+    python benchmarks/kernels.py --device cuda            the CUDA bodies, where there is a GPU
 
 Per kernel and dim the contestants run in turns, in one process bound to one core. A turn goes through `--sets` sets of
 rows of the same table, drawn beforehand, so that each set has left the caches (of a large table) when it comes again:
@@ -14,7 +15,9 @@ rows of the same table, drawn beforehand, so that each set has left the caches (
 
 "cold" is a table of `--cold` MiB, which no cache holds, with ids that Zipf's law draws (`--zipf`; 0 for uniform) and
 that are then made unique, as a batch's are; "warm" one of `--warm` records and uniform ids. Figures are lower
-quartiles, for machines are shared. A row is a unique one, except for expand, segment_sum and dedup: there, a lookup.
+quartiles, for machines are shared. A row is a unique one, except for expand, segment_sum, dedup and bags: there, a
+lookup. "whole step" is dedup, gather, expand, segment sum and Adagrad, against FBGEMM's table-batched embedding where
+that is installed. On a GPU, times are the device's own; `rows` copies as many floats of a record as the function reads.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tensor_kernels
 import torch
 
 import cuda_ops
@@ -229,16 +233,30 @@ def report(dim: int, kind: str, count: int, figures: dict[str, dict[str, float]]
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line asks for."""
     args = parse(arguments)
+    why_not = tensor_kernels.missing_device(args.device)
+    if why_not:
+        print(f"nothing is measured on {args.device}: {why_not}")
+        return
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
     torch.set_num_threads(1)
     rng = np.random.default_rng(args.seed)
     results = []
     for dim in args.dims:
         for kind, count in (("cold", (args.cold << 20) // (4 * (2 * dim + 2))), ("warm", args.warm)):
-            table = Table(dim, count, args.lookups, args.zipf if kind == "cold" else 0.0, args.sets, rng)
-            figures = measure(table, args.only, args.repeats)
-            report(dim, kind, table.count, figures)
-            results.append({"dim": dim, "table": kind, "records": table.count, "kernels": figures})
+            sets = (count, args.lookups, args.zipf if kind == "cold" else 0.0, args.sets, rng)
+            figures = measure(Table(dim, *sets), args.only, args.repeats) if args.device == "cpu" else {}
+            tensors = tensor_kernels.TensorTable(args.device, dim, *sets)
+            of_tensors = [name for name in tensor_kernels.ADDED_ON_CPU if not args.only or name in args.only]
+            if args.device == "cuda":
+                figures = tensor_kernels.measure(tensors, args.only, args.repeats)
+            elif of_tensors:
+                figures |= tensor_kernels.measure(tensors, of_tensors, args.repeats)
+            report(dim, kind, count, figures)
+            results.append({"dim": dim, "table": kind, "records": count, "kernels": figures})
+            if not args.only or "step" in args.only:
+                steps = tensor_kernels.measure_steps(tensors, args.repeats)
+                results[-1]["steps_ns_per_lookup"] = steps
+                print("whole step, ns a lookup:", ", ".join(f"{name} {ns:.1f}" for name, ns in steps.items()))
     text = json.dumps({"arguments": vars(args), "results": results})
     print("\n" + text)
     if args.json:
@@ -256,6 +274,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--zipf", type=float, default=1.05, help="exponent of Zipf's law (%(default)s)")
     add("--sets", type=int, default=48, help="sets of rows to take in turns (%(default)s)")
     add("--repeats", type=int, default=3, help="times through the sets (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
     add("--only", nargs="+", default=[], metavar="KERNEL", help="leave out the others")
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the figures")

@@ -20,7 +20,7 @@ from cuda_ops.cpu.checks import (
 )
 from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM, STATE_PARTS, element_step
 from cuda_ops.cpu.halves import TO_NEAREST, narrow, random_words, widen, word_at
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, kernel, touch
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, kernel, touch
 
 
 def widen_rows(rows, out=None):
@@ -164,7 +164,7 @@ def _half_update(
     numbers = tuple(np.float32(number) for number in (-lr, eps, weight, weight2, scale))
     arrays = (halves.view(np.int16), words, steps, slots, grad, keys)
     rounding = (halves.dtype == BFLOAT16, seed is not None, seed_and_version(seed, version)[0], int(version))
-    _update(optimizer, STATE_PARTS[optimizer], *arrays, stride, *numbers, *rounding)
+    _update(optimizer, STATE_PARTS[optimizer], *arrays, stride, numbers, *rounding)
 
 
 @kernel
@@ -188,69 +188,48 @@ def _narrow_rows(rows, out, bfloat, keys, seed, version, at_random):
                 out[i, j] = narrow(rows[i, j], bfloat, word_at(random, j % 4))
 
 
-@helper
-def _squares(grad, i, scale):
-    """Mean of the squares of a row, summed in float64."""
-    total = 0.0
-    for j in range(grad.shape[1]):
-        g = np.float64(scale * grad[i, j])
-        total += g * g
-    return np.float32(total / grad.shape[1])
-
-
 @fused_kernel
 def _update(
-    optimizer,
-    parts,
-    halves,
-    words,
-    steps,
-    slots,
-    grad,
-    keys,
-    stride,
-    minus_lr,
-    eps,
-    weight,
-    weight2,
-    scale,
-    bfloat,
-    at_random,
-    seed,
-    version,
+    optimizer, parts, halves, words, steps, slots, grad, keys, stride, numbers, bfloat, at_random, seed, version
 ):
+    minus_lr, eps, weight, weight2, scale = numbers
     dim = grad.shape[1]
+    values = np.empty(dim, np.float32)  # loops of one kind of work each, for the compiler to vectorise
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
         value_at = 2 * slots[i] * stride
         first_at = slots[i] * stride + (dim + 1) // 2
-        first = second = np.float32(0)
-        if optimizer == ROWWISE_ADAGRAD:
-            first = words[first_at] + _squares(grad, i, scale)
-            words[first_at] = first
-        random = (np.int64(TO_NEAREST), np.int64(TO_NEAREST), np.int64(TO_NEAREST), np.int64(TO_NEAREST))
         for j in range(dim):
-            if at_random and j % 4 == 0:
-                random = random_words(keys[i], j // 4, version, seed)
-            if parts > 0:
-                first = words[first_at + j]
-            if parts > 1:
-                second = words[first_at + dim + j]
-            value, first, second = element_step(
-                optimizer,
-                widen(halves[value_at + j], bfloat),
-                first,
-                second,
-                scale * grad[i, j],
-                minus_lr,
-                eps,
-                weight,
-                weight2,
-            )
-            if parts > 0:
+            values[j] = widen(halves[value_at + j], bfloat)
+        total = np.float32(0)
+        if optimizer == ROWWISE_ADAGRAD:
+            squares = 0.0
+            for j in range(dim):
+                g = np.float64(scale * grad[i, j])
+                squares += g * g
+            total = words[first_at] + np.float32(squares / dim)
+            words[first_at] = total
+        if parts == 0:
+            for j in range(dim):
+                g = scale * grad[i, j]
+                values[j] = element_step(optimizer, values[j], total, total, g, minus_lr, eps, weight, weight2)[0]
+        else:
+            second_at = first_at + dim * (parts - 1)
+            for j in range(dim):
+                g, first, second = scale * grad[i, j], words[first_at + j], words[second_at + j]
+                values[j], first, second = element_step(
+                    optimizer, values[j], first, second, g, minus_lr, eps, weight, weight2
+                )
                 words[first_at + j] = first
-            if parts > 1:
-                words[first_at + dim + j] = second
-            halves[value_at + j] = narrow(value, bfloat, word_at(random, j % 4))
+                if parts > 1:
+                    words[second_at + j] = second
+        if at_random:
+            for block in range((dim + 3) // 4):
+                random = random_words(keys[i], block, version, seed)
+                for j in range(4 * block, min(4 * block + 4, dim)):
+                    halves[value_at + j] = narrow(values[j], bfloat, word_at(random, j % 4))
+        else:
+            for j in range(dim):
+                halves[value_at + j] = narrow(values[j], bfloat, TO_NEAREST)
         steps[(slots[i] + 1) * (stride // 2) - 1] = version
