@@ -6,8 +6,8 @@ import operator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from adaloader import bags
 from adaloader.errors import ManagedTableError, WholeTableError
 from adaloader.gradient_layout import check_layout
 from adaloader.rows_view import guarded
@@ -70,9 +70,10 @@ def embedding_bag(
         padding = None if at < 0 else at
     with table.owner.paused():
         rows = slab.tensor if len(slab.rows) else _one_row(slab.tensor)
-        pooled = F.embedding_bag(
-            table.here(positions).view(ids.shape),
+        pooled = bags.embedding_bag(
+            slab,
             rows,
+            table.here(positions).view(ids.shape),
             offsets.long() if isinstance(offsets, torch.Tensor) and offsets.dtype in _ID_DTYPES else offsets,
             mode=mode,
             per_sample_weights=per_sample_weights,
