@@ -9,6 +9,7 @@ import numpy as np
 import cuda_ops
 from pm.asked import AskedPlan
 from pm.messages import Kind, Message, narrow, widen
+from pm.store import RecordStore
 from pm.tables import Table
 
 if TYPE_CHECKING:
@@ -18,12 +19,33 @@ ALL_TICKETS = np.empty(0, np.int32)
 """In place of tickets: every row of the plan that the sender serves."""
 
 
+_FEW = 1 / 8
+_SELDOM = 8
+"""A part of a plan's rows that is less than `_FEW` moves every `_SELDOM` steps alone, and so do rows of a plan that was
+looked at before: to move few rows takes as long as to move many, and is on somebody's critical path."""
+
+_BYTES_OF_A_MOVE = 12
+"""What a move sends of a row beside its record: row and number of moves, and for every other one a note to its home."""
+
+
+def uses_worth_a_move(store: RecordStore) -> int:
+    """Return how many uses by another rank cost as many bytes as moving a record there.
+
+    A use of a copy costs the value and its gradient; a move costs the record, which has optimizer state besides.
+    """
+    made = store.record_class
+    use_bytes = 2 * made.dim * np.dtype(made.dtype).itemsize
+    return -(-(made.record_bytes + _BYTES_OF_A_MOVE) // use_bytes)
+
+
 class Moving:
     """Gives rows away and takes them in. On the background thread alone.
 
-    A row moves to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step under
-    way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient for a
-    row knows who owns it. A record carries its version with it; a rank that is not so far takes it in when it is.
+    A row may move to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step
+    under way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient
+    for a row knows who owns it. Where a copy would do as well, it does move once that sends no more bytes than copies
+    for as many uses as the rank intends, or has made since another used the row. A record carries its version with it;
+    a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.
@@ -34,16 +56,17 @@ class Moving:
 
     # Out
 
-    def give(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> np.ndarray:
-        """Give the rows at `positions` of a plan of `peer` to it, as far as they may move.
+    def give(self, peer: int, plan: AskedPlan, positions: np.ndarray, *, is_new: bool) -> np.ndarray:
+        """Give the rows at `positions` of a plan of `peer` to it, as far as they may move and should.
+
+        Args:
+            is_new: whether the plan is looked at for the first time.
 
         Returns:
             positions: in what is left of the plan, those that stay.
         """
-        manager, table = self._manager, plan.table
-        notes = manager.serving.notes_of(table.store)
-        with manager.structure:
-            free = notes.only_held_by(plan.slots[positions], peer)
+        with self._manager.structure:
+            free = self._to_move(peer, plan, positions, is_new)
             if not free.any():
                 return positions
             kept = np.ones(len(plan.slots), bool)
@@ -53,6 +76,17 @@ class Moving:
             self._send(peer, plan, np.flatnonzero(~kept))
             plan.keep(kept)
         return np.flatnonzero(stays[kept])
+
+    def _to_move(self, peer: int, plan: AskedPlan, positions: np.ndarray, is_new: bool) -> np.ndarray:
+        """Return which of the rows at `positions` of a plan of `peer` leave now (bool `[n]`)."""
+        notes, slots = self._manager.serving.notes_of(plan.table.store), plan.slots[positions]
+        if not self._manager.techniques.copies_ahead:
+            return notes.only_held_by(slots, peer)
+        moves = notes.worth_moving(slots, peer, plan.expected, uses_worth_a_move(plan.table.store))
+        many = is_new and np.count_nonzero(moves) >= _FEW * len(plan.slots)
+        if not many and self._manager.applied % _SELDOM:
+            moves[:] = False
+        return moves
 
     def _send(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> None:
         """RECORDS(plan, table, version; tickets, rows, moves, records, other plans and their tickets)."""
