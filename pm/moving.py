@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 import cuda_ops
 from pm.asked import AskedPlan
 from pm.messages import Kind, Message, narrow, widen
-from pm.store import RecordStore
+from pm.reuse import Reuse
 from pm.tables import Table
 
 if TYPE_CHECKING:
@@ -24,19 +25,6 @@ _SELDOM = 8
 """A part of a plan's rows that is less than `_FEW` moves every `_SELDOM` steps alone, and so do rows of a plan that was
 looked at before: to move few rows takes as long as to move many, and is on somebody's critical path."""
 
-_BYTES_OF_A_MOVE = 12
-"""What a move sends of a row beside its record: row and number of moves, and for every other one a note to its home."""
-
-
-def uses_worth_a_move(store: RecordStore) -> int:
-    """Return how many uses by another rank cost as many bytes as moving a record there.
-
-    A use of a copy costs the value and its gradient; a move costs the record, which has optimizer state besides.
-    """
-    made = store.record_class
-    use_bytes = 2 * made.dim * np.dtype(made.dtype).itemsize
-    return -(-(made.record_bytes + _BYTES_OF_A_MOVE) // use_bytes)
-
 
 class Moving:
     """Gives rows away and takes them in. On the background thread alone.
@@ -44,8 +32,8 @@ class Moving:
     A row may move to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step
     under way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient
     for a row knows who owns it. Where a copy would do as well, it does move once that sends no more bytes than copies
-    for as many uses as the rank intends, or has made since another used the row. A record carries its version with it;
-    a rank that is not so far takes it in when it is.
+    for as many uses as the rank intends, or has made since another used the row (see `Reuse`). A record carries its
+    version with it; a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.
@@ -53,6 +41,7 @@ class Moving:
 
     def __init__(self, manager: SynchronousManager):
         self._manager = manager
+        self._reuse: defaultdict[tuple[int, int], Reuse] = defaultdict(Reuse)
 
     # Out
 
@@ -82,7 +71,9 @@ class Moving:
         notes, slots = self._manager.serving.notes_of(plan.table.store), plan.slots[positions]
         if not self._manager.techniques.copies_ahead:
             return notes.only_held_by(slots, peer)
-        moves = notes.worth_moving(slots, peer, plan.expected, uses_worth_a_move(plan.table.store))
+        reuse = self._reuse[plan.table.number, peer]
+        moves, counts = notes.worth_moving(slots, peer, plan.expected, reuse.uses_worth_a_move(plan.table.store))
+        reuse.note(counts)
         many = is_new and np.count_nonzero(moves) >= _FEW * len(plan.slots)
         if not many and self._manager.applied % _SELDOM:
             moves[:] = False

@@ -43,9 +43,9 @@ class SlotNotes:
         """Return for each slot whether no other rank holds it and nothing pins it (bool `[n]`)."""
         return cuda_ops.held_by_one(self._book, slots, rank)
 
-    def worth_moving(self, slots: np.ndarray, rank: int, version: int, needed: int) -> np.ndarray:
+    def worth_moving(self, slots: np.ndarray, rank: int, version: int, needed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which of `slots`, which `rank` uses at `version`, should move there: those that no other rank holds,
-        after `needed` uses by `rank` alone (bool `[n]`; see `cuda_ops.select_moves`)."""
+        after `needed` uses by `rank` alone (bool `[n]`); and what was counted (see `cuda_ops.select_moves`)."""
         return cuda_ops.select_moves(self._book, self.latest, self.before, self._runs, slots, rank, version, needed)
 
     def holds(self, slots: np.ndarray) -> np.ndarray:

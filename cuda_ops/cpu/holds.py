@@ -76,16 +76,20 @@ def select_moves(book, latest, before, runs, slots, rank, version, needed):
         needed: int >= 1.
 
     Returns:
-        bool [n].
+        moves: bool [n].
+        counts: int64 [3]: how many of the slots `rank` alone holds and has not been asked about at this version; of
+            how many of these a run was known; and how many of those runs go on.
 
     Raises:
         IndexError: a slot is outside the book.
     """
     slots = _checked(book, slots)
     writable(runs, "runs", np.int32, (len(book), 2))
-    moves = np.empty(slots.size, np.bool_)
-    _select_moves(book.reshape(-1), latest, before, runs.reshape(-1), slots, np.int32(rank), version, needed, moves)
-    return moves
+    moves, counts = np.empty(slots.size, np.bool_), np.empty(3, np.int64)
+    _select_moves(
+        book.reshape(-1), latest, before, runs.reshape(-1), slots, np.int32(rank), version, needed, moves, counts
+    )
+    return moves, counts
 
 
 def _checked(book, slots):
@@ -129,8 +133,9 @@ def _is_held_by_one(book, at, rank):
 
 
 @kernel
-def _select_moves(book, latest, before, runs, slots, rank, version, needed, moves):
+def _select_moves(book, latest, before, runs, slots, rank, version, needed, moves, counts):
     mark = np.int32(version + 1)
+    looked, known, repeated = 0, 0, 0
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             prefetch(book, 4 * slots[i + ROWS_AHEAD])
@@ -138,11 +143,18 @@ def _select_moves(book, latest, before, runs, slots, rank, version, needed, move
         moves[i] = False
         if not _is_held_by_one(book, 4 * slot, rank):
             continue
-        earlier = 0
         last = before[slot] if latest[slot] == mark else latest[slot]
-        run = runs[2 * slot]
-        if run > 0 and (run == last or run == mark) and runs[2 * slot + 1] >> 8 == rank:
-            earlier = (runs[2 * slot + 1] & 255) - (run == mark)
+        run, by, length = runs[2 * slot], runs[2 * slot + 1] >> 8, runs[2 * slot + 1] & 255
+        earlier = 0
+        if run == mark and by == rank:  # asked before
+            earlier = length - 1
+        else:
+            looked += 1
+            known += run > 0
+            if run > 0 and run == last and by == rank:
+                repeated += 1
+                earlier = length
         moves[i] = book[4 * slot] >= needed or earlier >= needed
         runs[2 * slot] = mark
         runs[2 * slot + 1] = (rank << 8) | min(earlier + 1, 255)
+    counts[0], counts[1], counts[2] = looked, known, repeated

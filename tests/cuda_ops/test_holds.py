@@ -67,6 +67,7 @@ def test_rows_move_after_uses_by_one_rank_alone(needed):
     book, runs = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
     latest, before = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
     uses = [defaultdict(set) for _ in range(slots)]
+    noted = np.zeros(slots, bool)
     favourite = rng.integers(0, ranks, slots)
     moved = 0
     for version in range(60):
@@ -82,9 +83,14 @@ def test_rows_move_after_uses_by_one_rank_alone(needed):
                 each and (needed == 1 or in_a_row(uses[slot], rank) >= needed)
                 for slot, each in zip(mine, alone, strict=True)
             ]
-            for _ in range(2):  # to ask again changes nothing
+            sole = mine[alone]
+            known = [slot for slot in sole if noted[slot]]
+            repeated = [slot for slot in known if in_a_row(uses[slot], rank)]
+            for counts in ([len(sole), len(known), len(repeated)], [0, 0, 0]):  # to ask again changes nothing
                 found = cuda_ops.select_moves(book, latest, before, runs, mine, rank, version, needed)
-                np.testing.assert_array_equal(found, expected)
+                np.testing.assert_array_equal(found[0], expected)
+                assert found[1].tolist() == counts
+            noted[sole] = True
             moved += sum(expected)
         for rank, mine in enumerate(of):
             cuda_ops.add_holds(book, mine, rank, -1)
@@ -98,7 +104,7 @@ def test_as_many_uses_ahead_are_enough():
     both = np.arange(2)
     cuda_ops.add_holds(book, both, 1, 1)
     cuda_ops.add_holds(book, both[:1], 1, 1)
-    assert cuda_ops.select_moves(book, touches, touches.copy(), runs, both, 1, 5, 2).tolist() == [True, False]
+    assert cuda_ops.select_moves(book, touches, touches.copy(), runs, both, 1, 5, 2)[0].tolist() == [True, False]
 
 
 def test_many_holds_of_high_ranks():

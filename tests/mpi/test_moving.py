@@ -9,7 +9,7 @@ import pytest
 
 import pm
 from pm.messages import Kind
-from pm.moving import uses_worth_a_move
+from pm.reuse import Reuse
 from tests.mpi.worlds import World, assert_nothing_is_held, gathered, meet, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
@@ -63,7 +63,7 @@ def delay_messages(manager: pm.SynchronousManager, seed: int) -> None:
 @pytest.fixture
 def moving_at_once(monkeypatch):
     """Rows move as soon as they may, whatever it costs: tests of moving see more of it."""
-    monkeypatch.setattr("pm.moving.uses_worth_a_move", lambda store: 1)
+    monkeypatch.setattr("pm.reuse.Reuse.uses_worth_a_move", lambda reuse, store: 1)
     monkeypatch.setattr("pm.moving._FEW", 0)
     monkeypatch.setattr("pm.moving._SELDOM", 1)
 
@@ -134,7 +134,7 @@ def test_a_row_moves_when_as_many_copies_cost_as_much(managers, comm, rule, uses
     for steps in (1, 20):
         manager = managers(**APART)
         (table,) = manager.add_tables([make_spec(0, 64, 16, "float32", rule)])
-        assert uses_worth_a_move(table.store) == uses
+        assert Reuse().uses_worth_a_move(table.store) == uses
         dense = DenseTable(0, table.spec)
         for plan in train(manager, table, dense, lambda step, rank: rows if rank == 0 else rows[:0], steps, ahead):
             manager.release(plan)
