@@ -10,6 +10,7 @@ in memory.
 from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import alias as _alias
 from cuda_ops.cpu import bags as _bags
+from cuda_ops.cpu import compress as _compress
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import half_update as _half_update
@@ -60,6 +61,9 @@ note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 add_holds = by_device(_holds.add_holds)
 held_by_one = by_device(_holds.held_by_one)
+has_count = by_device(_holds.has_count)
+select_moves = by_device(_holds.select_moves)
+compress = by_device(_compress.compress)
 owners = by_device(_partition.owners)
 partition = by_device(_partition.partition)
 renorm = by_device(_renorm.renorm)
@@ -78,6 +82,7 @@ __all__ = [
     "alias_table",
     "bags_backward",
     "caught_up_word",
+    "compress",
     "dedup",
     "dedup_counts",
     "delta",
@@ -88,6 +93,7 @@ __all__ = [
     "half_rowwise_adagrad_update",
     "half_sgd_update",
     "half_sparse_adam_update",
+    "has_count",
     "held_by_one",
     "history_columns",
     "keys_of_segments",
@@ -106,6 +112,7 @@ __all__ = [
     "segment_count",
     "segment_sum",
     "select_due",
+    "select_moves",
     "sgd_update",
     "sparse_adam_update",
     "sum_segments",
