@@ -92,7 +92,9 @@ class Block:
 
     def _make(self, model: ManagedModel) -> None:
         self.outputs = [None] * len(self.ends)
-        made = [at for at, t in enumerate(self.table_of) if self.usages[at] and self.tables[t].parameter.requires_grad]
+        with torch._C.DisableTorchFunctionSubclass():
+            trained = [table.parameter.requires_grad for table in self.tables]
+        made = [at for at, place in enumerate(self.table_of) if trained[place] and self.usages[at]]
         if not made or any(table.is_dense for table in self.tables):
             return
         spec = self.tables[0].table.spec
@@ -115,8 +117,10 @@ class Block:
 
 def _shaped(rows: np.ndarray, tail: torch.Size) -> np.ndarray:
     """Return rows `[n, dim]` in the shape that they probably will have, which spares a view."""
+    if not tail:
+        return rows
     step = tail.numel()
-    return rows if not tail or step == 0 or len(rows) % step else rows.reshape(len(rows) // step, *tail, rows.shape[1])
+    return rows if step == 0 or len(rows) % step else rows.reshape(len(rows) // step, *tail, rows.shape[1])
 
 
 class _Together(torch.autograd.Function):
@@ -275,8 +279,11 @@ def look_up(
     if table is None or weight is not table.parameter or max_norm is not None or scale_grad_by_freq:
         return None
     model = table.model()
-    if model is None or model.watch.recorder is not None or not _is_ordinary(input) or not weight.requires_grad:
+    if model is None or model.watch.recorder is not None or not _is_ordinary(input):
         return None
+    with torch._C.DisableTorchFunctionSubclass():  # the question would come to the table's own __torch_function__
+        if not weight.requires_grad:
+            return None
     flat = input.numpy().reshape(-1)
     number = table.table.number
     for batch in model.batches.candidates(number):

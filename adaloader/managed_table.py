@@ -59,8 +59,7 @@ class BatchRows:
         """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
         for step in range(len(self.sites)):
             at = (self.next_site + step) % len(self.sites)
-            expected = self.sites[at][0]
-            if expected.size == ids.size and not (expected != ids).any():
+            if cuda_ops.same_ids(self.sites[at][0], ids):
                 self.next_site = at + 1
                 self.used.add(at)
                 return at
