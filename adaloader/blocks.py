@@ -18,8 +18,9 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.block_gradient import BlockGradient
 from adaloader.compiler import not_compiled
-from adaloader.slabs import Part, Sums, spread
+from adaloader.slabs import Part, spread
 from pm.together import read_together
 
 if TYPE_CHECKING:
@@ -194,20 +195,14 @@ class _Delivery:
             return
         if torch.is_grad_enabled():  # backward(create_graph=True): stay differentiable
             for place, given in reached.items():
-                self._receive(place, self._differentiable(place, given), None)
+                rows = self._rows[self._starts[place] : self._starts[place + 1]]
+                self._tables[place].receive(Part(rows, self._differentiable(place, given), self._plans[place], None))
             return
         started = time.perf_counter()
-        sums = self._summed(model, reached)
-        sizes = [end - first for first, end in zip(self._starts, self._starts[1:], strict=False)]
-        whole = torch.from_numpy(sums)
-        values, kept = whole.split(sizes), Sums(sums, whole.data_ptr())
+        given = BlockGradient(self._tables, self._plans, self._rows, self._starts, self._summed(model, reached))
         model.manager.traffic.seconds["backward"] += time.perf_counter() - started
         for place in reached:
-            self._receive(place, values[place], kept)
-
-    def _receive(self, place: int, values: torch.Tensor, sums: Sums | None) -> None:
-        rows = self._rows[self._starts[place] : self._starts[place + 1]]
-        self._tables[place].receive(Part(rows, values, self._plans[place], None, sums=sums))
+            self._tables[place].receive_share(given, place)
 
     def _wanted(self) -> Sequence[int]:
         """Return the places of the tables that the running backward is for."""
