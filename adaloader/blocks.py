@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 import cuda_ops
 import pm
@@ -32,6 +33,7 @@ Usage = tuple[int | None, bool, torch.Size]
 
 _witness = torch.zeros((), device="cpu", requires_grad=True)
 """An input of all blocks, which the engine reaches exactly in a backward that is not for certain inputs alone."""
+_witness_node = get_gradient_edge(_witness).node
 
 
 class Block:
@@ -81,7 +83,9 @@ class Block:
             self.version = version
             self._make(model)
         output, self.outputs[at] = self.outputs[at], None
-        return output if output is None or output.shape[:-1] == shape else output.view(*shape, output.shape[-1])
+        if output is None or (output.ndim == 2 and len(shape) == 1) or output.shape[:-1] == shape:
+            return output
+        return output.view(*shape, output.shape[-1])
 
     def leave_out(self, table: ManagedTable) -> None:
         """Lookups of `table` are made by themselves from now on: its rows have changed within a version."""
@@ -109,9 +113,8 @@ class Block:
         delivery = _Delivery(self, model, made, spec.dim)
         with torch._C.DisableTorchFunctionSubclass():
             outputs = _Together.apply(delivery, arrays, _witness, *delivery.parameters())
-        node = outputs[0].grad_fn
-        delivery.edges = [edge for edge, _ in node.next_functions]
-        node.register_prehook(delivery)  # not in its backward, which would seem to be checkpointing's
+        # Not in the node's backward, which would seem to be checkpointing's.
+        outputs[0].grad_fn.register_prehook(delivery)
         for at, output in zip(made, outputs, strict=True):
             self.outputs[at] = output
 
@@ -168,7 +171,6 @@ class _Delivery:
             padding_idx = block.usages[at][0]
             if padding_idx is not None:
                 self._skips[at] = self._position_of(place, padding_idx)
-        self.edges: list[torch.autograd.graph.Node] = []
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self._tables[place].parameter for place in dict.fromkeys(self._place_of)]
@@ -202,14 +204,23 @@ class _Delivery:
         given = BlockGradient(self._tables, self._plans, self._rows, self._starts, self._summed(model, reached))
         model.manager.traffic.seconds["backward"] += time.perf_counter() - started
         for place in reached:
-            self._tables[place].receive_share(given, place)
+            table = self._tables[place]
+            if model.reducer is not None or not table.takes_share(given, place):
+                table.receive(given.part(place))
+        if model.reducer is None:
+            model.batches.backward_goes_on()
 
     def _wanted(self) -> Sequence[int]:
         """Return the places of the tables that the running backward is for."""
-        places = list(dict.fromkeys(self._place_of))
-        if torch._C._will_engine_execute_node(self.edges[0]):
+        if torch._C._will_engine_execute_node(_witness_node):
             return range(len(self._tables))
-        return [place for place, edge in zip(places, self.edges[1:], strict=True) if _is_input(edge)]
+        wanted = []
+        with torch._C.DisableTorchFunctionSubclass():
+            for place in dict.fromkeys(self._place_of):
+                parameter = self._tables[place].parameter
+                if parameter.requires_grad and _is_input(get_gradient_edge(parameter).node):  # or was frozen since
+                    wanted.append(place)
+        return wanted
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
         """Return the gradients `[U, dim]` of the block's rows."""
@@ -252,10 +263,10 @@ class _Delivery:
         return list(found.values())
 
 
-def _is_input(edge: torch.autograd.graph.Node) -> bool:
-    """Whether a backward for certain inputs is for the leaf at the end of `edge`."""
+def _is_input(node: torch.autograd.graph.Node) -> bool:
+    """Whether a backward for certain inputs is for the leaf whose gradient `node` adds up."""
     try:
-        return torch._C._will_engine_execute_node(edge)
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # it is, and its gradient is returned by autograd.grad
         return True
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _ID_DTYPES = (torch.int64, torch.int32)
 
 
-@dataclass
+@dataclass(slots=True)
 class BatchRows:
     """The rows of one table that one batch needs.
 
@@ -373,18 +373,16 @@ class ManagedTable:
 
     # Gradients
 
-    def receive_share(self, given: BlockGradient, place: int) -> None:
-        """Take in one backward's gradient of a block, of which this table is at `place`."""
-        if self.captured is None and not self.has_hooks and self.gradient.is_empty and self._needs_no_more():
-            self.gradient.give_share(given, place)
-            self.has_gradient, self.is_stepped, self.hidden = True, False, False
-            self.owner.batches.backward_goes_on()
-        else:
-            self.receive(given.part(place))
-
-    def _needs_no_more(self) -> bool:
-        """Whether nothing but the table itself is to hear of a gradient that arrives."""
-        return self.owner.reducer is None and not isinstance(self.table.spec.rule, pm.Frozen)
+    def takes_share(self, given: BlockGradient, place: int) -> bool:
+        """Take in one backward's gradient of a block, of which this table is at `place`, and which needs no factor; if
+        nobody else is to hear of it and it is the first: else return False, and it is to be received as a part."""
+        gradient = self.gradient
+        is_alone = gradient.is_empty and self.captured is None and not (self.hooks or self.post_hooks)
+        if not is_alone or isinstance(self.table.spec.rule, pm.Frozen):
+            return False
+        gradient.give_share(given, place)
+        self.has_gradient, self.is_stepped, self.hidden = True, False, False
+        return True
 
     def receive(self, part: Part) -> None:
         """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
@@ -403,7 +401,7 @@ class ManagedTable:
     @property
     def has_hooks(self) -> bool:
         """Whether somebody wants to be called with its gradients."""
-        return len(self.hooks) > 0 or len(self.post_hooks) > 0
+        return bool(self.hooks or self.post_hooks)
 
     @property
     def may_have_gradient(self) -> bool:
