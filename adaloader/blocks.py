@@ -290,7 +290,8 @@ def look_up(
     with torch._C.DisableTorchFunctionSubclass():  # the question would come to the table's own __torch_function__
         if not weight.requires_grad:
             return None
-    flat = input.numpy().reshape(-1)
+    flat = input.numpy()
+    flat = flat if flat.ndim == 1 else flat.reshape(-1)
     number = table.table.number
     for batch in model.batches.candidates(number):
         needed = batch.tables[number]

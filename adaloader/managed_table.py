@@ -58,9 +58,10 @@ class BatchRows:
 
     def place_of(self, ids: np.ndarray) -> int | None:
         """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
-        for step in range(len(self.sites)):
-            at = (self.next_site + step) % len(self.sites)
-            if cuda_ops.same_ids(self.sites[at][0], ids):
+        sites = self.sites
+        for step in range(len(sites)):
+            at = (self.next_site + step) % len(sites)
+            if cuda_ops.same_ids(sites[at][0], ids):
                 self.next_site = at + 1
                 self.used.add(at)
                 return at
