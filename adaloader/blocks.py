@@ -203,11 +203,14 @@ class _Delivery:
         started = time.perf_counter()
         given = BlockGradient(self._tables, self._plans, self._rows, self._starts, self._summed(model, reached))
         model.manager.traffic.seconds["backward"] += time.perf_counter() - started
+        taken = 0
         for place in reached:
             table = self._tables[place]
-            if model.reducer is not None or not table.takes_share(given, place):
+            if model.reducer is None and table.takes_share(given, place):
+                taken += 1
+            else:
                 table.receive(given.part(place))
-        if model.reducer is None:
+        if taken:
             model.batches.backward_goes_on()
 
     def _wanted(self) -> Sequence[int]:
