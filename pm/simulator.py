@@ -83,6 +83,7 @@ class Simulation:
         self._doing: dict[tuple[int, int], Event] = {}  # what each worker that is not at its end is at
         self._clocks = {at: self.nodes[at[0]].claims.add_clock() for at in schedule}
         self._slowest = np.zeros(setting.ranks, np.int64)
+        self._held_at = _FOR_EVER  # the clock at which workers wait for each other
         for at, events in schedule.items():
             self._doing[at] = Event(Does.PAUSE)
             self._at(self.network.delay(setting.think_seconds), at[0], self._go_on_with(self._work(*at, events)))
@@ -222,7 +223,7 @@ class Simulation:
         elif event.does == Does.ADVANCE:
             clock.now += 1
             self._clock_moves(rank)
-            return lambda: node.syncing.may_go_on(clock.now)
+            return lambda: clock.now < self._held_at and node.syncing.may_go_on(clock.now)
         elif event.does == Does.SYNC:
             return self._sync(rank)
         elif event.does != Does.PAUSE:
@@ -305,9 +306,11 @@ class Simulation:
         return self
 
     def run_to_clock(self, clock: int) -> None:
-        """Go on until the slowest worker has come to `clock`, or is at its end."""
+        """Go on until all workers have come to `clock`, where they wait for each other, or are at their ends."""
+        self._held_at = clock
         while any(self._clocks[at].now < clock for at in self._doing):
             self._turn()
+        self._held_at = _FOR_EVER
 
     def settle(self) -> None:
         """Go on until no worker can do anything and ranks have nothing more to say to each other."""
