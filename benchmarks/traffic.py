@@ -15,8 +15,8 @@ every rank; bytes are those that all ranks send.
 With `--staleness 0` they are those of an `AdaLoader` that is exact: a step then sends gradients and new values, not
 changes of records; `full` sends every rank the gradients of all others.
 
-Counted are `--steps` steps. With `--warmup` that many others go before, and as many as the lookahead come after, so that
-at the beginning and at the end of what is counted the same has been done ahead; without, a run is counted whole.
+Counted are `--steps` steps. With `--warmup` that many others go before, and as many as the lookahead come after, so
+that at the beginning and at the end of what is counted the same has been done ahead; without, a run is counted whole.
 
 The workloads (`workloads.py`) have a batch of `--samples` per rank, and intents `--lookahead` steps ahead.
 """
@@ -91,9 +91,7 @@ def simulate(recording: Recording, args: argparse.Namespace, ranks: int, techniq
     )
 
 
-def simulate_exactly(
-    recording: Recording, args: argparse.Namespace, ranks: int, techniques: str
-) -> dict[str, object]:
+def simulate_exactly(recording: Recording, args: argparse.Namespace, ranks: int, techniques: str) -> dict[str, object]:
     """The same at staleness 0."""
     from pm.lockstep_simulator import LockstepSimulation
 

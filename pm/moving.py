@@ -23,10 +23,11 @@ class Moving:
     """Gives rows away and takes them in. On the background thread alone.
 
     A row moves to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step under
-    way is for it, and the rank has no copy of it that it may have made a gradient with. It does so (AdaPM's rule) unless
-    a use by copy (its value goes, a gradient comes back) has no more words than its record, and rows have been seen to
-    be used by one rank after the other: then to move would cost more, for they have to be found. So whoever has a gradient for a
-    row knows who owns it. A record carries its version with it; a rank that is not so far takes it in when it is.
+    way is for it, and the rank has no copy of it that it may have made a gradient with (AdaPM's rule). One stays that
+    could as well be copied, if a use by copy (its value goes, a gradient comes back) has no more words than its record,
+    and rows have been seen to be used by one rank after the other: they would have to be looked for. So whoever has a
+    gradient for a row knows who owns it. A record carries its version with it; a rank that is not so far takes it in
+    when it is.
 
     Args:
         manager: whose rows these are.
@@ -93,6 +94,8 @@ class Moving:
                 send(home, Message(Kind.MOVED, (table.number, peer), (narrow(rows[part]), narrow(moves[part]))))
         manager.directory.await_homes(keys, manager.steps)  # read after sending: no STEP of it has left before
         manager.traffic.relocations[table.number] += len(rows)
+        if manager.recorder is not None:
+            manager.recorder.note("moved away", table.number, rows, round=manager.applied, other=peer)
 
     def _take_from_others(self, peer: int, plan: AskedPlan, slots: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
         """Remove rows that leave from the other plans of `peer`; return (numbers and counts in turn, tickets)."""
@@ -121,6 +124,8 @@ class Moving:
         table = manager.tables[table_number]
         rows = widen(rows)
         slots = self._install(table, rows, moves, records, version)
+        if manager.recorder is not None:
+            manager.recorder.note("moved here", table_number, rows, round=manager.applied, other=source)
         asking = manager.asking
         asking.took_over(number, asking.tickets_of(number, source) if not len(tickets) else widen(tickets), slots)
         start = 0

@@ -8,6 +8,7 @@ stall now and then. Everything follows from a seed, so a schedule that fails, fa
     python -m pm.simulator --seeds 0:5000 --techniques replication --staleness 1
     python -m pm.simulator --seed 17 --trace           one of them again, with every message
     python -m pm.simulator --replay lookups.npz        a recording (`pm.schedules.Recording`), with bytes by kind
+    python -m pm.simulator --replay moves-*.jsonl      what the ranks of a run intended: the files of its `record=`
 
 In a program: `run_seed(17)`, or `Simulation(Setting(...), schedule).run()` with a schedule of your own. What is checked
 is said in `invariants.py` (states, after each turn) and `ledger.py` (values, at each read).
@@ -395,7 +396,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--seeds", metavar="FIRST:END", help="run these seeds")
     what.add_argument("--seed", type=int, help="run this seed")
-    what.add_argument("--replay", metavar="FILE", help="run the accesses of a recording (.npz)")
+    what.add_argument("--replay", metavar="FILE", nargs="+", help="a recording (.npz), or the files that ranks wrote")
     parser.add_argument("--trace", action="store_true", help="print every message and event (with --seed)")
     parser.add_argument("--techniques", choices=TECHNIQUES)
     parser.add_argument("--staleness", type=lambda text: None if text == "None" else int(text), default=...)
@@ -435,7 +436,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _replay(args: argparse.Namespace, fixed: dict[str, object]) -> int:
-    recording = Recording.load(args.replay)
+    is_saved = len(args.replay) == 1 and args.replay[0].endswith(".npz")
+    recording = Recording.load(args.replay[0]) if is_saved else Recording.of_records(args.replay)
     setting = Setting(
         ranks=int(recording.ranks.max(initial=0)) + 1,
         capacities=(int(recording.keys.max(initial=0)) + 1,),

@@ -10,7 +10,7 @@ from pm.store import reserve_zeros
 _MOVES = 3
 _MARK = -1
 _CLEARLY = 0.2
-_ENOUGH_USES, _REMEMBERED_USES = 1 << 11, 1 << 16
+_ENOUGH_USES, _REMEMBERED_USES = 1 << 7, 1 << 16
 
 
 class SlotNotes:
@@ -47,10 +47,10 @@ class SlotNotes:
         return cuda_ops.held_by_one(self._book, slots, rank)
 
     def is_worth_moving(self, slots: np.ndarray, rank: int) -> np.ndarray:
-        """Return for each slot, which `rank` alone holds, whether it is likely to be the next to use it too (bool `[n]`).
+        """Return for each slot, which `rank` alone holds, whether it is likely to use it more than once (bool `[n]`).
 
-        That is, of all rows of this store, unless their uses have shown that they seldom stay with a rank; then of those
-        for which it has more than one plan, or which it was the one to use the last two times.
+        So it is of all rows of this store, unless their uses have shown that they seldom stay with a rank; then of
+        those for which it has more than one plan, or which it was the one to use the last two times.
         """
         if not self._wander():
             return np.ones(len(slots), bool)
