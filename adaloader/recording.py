@@ -1,4 +1,7 @@
-"""The file of `AdaLoader(record=)`: opened before anything is changed, and closed with the model's last loader."""
+"""The file of `AdaLoader(record=)`, which is opened before anything is changed.
+
+It is open as long as the manager is there: a rank goes on serving its rows when its own loader is closed.
+"""
 
 from __future__ import annotations
 

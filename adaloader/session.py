@@ -198,8 +198,6 @@ class Session:
         managed.sessions -= 1
         if managed.sessions == 0:
             managed.manager.close()
-            if managed.manager.recorder is not None:
-                managed.manager.recorder.close()
 
 
 class _Unwatched(Iterator):

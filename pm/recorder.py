@@ -34,7 +34,7 @@ class Recorder:
 
     def __init__(self, path: str | Path, *, append: bool = False):
         self._path = Path(path)
-        self._file = self._path.open("a" if append else "w", buffering=1, encoding="utf-8")
+        self._file = self._path.open("ab" if append else "wb", buffering=0)  # a line is there whole, or not at all
         self._lock = threading.Lock()
 
     def begin(self, rank: int, ranks: int, **more: object) -> None:
@@ -47,7 +47,7 @@ class Recorder:
             self._write({"what": what, "group": group, **more, "keys": keys.tolist()})
 
     def _write(self, event: dict[str, object]) -> None:
-        line = json.dumps(event) + "\n"
+        line = json.dumps(event).encode() + b"\n"
         with self._lock:
             if self._file is None:
                 return
@@ -55,20 +55,17 @@ class Recorder:
                 self._file.write(line)
             except OSError as error:
                 log.warning("nothing more is recorded in %s: %s", self._path, error)
-                self._abandon()
+                self._end()
 
-    def _abandon(self) -> None:
+    def _end(self) -> None:
         file, self._file = self._file, None
-        try:
-            file.close()
-        except OSError as error:  # what the buffer still holds cannot be written either
-            log.debug("%s: %s", self._path, error)
+        file.close()
 
     def close(self) -> None:
         """Write nothing more."""
         with self._lock:
             if self._file is not None:
-                self._abandon()
+                self._end()
 
 
 def path_of_rank(path: str | Path, rank: int) -> Path:
