@@ -32,6 +32,7 @@ from pm.waiting import PeerError, Waiting
 
 HYPERPARAMETERS = {"lr": 0.1, "lr_decay": 0.0, "eps": 1e-10, "initial_accumulator_value": 0.0, "maximize": False}
 _TIMEOUT_SECONDS = 300.0
+_VECTOR = np.zeros(7)  # as many hyperparameters as travel for Adagrad
 
 
 class VirtualNetwork:
@@ -223,7 +224,7 @@ class LockstepSimulation:
                 manager = self.managers[rank]
                 groups: Mapping[int, dict[str, object]] = {0: HYPERPARAMETERS}
                 finished = [gradient.plan] if gradient.plan is not None else []
-                manager.submit([gradient], groups, finished=finished, vector=np.zeros(1))
+                manager.submit([gradient], groups, finished=finished, vector=_VECTOR)
             self.step += 1
         self.network.settle()
         return self
