@@ -23,11 +23,8 @@ class Moving:
     """Gives rows away and takes them in. On the background thread alone.
 
     A row moves to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step under
-    way is for it, and the rank has no copy of it that it may have made a gradient with (AdaPM's rule). One stays that
-    could as well be copied, if a use by copy (its value goes, a gradient comes back) has no more words than its record,
-    and rows have been seen to be used by one rank after the other: they would have to be looked for. So whoever has a
-    gradient for a row knows who owns it. A record carries its version with it; a rank that is not so far takes it in
-    when it is.
+    way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient for a
+    row knows who owns it. A record carries its version with it; a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.
@@ -44,12 +41,10 @@ class Moving:
         Returns:
             positions: in what is left of the plan, those that stay.
         """
-        manager, table, store = self._manager, plan.table, plan.table.store
-        notes = manager.serving.notes_of(store)
+        manager, table = self._manager, plan.table
+        notes = manager.serving.notes_of(table.store)
         with manager.structure:
             free = notes.only_held_by(plan.slots[positions], peer)
-            if manager.techniques.copies_ahead and _words_of(store) >= 2 * table.spec.dim:
-                free &= notes.is_worth_moving(plan.slots[positions], peer)
             if not free.any():
                 return positions
             kept = np.ones(len(plan.slots), bool)
@@ -70,7 +65,6 @@ class Moving:
         slots, rows = plan.slots[positions], plan.rows[positions]
         keys, moves = table.keys(rows), notes.moves(slots) + 1
         sole = int(notes.holds(slots).sum()) == len(slots)
-        notes.used(slots, peer)
         notes.clear(slots)
         others, their_tickets = ([], []) if sole else self._take_from_others(peer, plan, slots)
         records = cuda_ops.gather(

@@ -234,7 +234,6 @@ class Serving:
         with self._manager.structure:
             for slots in (plan.slots, *(slots for _, slots in plan.arrived)):
                 notes.hold(slots, source, -1)
-                notes.used(slots, source)
             notes.pin(plan.slots[plan.copied], -1)
 
     def unpin_after(self, step: int, notes: SlotNotes, slots: np.ndarray) -> None:
