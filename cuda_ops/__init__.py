@@ -9,6 +9,7 @@ in memory.
 
 from cuda_ops.cpu import advance as _advance
 from cuda_ops.cpu import alias as _alias
+from cuda_ops.cpu import compress as _compress
 from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import holds as _holds
@@ -50,6 +51,9 @@ note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 add_holds = by_device(_holds.add_holds)
 held_by_one = by_device(_holds.held_by_one)
+has_count = by_device(_holds.has_count)
+select_moves = by_device(_holds.select_moves)
+compress = by_device(_compress.compress)
 owners = by_device(_partition.owners)
 partition = by_device(_partition.partition)
 renorm = by_device(_renorm.renorm)
@@ -67,12 +71,14 @@ __all__ = [
     "advance",
     "alias_table",
     "caught_up_word",
+    "compress",
     "dedup",
     "dedup_counts",
     "delta",
     "expand",
     "gather",
     "gather_places",
+    "has_count",
     "held_by_one",
     "history_columns",
     "keys_of_segments",
@@ -89,6 +95,7 @@ __all__ = [
     "segment_count",
     "segment_sum",
     "select_due",
+    "select_moves",
     "sgd_update",
     "sparse_adam_update",
     "sum_segments",

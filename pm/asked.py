@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+import cuda_ops
 from pm.messages import Kind
 from pm.tables import Table
 
@@ -84,8 +85,10 @@ class AskedPlan:
 
     def keep(self, kept: np.ndarray) -> None:
         """Rows but those that are `kept` (bool `[n]`) have left."""
-        for name in self._BY_ROW:
-            setattr(self, name, getattr(self, name)[kept])
+        *columns, copied = (getattr(self, name) for name in self._BY_ROW)
+        self.copied, columns = cuda_ops.compress(kept, copied, *columns)
+        for name, column in zip(self._BY_ROW[:-1], columns, strict=True):
+            setattr(self, name, column)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 import cuda_ops
 from pm.asked import AskedPlan
 from pm.messages import Kind, Message, narrow, widen
+from pm.reuse import Reuse
 from pm.store import RecordStore
 from pm.tables import Table
 
@@ -19,12 +21,20 @@ ALL_TICKETS = np.empty(0, np.int32)
 """In place of tickets: every row of the plan that the sender serves."""
 
 
+_FEW = 1 / 8
+_SELDOM = 8
+"""A part of a plan's rows that is less than `_FEW` moves every `_SELDOM` steps alone, and so do rows of a plan that was
+looked at before: to move few rows takes as long as to move many, and is on somebody's critical path."""
+
+
 class Moving:
     """Gives rows away and takes them in. On the background thread alone.
 
-    A row moves to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step under
-    way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient for a
-    row knows who owns it. A record carries its version with it; a rank that is not so far takes it in when it is.
+    A row may move to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step
+    under way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient
+    for a row knows who owns it. Where a copy would do as well, it does move once that sends no more bytes than copies
+    for as many uses as the rank intends, or has made since another used the row (see `Reuse`). A record carries its
+    version with it; a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.
@@ -32,19 +42,21 @@ class Moving:
 
     def __init__(self, manager: SynchronousManager):
         self._manager = manager
+        self._reuse: defaultdict[tuple[int, int], Reuse] = defaultdict(Reuse)
 
     # Out
 
-    def give(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> np.ndarray:
-        """Give the rows at `positions` of a plan of `peer` to it, as far as they may move.
+    def give(self, peer: int, plan: AskedPlan, positions: np.ndarray, *, is_new: bool) -> np.ndarray:
+        """Give the rows at `positions` of a plan of `peer` to it, as far as they may move and should.
+
+        Args:
+            is_new: whether the plan is looked at for the first time.
 
         Returns:
             positions: in what is left of the plan, those that stay.
         """
-        manager, table = self._manager, plan.table
-        notes = manager.serving.notes_of(table.store)
-        with manager.structure:
-            free = notes.only_held_by(plan.slots[positions], peer)
+        with self._manager.structure:
+            free = self._to_move(peer, plan, positions, is_new)
             if not free.any():
                 return positions
             kept = np.ones(len(plan.slots), bool)
@@ -54,6 +66,19 @@ class Moving:
             self._send(peer, plan, np.flatnonzero(~kept))
             plan.keep(kept)
         return np.flatnonzero(stays[kept])
+
+    def _to_move(self, peer: int, plan: AskedPlan, positions: np.ndarray, is_new: bool) -> np.ndarray:
+        """Return which of the rows at `positions` of a plan of `peer` leave now (bool `[n]`)."""
+        notes, slots = self._manager.serving.notes_of(plan.table.store), plan.slots[positions]
+        if not self._manager.techniques.copies_ahead:
+            return notes.only_held_by(slots, peer)
+        reuse = self._reuse[plan.table.number, peer]
+        moves, counts = notes.worth_moving(slots, peer, plan.expected, reuse.uses_worth_a_move(plan.table.store))
+        reuse.note(counts)
+        many = is_new and np.count_nonzero(moves) >= _FEW * len(plan.slots)
+        if not many and self._manager.applied % _SELDOM:
+            moves[:] = False
+        return moves
 
     def _send(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> None:
         """RECORDS(plan, table, version; tickets, rows, moves, records, other plans and their tickets).

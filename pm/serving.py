@@ -307,10 +307,11 @@ class Serving:
             )
         else:
             positions = np.arange(len(plan.slots))
+        is_new, plan.next_due = plan.next_due == 0, max(1, plan.next_due)
         if early:
             plan.next_due = max(1, int(plan.due.min(initial=_NEVER)))
         if manager.techniques.moves and not self._stillness and len(positions):
-            positions = manager.moving.give(peer, plan, positions)
+            positions = manager.moving.give(peer, plan, positions, is_new=is_new)
         if not copies or not (len(positions) or answer):
             return
         whole = len(positions) == len(plan.slots)

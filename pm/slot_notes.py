@@ -12,7 +12,7 @@ _MARK = -1
 
 
 class SlotNotes:
-    """Holds, known touches and relocation counters by slot, in memory that is backed as slots are used.
+    """Holds, known touches, runs of uses and relocation counters by slot, in memory that is backed as slots are used.
 
     A hold says that a rank needs the row here: one for each of its live plans. A pin is a hold of no rank: while there
     is one the row stays. Invariant: a slot that is free has none of either, no touches, and no moves. Whoever changes
@@ -23,13 +23,14 @@ class SlotNotes:
         ranks: number of ranks; pins count as holds of a rank of this number.
     """
 
-    BYTES_PER_SLOT = 2 * 4 + 4 * 4
+    BYTES_PER_SLOT = 2 * 4 + 4 * 4 + 2 * 4
 
     def __init__(self, capacity: int, ranks: int):
         self._pin = ranks
         self.latest = reserve_zeros(capacity, np.int32)
         self.before = reserve_zeros(capacity, np.int32)
         self._book = reserve_zeros(4 * capacity, np.int32).reshape(-1, 4)
+        self._runs = reserve_zeros(2 * capacity, np.int32).reshape(-1, 2)
 
     def hold(self, slots: np.ndarray, rank: int, count: int = 1) -> None:
         """Add `count` holds of `rank` to each of `slots` (int64 `[n]`, distinct); take them back if it is negative."""
@@ -41,6 +42,11 @@ class SlotNotes:
     def only_held_by(self, slots: np.ndarray, rank: int) -> np.ndarray:
         """Return for each slot whether no other rank holds it and nothing pins it (bool `[n]`)."""
         return cuda_ops.held_by_one(self._book, slots, rank)
+
+    def worth_moving(self, slots: np.ndarray, rank: int, version: int, needed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of `slots`, which `rank` uses at `version`, should move there: those that no other rank holds,
+        after `needed` uses by `rank` alone (bool `[n]`); and what was counted (see `cuda_ops.select_moves`)."""
+        return cuda_ops.select_moves(self._book, self.latest, self.before, self._runs, slots, rank, version, needed)
 
     def holds(self, slots: np.ndarray) -> np.ndarray:
         """Return the number of holds of each slot, pins included (int32 `[n]`)."""
@@ -58,11 +64,12 @@ class SlotNotes:
         self._book[slots, 0] = _MARK
 
     def is_marked(self, slots: np.ndarray) -> np.ndarray:
-        return self._book[slots, 0] == _MARK
+        return cuda_ops.has_count(self._book, slots, _MARK)
 
     def clear(self, slots: np.ndarray) -> None:
         """The records at `slots` are gone."""
         self._book[slots] = 0
+        self._runs[slots] = 0
         self.latest[slots] = 0
         self.before[slots] = 0
 

@@ -9,7 +9,7 @@ modulo 2^32, which is more than they can be with fewer than a million holds of 6
 import numpy as np
 
 from cuda_ops.cpu.checks import in_range, int_vector, writable
-from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, prefetch
+from cuda_ops.cpu.kernels import ROWS_AHEAD, helper, kernel, prefetch
 
 
 def add_holds(book, slots, rank, count):
@@ -43,6 +43,55 @@ def held_by_one(book, slots, rank):
     return alone
 
 
+def has_count(book, slots, count):
+    """Return for each slot whether its number of holds is `count`: bool [n].
+
+    Args:
+        book, slots: as in `add_holds`.
+        count: int.
+
+    Raises:
+        IndexError: a slot is outside the book.
+    """
+    slots = _checked(book, slots)
+    same = np.empty(slots.size, np.bool_)
+    _has_count(book.reshape(-1), slots, np.int32(count), same)
+    return same
+
+
+def select_moves(book, latest, before, runs, slots, rank, version, needed):
+    """Return for each slot whether its record should move to `rank`, and note those uses of `rank` alone.
+
+    A record should where `rank` alone holds it, and either has `needed` holds, which are uses ahead, or has used it as
+    often before, with no touch by anybody between these uses, each of which was noted here. (To move a record once as
+    many uses have been paid for as cost what a move does is competitive with whoever knows the future: Black and
+    Sleator 1989 on the migration of pages.)
+
+    Args:
+        book, slots, rank: as in `held_by_one`.
+        latest, before: [slots of the store] int32, as `note_touches` keeps them.
+        runs: [slots of the store, 2] int32, updated in place where `rank` alone holds the slot: (the last use of a
+            run, as a touch; its rank * 256 + the number of its uses, at most 255). Zeros: no run.
+        version: int, at which `rank` uses the slots now.
+        needed: int >= 1.
+
+    Returns:
+        moves: bool [n].
+        counts: int64 [3]: how many of the slots `rank` alone holds and has not been asked about at this version; of
+            how many of these a run was known; and how many of those runs go on.
+
+    Raises:
+        IndexError: a slot is outside the book.
+    """
+    slots = _checked(book, slots)
+    writable(runs, "runs", np.int32, (len(book), 2))
+    moves, counts = np.empty(slots.size, np.bool_), np.empty(3, np.int64)
+    _select_moves(
+        book.reshape(-1), latest, before, runs.reshape(-1), slots, np.int32(rank), version, needed, moves, counts
+    )
+    return moves, counts
+
+
 def _checked(book, slots):
     writable(book, "book", np.int32, (len(book), 4))
     slots = int_vector(slots, "slots")
@@ -66,6 +115,46 @@ def _held_by_one(book, slots, rank, alone):
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             prefetch(book, 4 * slots[i + ROWS_AHEAD])
-        at = 4 * slots[i]
-        apart = np.int64(book[at + 2]) - 2 * np.int64(rank) * book[at + 1] + np.int64(rank) * rank * book[at]
-        alone[i] = (apart & 0xFFFFFFFF) == 0
+        alone[i] = _is_held_by_one(book, 4 * slots[i], rank)
+
+
+@kernel
+def _has_count(book, slots, count, same):
+    for i in range(slots.size):
+        if i + ROWS_AHEAD < slots.size:
+            prefetch(book, 4 * slots[i + ROWS_AHEAD])
+        same[i] = book[4 * slots[i]] == count
+
+
+@helper
+def _is_held_by_one(book, at, rank):
+    apart = np.int64(book[at + 2]) - 2 * np.int64(rank) * book[at + 1] + np.int64(rank) * rank * book[at]
+    return (apart & 0xFFFFFFFF) == 0
+
+
+@kernel
+def _select_moves(book, latest, before, runs, slots, rank, version, needed, moves, counts):
+    mark = np.int32(version + 1)
+    looked, known, repeated = 0, 0, 0
+    for i in range(slots.size):
+        if i + ROWS_AHEAD < slots.size:
+            prefetch(book, 4 * slots[i + ROWS_AHEAD])
+        slot = slots[i]
+        moves[i] = False
+        if not _is_held_by_one(book, 4 * slot, rank):
+            continue
+        last = before[slot] if latest[slot] == mark else latest[slot]
+        run, by, length = runs[2 * slot], runs[2 * slot + 1] >> 8, runs[2 * slot + 1] & 255
+        earlier = 0
+        if run == mark and by == rank:  # asked before
+            earlier = length - 1
+        else:
+            looked += 1
+            known += run > 0
+            if run > 0 and run == last and by == rank:
+                repeated += 1
+                earlier = length
+        moves[i] = book[4 * slot] >= needed or earlier >= needed
+        runs[2 * slot] = mark
+        runs[2 * slot + 1] = (rank << 8) | min(earlier + 1, 255)
+    counts[0], counts[1], counts[2] = looked, known, repeated

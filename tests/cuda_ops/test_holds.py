@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -38,6 +38,73 @@ def test_held_by_one_is_what_counting_says():
         expected = [all(r == of for r, count in held[slot].items() if count) for slot in asked]
         np.testing.assert_array_equal(cuda_ops.held_by_one(book, asked, of), expected)
         np.testing.assert_array_equal(book[:, 0], [sum(counts.values()) for counts in held])
+
+
+def test_has_count_is_what_counting_says():
+    rng = fresh_rng()
+    book = rng.integers(-2, 3, (50, 4)).astype(np.int32)
+    slots = rng.integers(0, 50, 200)
+    for count in (-1, 0, 2):
+        np.testing.assert_array_equal(cuda_ops.has_count(book, slots, count), book[slots, 0] == count)
+    assert not len(cuda_ops.has_count(book, slots[:0], 1))
+
+
+def in_a_row(uses: dict[int, set[int]], rank: int) -> int:
+    """Return how often `rank` alone used a row since another rank did; `uses` are the ranks of each version."""
+    count = 0
+    for version in sorted(uses, reverse=True):
+        if uses[version] != {rank}:
+            break
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3])
+def test_rows_move_after_uses_by_one_rank_alone(needed):
+    """Plans come one after another, each for a later version; some slots are of several ranks at once."""
+    rng = fresh_rng()
+    ranks, slots = 3, 30
+    book, runs = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
+    latest, before = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    uses = [defaultdict(set) for _ in range(slots)]
+    noted = np.zeros(slots, bool)
+    favourite = rng.integers(0, ranks, slots)
+    moved = 0
+    for version in range(60):
+        of = [np.flatnonzero(rng.random(slots) < np.where(favourite == rank, 0.6, 0.1)) for rank in range(ranks)]
+        for rank, mine in enumerate(of):
+            cuda_ops.add_holds(book, mine, rank, 1)
+            cuda_ops.note_touches(latest, before, mine, version)
+        for rank in range(1, ranks):
+            mine = of[rank]
+            others = np.concatenate([of[other] for other in range(ranks) if other != rank])
+            alone = ~np.isin(mine, others)
+            expected = [
+                each and (needed == 1 or in_a_row(uses[slot], rank) >= needed)
+                for slot, each in zip(mine, alone, strict=True)
+            ]
+            sole = mine[alone]
+            known = [slot for slot in sole if noted[slot]]
+            repeated = [slot for slot in known if in_a_row(uses[slot], rank)]
+            for counts in ([len(sole), len(known), len(repeated)], [0, 0, 0]):  # to ask again changes nothing
+                found = cuda_ops.select_moves(book, latest, before, runs, mine, rank, version, needed)
+                np.testing.assert_array_equal(found[0], expected)
+                assert found[1].tolist() == counts
+            noted[sole] = True
+            moved += sum(expected)
+        for rank, mine in enumerate(of):
+            cuda_ops.add_holds(book, mine, rank, -1)
+            for slot in mine:
+                uses[slot][version].add(rank)
+    assert moved
+
+
+def test_as_many_uses_ahead_are_enough():
+    book, runs, touches = np.zeros((2, 4), np.int32), np.zeros((2, 2), np.int32), np.zeros(2, np.int32)
+    both = np.arange(2)
+    cuda_ops.add_holds(book, both, 1, 1)
+    cuda_ops.add_holds(book, both[:1], 1, 1)
+    assert cuda_ops.select_moves(book, touches, touches.copy(), runs, both, 1, 5, 2)[0].tolist() == [True, False]
 
 
 def test_many_holds_of_high_ranks():

@@ -9,6 +9,7 @@ import pytest
 
 import pm
 from pm.messages import Kind
+from pm.reuse import Reuse
 from tests.mpi.worlds import World, assert_nothing_is_held, gathered, meet, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
@@ -59,12 +60,22 @@ def delay_messages(manager: pm.SynchronousManager, seed: int) -> None:
     manager._handle = late
 
 
+@pytest.fixture
+def moving_at_once(monkeypatch):
+    """Rows move as soon as they may, whatever it costs: tests of moving see more of it."""
+    monkeypatch.setattr("pm.reuse.Reuse.uses_worth_a_move", lambda reuse, store: 1)
+    monkeypatch.setattr("pm.moving._FEW", 0)
+    monkeypatch.setattr("pm.moving._SELDOM", 1)
+
+
 # --- random programs ---
 
 
 @pytest.mark.parametrize("techniques", ALL)
 @pytest.mark.parametrize("cached", [0, 8])
-def test_random_programs_equal_dense_tables(managers, comm, seed, techniques, cached):
+def test_random_programs_equal_dense_tables(managers, comm, seed, techniques, cached, request):
+    if cached:
+        request.getfixturevalue("moving_at_once")
     manager = managers(techniques=techniques, cached_locations=cached, **APART)
     delay_messages(manager, seed)
     world = World(manager, np.random.default_rng([seed, cached]))
@@ -75,6 +86,7 @@ def test_random_programs_equal_dense_tables(managers, comm, seed, techniques, ca
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("moving_at_once")
 def test_techniques_and_delays_do_not_change_a_bit(managers, seed):
     results = []
     for turn, techniques in enumerate(("all", "all", "relocation", "none")):
@@ -98,7 +110,7 @@ def test_a_row_that_one_rank_uses_lives_there(managers, comm, rule):
     (table,) = manager.add_tables([make_spec(0, 90, 8, "float32", rule)])
     dense = DenseTable(0, table.spec)
     parts = np.array_split(np.arange(90, dtype=np.int64), manager.ranks)
-    for plan in train(manager, table, dense, lambda step, rank: parts[rank], 4, 2):
+    for plan in train(manager, table, dense, lambda step, rank: parts[rank], 20, 2):
         manager.release(plan)
     manager.settle()
     np.testing.assert_array_equal(check_one_owner(manager, comm, table)[parts[manager.rank]], manager.rank)
@@ -111,6 +123,27 @@ def test_a_row_that_one_rank_uses_lives_there(managers, comm, rule):
         assert after.get(kind, 0) == before.get(kind, 0), f"nothing is left to send as {kind}"
     gradients = after["gradient"] - before["gradient"]
     assert gradients <= 6 * len(manager.peers) * 200, "only that there are none for others"
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("ahead", [0, 1, 6])
+@pytest.mark.parametrize("rule, uses", [("sgd", 1), ("adagrad", 2)])
+def test_a_row_moves_when_as_many_copies_cost_as_much(managers, comm, rule, uses, ahead):
+    """One rank uses all rows, at every step: they move there in time, and not before that pays."""
+    rows = np.arange(64, dtype=np.int64)
+    for steps in (1, 20):
+        manager = managers(**APART)
+        (table,) = manager.add_tables([make_spec(0, 64, 16, "float32", rule)])
+        assert Reuse().uses_worth_a_move(table.store) == uses
+        dense = DenseTable(0, table.spec)
+        for plan in train(manager, table, dense, lambda step, rank: rows if rank == 0 else rows[:0], steps, ahead):
+            manager.release(plan)
+        manager.settle()
+        moved = (check_one_owner(manager, comm, table) == 0).all()
+        if steps > 1:
+            assert moved
+        elif not ahead:
+            assert moved == (uses == 1)
 
 
 @pytest.mark.ranks(2)
@@ -131,6 +164,7 @@ def test_rows_that_all_ranks_use_are_copied_and_stay(managers, comm):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("cached", [0, 8, 1000])
 @pytest.mark.parametrize("rule", ["sgd", "adamw_amsgrad"])
+@pytest.mark.usefixtures("moving_at_once")
 def test_wandering_rows(managers, comm, seed, cached, rule):
     """Every row is used by another rank at every other step, so that most of what ranks believe of it is wrong."""
     manager = managers(cached_locations=cached, **APART)
@@ -163,6 +197,7 @@ def test_wandering_rows(managers, comm, seed, cached, rule):
 
 
 @pytest.mark.ranks(3)
+@pytest.mark.usefixtures("moving_at_once")
 def test_a_stale_belief_is_corrected_by_forwarding(managers, comm):
     manager = managers(**APART)
     (table,) = manager.add_tables([make_spec(0, 300, 2, "float32", "sgd")])
@@ -177,6 +212,7 @@ def test_a_stale_belief_is_corrected_by_forwarding(managers, comm):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("moving_at_once")
 def test_a_late_plan_finds_rows_that_have_moved(managers, comm):
     """A plan for the very step at hand, of rows that live elsewhere, is served before that step changes them."""
     manager = managers(**APART)
@@ -208,6 +244,7 @@ def test_a_late_plan_finds_rows_that_have_moved(managers, comm):
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("rule", DENSE_RULES[::3])
+@pytest.mark.usefixtures("moving_at_once")
 def test_rows_that_moved_far_from_home_are_overwritten_and_given_another_rule(managers, comm, rule):
     manager = managers(**APART)
     specs = [make_spec(0, 70, 3, "float64", rule), make_spec(1, 70, 3, "float64", "sgd")]
@@ -238,6 +275,7 @@ def test_rows_that_moved_far_from_home_are_overwritten_and_given_another_rule(ma
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("moving_at_once")
 def test_a_rank_that_has_closed_serves_rows_that_moved_to_it(managers, comm):
     rows = np.arange(50, dtype=np.int64)
     for closes in range(comm.size):
@@ -263,6 +301,7 @@ def test_a_rank_that_has_closed_serves_rows_that_moved_to_it(managers, comm):
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("techniques", ALL)
+@pytest.mark.usefixtures("moving_at_once")
 def test_what_each_technique_sends(managers, comm, techniques):
     manager = managers(techniques=techniques, **APART)
     (table,) = manager.add_tables([make_spec(0, 200, 4, "float32", "sgd")])
