@@ -51,7 +51,6 @@ class Pace:
 
     def _is_worth_a_round(self, now: float) -> bool:
         node = self._node
-        if not node.needs_round:
-            return False
         advanced = node.claims.fastest != self._clock_at_round
-        return advanced or node.is_waited_for or now >= self._next_round + _LONGEST_SECONDS_WITHOUT_ROUND
+        waits = not advanced and now < self._next_round + _LONGEST_SECONDS_WITHOUT_ROUND and not node.is_waited_for
+        return not waits and node.needs_round  # in this order: looking for work costs the most, and is asked often
