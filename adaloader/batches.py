@@ -108,7 +108,10 @@ class Batches:
 
     def candidates(self, table_number: int) -> list[Batch]:
         """Return the active batches that intend rows of the table, the current one first."""
-        found = [batch for batch in self.active if table_number in batch.tables]
+        active = self.active
+        if len(active) == 1:  # as almost always, and once per lookup
+            return [active[0]] if table_number in active[0].tables else []
+        found = [batch for batch in active if table_number in batch.tables]
         if self.current in found and found[0] is not self.current:
             found.remove(self.current)
             found.insert(0, self.current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 
@@ -45,28 +46,30 @@ def intend_block(
         expected: the version at which they will be looked up, about.
         scratch: of this thread.
     """
-    usages = [table.usages.get(place) for table in tables for place in range(len(by_table[table]))]
-    numbers = np.array([table.table.number for table in tables])
-    table_of_site = [place for place, table in enumerate(tables) for _ in by_table[table]]
-    arrays = [ids for table in tables for ids in by_table[table]]
+    lookups = [by_table[table] for table in tables]
+    usages = [
+        table.usages.get(at) for table, of_table in zip(tables, lookups, strict=True) for at in range(len(of_table))
+    ]
+    arrays = list(chain.from_iterable(lookups))
     ids = np.concatenate(arrays)  # a copy: the loop may change the batch under a view
-    ends = np.cumsum([len(array) for array in arrays])
+    ends = np.cumsum(list(map(len, arrays)))
     keys = np.empty_like(ids)
-    bounds = np.array([table.table.spec.rows for table in tables])
-    if cuda_ops.keys_of_segments(ids, ends, (numbers << ROW_BITS)[table_of_site], bounds[table_of_site], keys) >= 0:
+    numbers = [table.table.number for table in tables]
+    table_of_site = [place for place, of_table in enumerate(lookups) for _ in of_table]
+    bases = np.array([numbers[place] << ROW_BITS for place in table_of_site])
+    bounds = np.array([tables[place].table.spec.rows for place in table_of_site])
+    if cuda_ops.keys_of_segments(ids, ends, bases, bounds, keys) >= 0:
         return None
     unique, positions = cuda_ops.dedup(keys, scratch)
     starts = [*np.searchsorted(table_of(unique), numbers).tolist(), len(unique)]
     rows = rows_of(unique)
     plans = intend_together(manager, [table.table for table in tables], unique, rows, starts, expected)
     block = Block(tables, plans, rows, starts, positions, ends, table_of_site, usages)
-    found, site, first_id = {}, 0, 0
     limits = ends.tolist()
-    for place, table in enumerate(tables):
-        needed = BatchRows(rows[starts[place] : starts[place + 1]], [], plans[place])
-        needed.block, needed.first_site, needed.first_row = block, site, starts[place]
-        for _ in by_table[table]:
-            needed.sites.append((ids[first_id : limits[site]], positions[first_id : limits[site]]))
-            first_id, site = limits[site], site + 1
-        found[table.table.number] = needed
+    sites = [(ids[first:end], positions[first:end]) for first, end in zip([0, *limits], limits, strict=False)]
+    found, site = {}, 0
+    for number, of_table, plan, first_row in zip(numbers, lookups, plans, starts, strict=False):
+        end = site + len(of_table)
+        needed = BatchRows(plan.rows, sites[site:end], plan, block=block, first_site=site, first_row=first_row)
+        found[number], site = needed, end
     return found

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 import cuda_ops
 import pm
+from adaloader.block_gradient import BlockGradient
 from adaloader.compiler import not_compiled
-from adaloader.slabs import Part, Sums, spread
+from adaloader.slabs import Part, spread
 from pm.together import read_together
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ Usage = tuple[int | None, bool, torch.Size]
 
 _witness = torch.zeros((), device="cpu", requires_grad=True)
 """An input of all blocks, which the engine reaches exactly in a backward that is not for certain inputs alone."""
+_witness_node = get_gradient_edge(_witness).node
 
 
 class Block:
@@ -80,7 +83,9 @@ class Block:
             self.version = version
             self._make(model)
         output, self.outputs[at] = self.outputs[at], None
-        return output if output is None or output.shape[:-1] == shape else output.view(*shape, output.shape[-1])
+        if output is None or (output.ndim == 2 and len(shape) == 1) or output.shape[:-1] == shape:
+            return output
+        return output.view(*shape, output.shape[-1])
 
     def leave_out(self, table: ManagedTable) -> None:
         """Lookups of `table` are made by themselves from now on: its rows have changed within a version."""
@@ -92,7 +97,9 @@ class Block:
 
     def _make(self, model: ManagedModel) -> None:
         self.outputs = [None] * len(self.ends)
-        made = [at for at, t in enumerate(self.table_of) if self.usages[at] and self.tables[t].parameter.requires_grad]
+        with torch._C.DisableTorchFunctionSubclass():
+            trained = [table.parameter.requires_grad for table in self.tables]
+        made = [at for at, place in enumerate(self.table_of) if trained[place] and self.usages[at]]
         if not made or any(table.is_dense for table in self.tables):
             return
         spec = self.tables[0].table.spec
@@ -106,17 +113,18 @@ class Block:
         delivery = _Delivery(self, model, made, spec.dim)
         with torch._C.DisableTorchFunctionSubclass():
             outputs = _Together.apply(delivery, arrays, _witness, *delivery.parameters())
-        node = outputs[0].grad_fn
-        delivery.edges = [edge for edge, _ in node.next_functions]
-        node.register_prehook(delivery)  # not in its backward, which would seem to be checkpointing's
+        # Not in the node's backward, which would seem to be checkpointing's.
+        outputs[0].grad_fn.register_prehook(delivery)
         for at, output in zip(made, outputs, strict=True):
             self.outputs[at] = output
 
 
 def _shaped(rows: np.ndarray, tail: torch.Size) -> np.ndarray:
     """Return rows `[n, dim]` in the shape that they probably will have, which spares a view."""
+    if not tail:
+        return rows
     step = tail.numel()
-    return rows if not tail or step == 0 or len(rows) % step else rows.reshape(len(rows) // step, *tail, rows.shape[1])
+    return rows if step == 0 or len(rows) % step else rows.reshape(len(rows) // step, *tail, rows.shape[1])
 
 
 class _Together(torch.autograd.Function):
@@ -163,7 +171,6 @@ class _Delivery:
             padding_idx = block.usages[at][0]
             if padding_idx is not None:
                 self._skips[at] = self._position_of(place, padding_idx)
-        self.edges: list[torch.autograd.graph.Node] = []
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self._tables[place].parameter for place in dict.fromkeys(self._place_of)]
@@ -190,27 +197,33 @@ class _Delivery:
             return
         if torch.is_grad_enabled():  # backward(create_graph=True): stay differentiable
             for place, given in reached.items():
-                self._receive(place, self._differentiable(place, given), None)
+                rows = self._rows[self._starts[place] : self._starts[place + 1]]
+                self._tables[place].receive(Part(rows, self._differentiable(place, given), self._plans[place], None))
             return
         started = time.perf_counter()
-        sums = self._summed(model, reached)
-        sizes = [end - first for first, end in zip(self._starts, self._starts[1:], strict=False)]
-        whole = torch.from_numpy(sums)
-        values, kept = whole.split(sizes), Sums(sums, whole.data_ptr())
+        given = BlockGradient(self._tables, self._plans, self._rows, self._starts, self._summed(model, reached))
         model.manager.traffic.seconds["backward"] += time.perf_counter() - started
+        taken = 0
         for place in reached:
-            self._receive(place, values[place], kept)
-
-    def _receive(self, place: int, values: torch.Tensor, sums: Sums | None) -> None:
-        rows = self._rows[self._starts[place] : self._starts[place + 1]]
-        self._tables[place].receive(Part(rows, values, self._plans[place], None, sums=sums))
+            table = self._tables[place]
+            if model.reducer is None and table.takes_share(given, place):
+                taken += 1
+            else:
+                table.receive(given.part(place))
+        if taken:
+            model.batches.backward_goes_on()
 
     def _wanted(self) -> Sequence[int]:
         """Return the places of the tables that the running backward is for."""
-        places = list(dict.fromkeys(self._place_of))
-        if torch._C._will_engine_execute_node(self.edges[0]):
+        if torch._C._will_engine_execute_node(_witness_node):
             return range(len(self._tables))
-        return [place for place, edge in zip(places, self.edges[1:], strict=True) if _is_input(edge)]
+        wanted = []
+        with torch._C.DisableTorchFunctionSubclass():
+            for place in dict.fromkeys(self._place_of):
+                parameter = self._tables[place].parameter
+                if parameter.requires_grad and _is_input(get_gradient_edge(parameter).node):  # or was frozen since
+                    wanted.append(place)
+        return wanted
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
         """Return the gradients `[U, dim]` of the block's rows."""
@@ -253,10 +266,10 @@ class _Delivery:
         return list(found.values())
 
 
-def _is_input(edge: torch.autograd.graph.Node) -> bool:
-    """Whether a backward for certain inputs is for the leaf at the end of `edge`."""
+def _is_input(node: torch.autograd.graph.Node) -> bool:
+    """Whether a backward for certain inputs is for the leaf whose gradient `node` adds up."""
     try:
-        return torch._C._will_engine_execute_node(edge)
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # it is, and its gradient is returned by autograd.grad
         return True
 
@@ -275,9 +288,13 @@ def look_up(
     if table is None or weight is not table.parameter or max_norm is not None or scale_grad_by_freq:
         return None
     model = table.model()
-    if model is None or model.watch.recorder is not None or not _is_ordinary(input) or not weight.requires_grad:
+    if model is None or model.watch.recorder is not None or not _is_ordinary(input):
         return None
-    flat = input.numpy().reshape(-1)
+    with torch._C.DisableTorchFunctionSubclass():  # the question would come to the table's own __torch_function__
+        if not weight.requires_grad:
+            return None
+    flat = input.numpy()
+    flat = flat if flat.ndim == 1 else flat.reshape(-1)
     number = table.table.number
     for batch in model.batches.candidates(number):
         needed = batch.tables[number]

@@ -309,7 +309,7 @@ class ManagedModel:
             groups[table.table.number] = snapshots[id(group)]
             # Without lockstep a rank that follows may not have heard yet that the others cleared what they had stepped.
             is_old = self.joining and table.is_stepped and not self.manager.in_lockstep
-            parts += [] if is_skipped or is_old else [(table, part) for part in table.step_parts()]
+            parts += [] if is_skipped or is_old else [(table, part) for part in table.gradients_for_step()]
             table.is_stepped = True
         gradients = table_gradients(parts)
         finished = self.batches.finish_used()

@@ -23,13 +23,14 @@ from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 from adaloader.table_values import read_whole
 
 if TYPE_CHECKING:
+    from adaloader.block_gradient import BlockGradient
     from adaloader.blocks import Block, Usage
     from adaloader.managed_model import ManagedModel
 
 _ID_DTYPES = (torch.int64, torch.int32)
 
 
-@dataclass
+@dataclass(slots=True)
 class BatchRows:
     """The rows of one table that one batch needs.
 
@@ -57,10 +58,10 @@ class BatchRows:
 
     def place_of(self, ids: np.ndarray) -> int | None:
         """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
-        for step in range(len(self.sites)):
-            at = (self.next_site + step) % len(self.sites)
-            expected = self.sites[at][0]
-            if expected.size == ids.size and not (expected != ids).any():
+        sites = self.sites
+        for step in range(len(sites)):
+            at = (self.next_site + step) % len(sites)
+            if cuda_ops.same_ids(sites[at][0], ids):
                 self.next_site = at + 1
                 self.used.add(at)
                 return at
@@ -114,7 +115,8 @@ class ManagedTable:
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
     `usages` says, by place among a batch's lookups of the table, how the last one there was used, where it can be made
     with those of other tables; `matched` is the place of the last lookup, None if none was expected there.
-    `gradient_form` has the form of row gradients and no values, once there was one.
+    `gradient_form` has the form of row gradients and no values, once there was one; `seen_gradient` is the gradient as
+    user code sees it, once it was asked for: a view, whatever the gradient is.
     """
 
     name: str
@@ -142,6 +144,7 @@ class ManagedTable:
     usages: dict[int, Usage] = field(default_factory=dict)
     matched: int | None = None
     gradient_form: torch.Tensor | None = None
+    seen_gradient: torch.Tensor | None = None
     hooks: OrderedDict = field(default_factory=OrderedDict)
     post_hooks: OrderedDict = field(default_factory=OrderedDict)
 
@@ -371,6 +374,17 @@ class ManagedTable:
 
     # Gradients
 
+    def takes_share(self, given: BlockGradient, place: int) -> bool:
+        """Take in one backward's gradient of a block, of which this table is at `place`, and which needs no factor; if
+        nobody else is to hear of it and it is the first: else return False, and it is to be received as a part."""
+        gradient = self.gradient
+        is_alone = gradient.is_empty and self.captured is None and not (self.hooks or self.post_hooks)
+        if not is_alone or isinstance(self.table.spec.rule, pm.Frozen):
+            return False
+        gradient.give_share(given, place)
+        self.has_gradient, self.is_stepped, self.hidden = True, False, False
+        return True
+
     def receive(self, part: Part) -> None:
         """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
         if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
@@ -393,10 +407,10 @@ class ManagedTable:
     @property
     def may_have_gradient(self) -> bool:
         """Whether this rank, or perhaps another, has a gradient."""
-        if self.has_gradient or not self.parameter.requires_grad:
-            return self.has_gradient
+        if self.has_gradient:
+            return True
         reducer = self.owner.reducer
-        return reducer is not None and reducer.reductions > self.settled_at
+        return reducer is not None and reducer.reductions > self.settled_at and self.parameter.requires_grad
 
     def settle_gradient(self, has_gradient: bool) -> None:
         """The ranks know of each other whether there is a gradient."""
@@ -412,14 +426,18 @@ class ManagedTable:
 
     def clear_gradient(self, *, keep_zero: bool = False) -> None:
         """Forget the gradient; with `keep_zero` it becomes one of zeros, where there is one (on some rank)."""
-        if self.parts:
+        if not self.gradient.is_empty:
             self.owner.gradient_goes()
-        self.parts = []
+            self.parts = []
         self.gradient.changed()
         if not keep_zero:
             self.settle_gradient(False)
         self.clears += 1
         self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
+
+    def gradients_for_step(self) -> list[Part | tuple[BlockGradient, int]]:
+        """Return what a step must apply: as `step_parts`, or the table's share of a block's gradient."""
+        return self.step_parts() if self.gradient.share is None else [self.gradient.share]
 
     def step_parts(self) -> list[Part]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
@@ -432,8 +450,17 @@ class ManagedTable:
         return self.parts
 
 
-def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
-    """Return parts of tables' gradients as the manager takes them: on the host, but for tables that it has cached."""
+def table_gradients(given: list[tuple[ManagedTable, Part | tuple[BlockGradient, int]]]) -> list[pm.TableGradient]:
+    """Return what `gradients_for_step` gave as the manager takes it, in its order: on the host, but for tables that it
+    has cached."""
+    parts = [(table, part) for table, part in given if type(part) is Part]
+    if len(parts) == len(given):
+        return _gradients_of_parts(parts)
+    of_parts = iter(_gradients_of_parts(parts))
+    return [next(of_parts) if type(part) is Part else part[0].for_step(part[1]) for _, part in given]
+
+
+def _gradients_of_parts(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
     values = [part.values.detach() for _, part in parts]
     to_host = [at for at, (table, _) in enumerate(parts) if not table.owner.manager.is_cached(table.table)]
     for at, array in zip(to_host, all_on_host([values[at] for at in to_host]), strict=True):

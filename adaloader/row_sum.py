@@ -15,6 +15,7 @@ from adaloader.errors import ManagedTableError
 from adaloader.slabs import Part, coalesce, no_rows
 
 if TYPE_CHECKING:
+    from adaloader.block_gradient import BlockGradient
     from adaloader.managed_table import ManagedTable
 
 
@@ -24,6 +25,8 @@ class RowSum:
     Invariant: the gradient is the sum over `parts` of scale x values. On several ranks it is the sum over ranks of
     that, until the ranks combine it (`combining.py`); then each rank has some of the rows, whole.
 
+    What a block's backward gave alone is kept as it is (`give_share`) until `parts` are asked for.
+
     Args:
         table: whose rows they are.
         parts: what there is of it.
@@ -32,9 +35,33 @@ class RowSum:
 
     def __init__(self, table: ManagedTable, parts: list[Part], *, belongs_to_table: bool):
         self.table = table
-        self.parts = parts
+        self.share: tuple[BlockGradient, int] | None = None
+        self._parts = parts
         self.belongs_to_table = belongs_to_table
         self.norms: dict[tuple[float, torch.dtype | None], torch.Tensor] = {}
+
+    @property
+    def parts(self) -> list[Part]:
+        if self.share is not None:
+            (given, place), self.share = self.share, None
+            self._parts = [given.part(place)]
+            self._parts[0].scale = 1.0
+        return self._parts
+
+    @parts.setter
+    def parts(self, parts: list[Part]) -> None:
+        self.share, self._parts = None, parts
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no parts."""
+        return self.share is None and not self._parts
+
+    def give_share(self, given: BlockGradient, place: int) -> None:
+        """Make an empty gradient the share of the table at `place` of a block; the backward that gave it needs no
+        factor."""
+        self.share = given, place
+        self.changed()
 
     @property
     def is_spread(self) -> bool:

@@ -99,7 +99,11 @@ class TableParameter(_ManagedTensor, nn.Parameter):
     @property
     def grad(self) -> RowGradient | None:
         table = self._managed
-        return row_gradient(table.gradient) if not table.hidden and table.may_have_gradient else None
+        if table.hidden or not table.may_have_gradient:
+            return None
+        if table.seen_gradient is None:
+            table.seen_gradient = row_gradient(table.gradient)
+        return table.seen_gradient
 
     @grad.setter
     def grad(self, value) -> None:

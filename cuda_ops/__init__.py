@@ -26,6 +26,7 @@ from cuda_ops.cpu import update as _update
 from cuda_ops.cpu.advance import caught_up_word, history_columns
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
+from cuda_ops.cpu.same import same_ids
 from cuda_ops.dispatch import by_device
 from cuda_ops.trust import trusted
 
@@ -91,6 +92,7 @@ __all__ = [
     "partition",
     "renorm",
     "rowwise_adagrad_update",
+    "same_ids",
     "scatter",
     "segment_count",
     "segment_sum",

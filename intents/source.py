@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import as_tensor
+from .columns import columns, columns_of
 from .dims import Formula, Symbol
 from .explain import Explanation
 from .operators import Operator
@@ -66,7 +67,12 @@ class Writer:
 
 def outputs_used(recipe: Recipe, explanation: Explanation, steps: list[int], lookups: list[RecipeLookup]) -> set[int]:
     """The values that anything later refers to."""
-    used = {lookup.value for lookup in lookups}
+    return used_by_steps(recipe, explanation, steps) | {lookup.value for lookup in lookups}
+
+
+def used_by_steps(recipe: Recipe, explanation: Explanation, steps: list[int]) -> set[int]:
+    """The values that steps refer to."""
+    used: set[int] = set()
     for step in steps:
         used.update(recipe.steps[step].inputs)
         used.update(symbol.value for symbol in explanation.symbols(step))
@@ -85,6 +91,13 @@ def compile_recipe(
     steps = sorted(set().union(*(explanation.steps_of(lookup, recipe) for lookup in lookups)))
     used = outputs_used(recipe, explanation, steps, lookups)
     lines = list(_prologue(recipe, constants, used, names))
+    together = columns_of(recipe, explanation, steps, lookups)
+    places: dict[int, str] = {}
+    for leaf, found in together.items():
+        taken = f"columns{leaf}"
+        lines.append(f"{taken} = {names.bind(columns)}({names.value(leaf)}, {[place for _, place in found]})")
+        places |= {value: f"{taken}[{row}]" for row, (value, _) in enumerate(found)}
+    left_out = {recipe.makers[value] for value in places.keys() - used_by_steps(recipe, explanation, steps)}
     results: dict[tuple[int, int], str] = {}
     captured: list[str] = []
     waiting = list(enumerate(lookups))
@@ -95,9 +108,10 @@ def compile_recipe(
             if key not in results:
                 results[key] = f"r{len(results)}"
                 flatten = names.bind(_copied_ids if lookup.copied else _ids)
-                lines.append(f"{results[key]} = {flatten}({names.value(lookup.value)})")
+                ids = places.get(lookup.value) or f"{flatten}({names.value(lookup.value)})"
+                lines.append(f"{results[key]} = {ids}")
             captured.append(results[key])
-        if step < len(recipe.steps):
+        if step < len(recipe.steps) and step not in left_out:
             lines.extend(_assignments(recipe.steps[step], writer.call(step), used, names))
     body = "\n    ".join([*lines, f"return [{', '.join(captured)}]"])
     exec(compile(f"def replay(leaves):\n    {body}\n", "<program of intents>", "exec"), names.bound)

@@ -110,7 +110,7 @@ class Stretch:
     store: RecordStore
 
 
-@dataclass
+@dataclass(slots=True)
 class RowPlan:
     """The rows of one table that one batch needs: an intent, and where each row is to be found.
 
@@ -156,7 +156,7 @@ class RowPlan:
     first: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TableGradient:
     """A step's gradient of one table on one rank.
 

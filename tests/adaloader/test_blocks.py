@@ -308,6 +308,73 @@ def _used_as_a_whole_late(model, optimizer, loader):
     return values
 
 
+def _meddled_with(model, optimizer, loader):
+    """Gradients that are read, changed, kept, cleared and applied again, table by table, at random."""
+    values = []
+    weights = [model.embeddings[t].weight for t in range(TABLES)]
+    for ids in loader:
+        rng = np.random.default_rng(int(ids.sum()) + len(ids))
+        for _ in range(int(rng.integers(1, 3))):
+            loss = weigh(model(ids)) if rng.random() < 0.7 else weigh(model.rows(ids)[2]) + weigh(model.rows(ids)[5])
+            loss.backward()
+            values.append(loss)
+            for weight, what in zip(weights, rng.integers(0, 12, TABLES), strict=True):
+                _meddle(weight, what, values)
+        for _ in range(int(rng.integers(1, 3))):
+            optimizer.step()
+        if rng.random() < 0.8:
+            optimizer.zero_grad(set_to_none=bool(rng.random() < 0.7))
+    return values
+
+
+def _meddle(weight, what, values):
+    if weight.grad is None:
+        values.append(0.5)
+    elif what == 0:
+        weight.grad = None
+    elif what == 1:
+        weight.grad.mul_(0.5)
+    elif what == 2:
+        weight.grad = weight.grad * 2
+    elif what == 3:
+        values.append(weight.grad.norm())
+    elif what == 4:
+        weight.grad.zero_()
+    elif what == 5:
+        values.append(weight.grad.to_dense().clone())
+    elif what == 6:
+        weight.grad.add_(weight.grad.clone(), alpha=0.5)
+
+
+def _frozen_before_backward(model, optimizer, loader):
+    """Tables that are frozen, and thawed, between a forward pass and a backward for some parameters alone."""
+    values = []
+    for ids in loader:
+        optimizer.zero_grad()
+        loss = weigh(model(ids))
+        model.embeddings[3].weight.requires_grad_(False)
+        loss.backward(inputs=[model.embeddings[4].weight, model.out.weight])
+        model.embeddings[3].weight.requires_grad_(True)
+        optimizer.step()
+        values += [loss, model.embeddings[3].weight.grad is None]
+    return values
+
+
+def _hooks_come_and_go(model, optimizer, loader):
+    """A hook that is there for one of two backward passes whose gradients add up."""
+    values = []
+    for ids in loader:
+        optimizer.zero_grad()
+        weigh(model(ids)).backward()
+        handle = model.embeddings[6].weight.register_hook(lambda gradient: gradient * 0.25)
+        loss = weigh(model(ids))
+        loss.backward()
+        handle.remove()
+        optimizer.step()
+        values.append(loss)
+    return values
+
+
 LOOPS = [
     _two_backwards,
     _only_some_inputs,
@@ -319,6 +386,9 @@ LOOPS = [
     _written_between,
     _hooked,
     _used_as_a_whole_late,
+    _meddled_with,
+    _frozen_before_backward,
+    _hooks_come_and_go,
 ]
 
 

@@ -1,0 +1,27 @@
+"""Whether a lookup's ids are those that were expected: what is asked at each lookup, in one call."""
+
+from numba import njit
+
+
+def same_ids(expected, ids):
+    """Return whether two vectors of int64 have the same numbers, in the same order.
+
+    Reads 16 n bytes, without a temporary; `ids` may be a column of a matrix. Nothing is checked or copied, for a lookup
+    of few ids takes no longer than such checks do.
+
+    Args:
+        expected: [n] int64, contiguous.
+        ids: [m] int64, with any stride.
+    """
+    return _same(expected, ids)
+
+
+# It keeps the interpreter's lock: it takes less time than to give that to a thread that waits and to get it back.
+@njit(cache=True, error_model="numpy")
+def _same(expected, ids):
+    if expected.size != ids.size:
+        return False
+    different = 0
+    for i in range(expected.size):
+        different |= expected[i] ^ ids[i]
+    return different == 0
