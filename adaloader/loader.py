@@ -79,8 +79,12 @@ class AdaLoader(StatefulDataLoader):
             of what is free when the loader is built, 0 none (rows are copied there for each batch, as they are on
             several ranks, and of tables whose optimizer moves rows without gradient). A batch whose rows have no room
             is an error that says how many bytes it needs.
+        record: path of a file to which each rank adds what it intends and how rows come and go there, one JSON object
+            per line: `moves.jsonl` is `moves-0.jsonl` on rank 0. What is in the file stays. A later loader of the model
+            leaves it out, or gives the same.
 
     Raises:
+        OSError: if a rank cannot write its file of `record`; on every rank.
         ValueError: for arguments out of range, a table on a device of another kind, an optimizer that does not hold a
             table, ranks that differ, or settings other than those of the model's first loader.
         UnsupportedOptimizerError: if a table's optimizer is not supported.
@@ -121,6 +125,7 @@ class AdaLoader(StatefulDataLoader):
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
         shared_memory: bool = True,
         device_cache_bytes: int | None = None,
+        record: str | os.PathLike | None = None,
         **kwargs,
     ):
         orders = (
@@ -160,9 +165,12 @@ class AdaLoader(StatefulDataLoader):
             max_rounds_per_second,
             shared_memory,
             device_cache_bytes,
+            record,
         )
         if model is None:
-            _refuse_model_keywords(optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy)
+            _refuse_model_keywords(
+                optimizer=optimizer, batch_weight=batch_weight, comm=comm, strategy=strategy, record=record
+            )
             return
         self._shuffles_or_generates = orders and (bool(shuffle) or generator is not None)
         order = "batches of the rank's own"
@@ -206,6 +214,7 @@ class AdaLoader(StatefulDataLoader):
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
         shared_memory: bool = True,
         device_cache_bytes: int | None = None,
+        record: str | os.PathLike | None = None,
     ) -> WrappedLoader:
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
@@ -227,6 +236,7 @@ class AdaLoader(StatefulDataLoader):
             max_rounds_per_second,
             shared_memory,
             device_cache_bytes,
+            record,
         )
         return WrappedLoader(iterable, model, optimizer, settings)
 

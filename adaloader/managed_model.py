@@ -7,6 +7,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,6 +86,7 @@ class ManagedModel:
         self.sessions = 0
         self.sessions_made = 0
         self.process_group = None
+        self.recorded_in: Path | None = None
         self.on_table_added: Callable[[ManagedModel, ManagedTable], None] = lambda model, table: None
         self.on_table_held: Callable[[ManagedModel, ManagedTable, Optimizer], None] = lambda *held: None
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}

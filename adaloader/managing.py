@@ -29,6 +29,7 @@ from adaloader.optimizer_state import hook_optimizer
 from adaloader.optimizers import group_of, rule_for
 from adaloader.process_group import process_group
 from adaloader.ranks import end_job_if_failed, end_job_on_failure, end_job_unless, same_comm
+from adaloader.recording import begin_record, check_same_record, open_record
 from adaloader.registry import ends, register, this_process
 from adaloader.row_cache import cache_rows, lone_manager
 from adaloader.settings import Settings
@@ -124,12 +125,18 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         managed.roll_call = _roll_call(manager)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"
+    recorder = None
     try:
+        recorder = open_record(manager, settings.record)
         adoption.agree(manager, "tables or settings", _describe(model, found, optimizers, settings, strategy))
         adoption.agree(manager, "dataset, batches or weights", f"{order}, {weighted}", _ONE_DATASET)
-    except ValueError:  # on all ranks
+    except (ValueError, OSError):  # on all ranks
+        if recorder is not None:
+            recorder.close()
         manager.close()
         raise
+    if recorder is not None:
+        begin_record(managed, recorder, settings)
     managed.attach(optimizers)
     adoption.adopt(managed, found, adoption.specs_for(found, optimizers, adoption.seeds_of_rank_0(manager, found)))
     cache_rows(managed, settings.device_cache_bytes)
@@ -201,6 +208,7 @@ def _check_same_settings(managed: ManagedModel, settings: Settings) -> None:
                 f"this model already has a loader with {name}={first!r}, and this one asks for {name}={value!r}; "
                 "loaders of one model must agree on that"
             )
+    check_same_record(managed, settings)
     if settings.strategy is not None and resolve_strategy(managed.model(), settings.strategy) != managed.strategy:
         raise ValueError(
             f"this model's first loader had strategy={managed.strategy!r}, and this one asks for "

@@ -88,6 +88,10 @@ class Planner:
                 needed = self._intend(table, ids, batch.expected)
                 if needed is not None:
                     found[table.table.number] = needed
+        recorder = self._model.manager.recorder
+        if recorder is not None:
+            for number, needed in found.items():
+                recorder.note("intends", number, needed.rows, start=batch.expected, end=None)
         return found
 
     def _derive(self, batch: Batch, by_table: dict[ManagedTable, list[np.ndarray]]) -> None:

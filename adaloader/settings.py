@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from adaloader.strategy import check_strategy
@@ -32,6 +34,7 @@ class Settings:
     max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND
     shared_memory: bool = True
     device_cache_bytes: int | None = None
+    record: str | os.PathLike | None = None
 
     def __post_init__(self):
         check_strategy(self.strategy)
@@ -58,6 +61,8 @@ class Settings:
             _is_int(self.device_cache_bytes) and self.device_cache_bytes >= 0
         ):
             raise ValueError(f"device_cache_bytes must be a number of bytes, or None; got {self.device_cache_bytes!r}")
+        if self.record is not None and not (isinstance(self.record, (str, os.PathLike)) and Path(self.record).name):
+            raise ValueError(f"record must be the path of a file, or None; got {self.record!r}")
         if not _is_int(self.min_rows) or self.min_rows < 1:
             raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
         if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:

@@ -1,17 +1,22 @@
 """Bytes that cross the network per training step, counted, for each way of managing rows, on four workloads.
 
-    python benchmarks/traffic.py                                  simulated ranks: 2, 4, 8, 16
+    python benchmarks/traffic.py                                  simulated ranks: 2, 4, 8, 16, at staleness None
+    python benchmarks/traffic.py --staleness 0                    the same, exact (needs mpi4py)
     python benchmarks/traffic.py --ranks 64 --samples 64          many ranks, smaller batches
     mpirun -n 2 python benchmarks/traffic.py --mpi                real ranks, over `pm.ParameterManager`
     mpirun -n 2 python benchmarks/traffic.py --mpi --staleness 0  real ranks, over a loader that is exact
 
-The simulated ranks run the protocol's own code (`pm.simulator`) and pack every message as it would travel, so all bytes
-are counted: intents, locations, acknowledgements, records, changes, headers. `none` keeps each row at its home rank and
-fetches and pushes on demand; `full` is computed: every rank holds every row, and sends the changes of the rows of each
-batch (id and record) to every other rank. A step is one batch on every rank; bytes are those that all ranks send.
+The simulated ranks run the protocols' own code (`pm.simulator`, and `pm.lockstep_simulator` at staleness 0) and pack
+every message as it would travel, so all bytes are counted: intents, locations, acknowledgements, records, changes,
+headers. `none` keeps each row at its home rank and fetches and pushes on demand; `full` is computed: every rank holds
+every row, and sends the changes of the rows of each batch (id and record) to every other rank. A step is one batch on
+every rank; bytes are those that all ranks send.
 
 With `--staleness 0` they are those of an `AdaLoader` that is exact: a step then sends gradients and new values, not
 changes of records; `full` sends every rank the gradients of all others.
+
+Counted are `--steps` steps. With `--warmup` that many others go before, and as many as the lookahead come after, so
+that at the beginning and at the end of what is counted the same has been done ahead; without, a run is counted whole.
 
 The workloads (`workloads.py`) have a batch of `--samples` per rank, and intents `--lookahead` steps ahead.
 """
@@ -41,18 +46,21 @@ def record(name: str, args: argparse.Namespace, ranks: int) -> Recording:
     entries = []
     for rank in range(ranks):
         rng = np.random.default_rng([args.seed, rank])
-        for clock in range(args.steps):
+        for clock in range(args.all_steps):
             entries.append((rank, clock, WORKLOADS[name](rng, args.rows, args.samples, rank, ranks)))
     return Recording.of(entries)
 
 
-def full_replication(recording: Recording, ranks: int, width: int) -> float:
-    """Return the bytes that all ranks send in all steps where every rank holds every row."""
-    return len(recording.keys) * (ID_BYTES + VALUE_BYTES * width) * (ranks - 1)
+def full_replication(recording: Recording, args: argparse.Namespace, ranks: int) -> float:
+    """Return the bytes per step that all ranks send where every rank holds every row."""
+    words = args.width // 2 if args.staleness == "0" else args.width  # gradients, or changes of whole records
+    counted = (recording.clocks >= args.warmup) & (recording.clocks < args.warmup + args.steps)
+    rows = int(np.diff(recording.offsets)[counted].sum())
+    return rows * (ID_BYTES + VALUE_BYTES * words) * (ranks - 1) / args.steps
 
 
 def simulate(recording: Recording, args: argparse.Namespace, ranks: int, techniques: str) -> dict[str, object]:
-    """Return the bytes per step of the steps after the warm-up, in all and by kind, and what else was counted."""
+    """Return the bytes per counted step, in all and by kind, and what else was counted."""
     setting = Setting(
         ranks=ranks,
         capacities=(args.rows,),
@@ -71,12 +79,33 @@ def simulate(recording: Recording, args: argparse.Namespace, ranks: int, techniq
     simulation.run_to_clock(args.warmup)
     before, before_kinds = simulation.network.bytes_sent.sum(), simulation.bytes_by_kind
     before_counts = simulation.counts
-    simulation.settle()
+    if args.warmup:
+        simulation.run_to_clock(args.warmup + args.steps)
+    else:
+        simulation.settle()
     return figures(
         int(simulation.network.bytes_sent.sum() - before),
         simulation.bytes_by_kind - before_kinds,
         simulation.counts - before_counts,
-        args.steps - args.warmup,
+        args.steps,
+    )
+
+
+def simulate_exactly(recording: Recording, args: argparse.Namespace, ranks: int, techniques: str) -> dict[str, object]:
+    """The same at staleness 0."""
+    from pm.lockstep_simulator import LockstepSimulation
+
+    simulation = LockstepSimulation(
+        recording, ranks, args.rows, args.width // 2, techniques=techniques, lookahead=args.lookahead, seed=args.seed
+    )
+    simulation.run_to(args.warmup)
+    before, before_kinds, before_counts = simulation.bytes_sent, simulation.bytes_by_kind, simulation.counts
+    simulation.run_to(args.warmup + args.steps)
+    return figures(
+        simulation.bytes_sent - before,
+        simulation.bytes_by_kind - before_kinds,
+        simulation.counts - before_counts,
+        args.steps,
     )
 
 
@@ -93,16 +122,19 @@ def over_mpi(recording: Recording, args: argparse.Namespace, comm, techniques: s
         act_late=not args.act_at_once,
         max_rounds_per_second=args.rounds_per_step / args.step_seconds,
     )
-    before = _counted(manager.stats())
-    for clock in range(-args.lookahead, args.steps):
+    before = after = None
+    for clock in range(-args.lookahead, args.all_steps):
         ahead = clock + args.lookahead
-        if ahead < args.steps and ahead in mine:
+        if ahead < args.all_steps and ahead in mine:
             manager.intent(mine[ahead], ahead)
         if clock < 0:
             continue
         if clock == args.warmup > 0:
             manager.barrier()
             before = _counted(manager.stats())
+        if clock == args.warmup + args.steps:
+            manager.barrier()
+            after = _counted(manager.stats())
         keys = mine[clock]
         out = np.empty((len(keys), args.width), np.float32)
         manager.wait(manager.pull(keys, out))
@@ -111,10 +143,10 @@ def over_mpi(recording: Recording, args: argparse.Namespace, comm, techniques: s
         manager.advance_clock()
     manager.wait_all()
     manager.barrier()
-    counted = _counted(manager.stats())
-    counted.subtract(before)
+    counted = after or _counted(manager.stats())
+    counted.subtract(before or {})
     manager.close()
-    return _together(counted, comm, args.steps - args.warmup)
+    return _together(counted, comm, args.steps)
 
 
 def _together(counted: Counter, comm, steps: int) -> dict[str, object]:
@@ -137,19 +169,21 @@ def exactly(recording: Recording, args: argparse.Namespace, comm, techniques: st
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
     options = {"lookahead": args.lookahead, "techniques": techniques, "min_rows": 1, "shared_memory": False}
     loader = AdaLoader.wrap(mine, model=model, optimizer=optimizer, **options)
-    before = Counter()
+    before = after = None
     for step, ids in enumerate(loader):
         if step == args.warmup > 0:
             before = _counted(loader.stats())
+        if step == args.warmup + args.steps:
+            after = _counted(loader.stats())
         optimizer.zero_grad()
         model(ids).sum().backward()
         optimizer.step()
         _pause(args.step_seconds)
     comm.Barrier()
-    counted = _counted(loader.stats())
-    counted.subtract(before)
+    counted = after or _counted(loader.stats())
+    counted.subtract(before or {})
     loader.close()
-    return _together(counted, comm, args.steps - args.warmup)
+    return _together(counted, comm, args.steps)
 
 
 def _pause(seconds: float) -> None:
@@ -180,12 +214,12 @@ def compare(name: str, args: argparse.Namespace, ranks: int, comm=None) -> dict[
     of_each = {}
     for techniques in args.techniques:
         if comm is None:
-            of_each[techniques] = simulate(recording, args, ranks, techniques)
+            count = simulate_exactly if args.staleness == "0" else simulate
+            of_each[techniques] = count(recording, args, ranks, techniques)
         else:
             count = exactly if args.staleness == "0" else over_mpi
             of_each[techniques] = count(recording, args, comm, techniques)
-    words = args.width // 2 if args.staleness == "0" else args.width  # gradients, or changes of whole records
-    of_each["full"] = {"bytes_per_step": full_replication(recording, ranks, words) / args.steps}
+    of_each["full"] = {"bytes_per_step": full_replication(recording, args, ranks)}
     others = {way: run["bytes_per_step"] for way, run in of_each.items() if way != "all"}
     best = min(others, key=others.get)
     result = {"workload": name, "ranks": ranks, "best_other": best, "ways": of_each}
@@ -228,14 +262,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bytes per step of each way of managing rows.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--mpi", action="store_true", help="real ranks, under mpirun")
-    parser.add_argument("--staleness", choices=["none", "0"], default="none", help="0: exact, with --mpi only")
+    parser.add_argument("--staleness", choices=["none", "0"], default="none", help="0: exact (%(default)s)")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--width", type=int, default=32, help="words of a record: 16 values and Adagrad's 16 sums")
     parser.add_argument("--samples", type=int, default=256, help="a rank and step")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warmup", type=int, default=0, help="steps that are not counted")
+    parser.add_argument("--steps", type=int, default=60, help="that are counted (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=0, help="steps before these (%(default)s)")
     parser.add_argument("--lookahead", type=int, default=10, help="steps")
     parser.add_argument("--rounds-per-step", type=float, default=1.0)
     parser.add_argument("--step-seconds", type=float, default=0.02, help="of computing, with --mpi")
@@ -243,10 +277,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the figures; printed without")
     args = parser.parse_args(arguments)
-    if args.staleness == "0" and not args.mpi:
-        parser.error("--staleness 0 is counted on real ranks: add --mpi, under mpirun")
-    if not 0 <= args.warmup < args.steps:
-        parser.error(f"--warmup must be below --steps; got --steps {args.steps} --warmup {args.warmup}")
+    if args.steps < 1 or args.warmup < 0:
+        parser.error(f"--steps must be 1 or more, --warmup 0 or more; got --steps {args.steps} --warmup {args.warmup}")
+    args.all_steps = args.steps + (args.warmup + args.lookahead if args.warmup else 0)
     return args
 
 

@@ -237,6 +237,10 @@ class Asking:
             if plan.staging is None:
                 plan.staging = np.empty((len(plan.order), plan.table.spec.dim), plan.table.spec.dtype)
             cuda_ops.scatter(plan.staging.reshape(-1), plan.table.spec.dim, tickets, values)
+            manager = self._manager
+            if manager.recorder is not None:
+                rows = plan.rows[plan.order[tickets]]
+                manager.recorder.note("copied", plan.table.number, rows, round=manager.applied, other=source)
         if answer:
             plan.answered.add(source)
 

@@ -351,7 +351,7 @@ class Claims:
         owned.live[slots] = live
         if len(holders):
             owned.holders[slots] = holders.view(np.uint64).reshape(len(keys), -1)
-        node.locations[holdings.group.number].arrived(keys, counters.astype(np.int64))
+        node.locations[holdings.group.number].arrived(keys, widen(counters))
         self._note(holdings, "moved here", keys, source)
         node.grants.intents_ended(holdings, slots)
 

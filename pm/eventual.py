@@ -25,10 +25,12 @@ from pm.claims import Intent
 from pm.holdings import Group, Holdings
 from pm.manager import Traffic
 from pm.messages import Kind, Message
+from pm.moves import Moves
 from pm.node import Node
 from pm.operations import Action, Operation
 from pm.pace import Pace
 from pm.passes import Passes
+from pm.recorder import Recorder
 from pm.serving import Round
 from pm.synchronous import SynchronousManager
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
@@ -303,6 +305,11 @@ class EventualManager(SynchronousManager):
 
     def _is_urgent(self) -> bool:
         return self._waiting.waiters > 0
+
+    def record(self, recorder: Recorder) -> None:
+        super().record(recorder)
+        with self.structure:
+            Moves(self.node, recorder)
 
     def close(self, *, linger: bool = False) -> None:
         if not self._shut and self.node.staleness is not None:

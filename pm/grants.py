@@ -158,9 +158,14 @@ class Grants:
             if not some.any():
                 continue
             if some is promoted:
-                message = Message(Kind.PROMOTED, (number,), (narrow(keys[some]), counters[some]))
+                message = Message(Kind.PROMOTED, (number,), (narrow(keys[some]), narrow(counters[some])))
             else:
-                arrays = (narrow(keys[some]), owned.values(slots[some]), counters[some], _sets(holders[some]))
+                arrays = (
+                    narrow(keys[some]),
+                    owned.values(slots[some]),
+                    narrow(counters[some]),
+                    _sets(holders[some]),
+                )
                 message = Message(Kind.RECORDS, (number,), arrays)
             node.emit(to, message)
         node.count("relocations", number, len(slots))
@@ -181,13 +186,13 @@ class Grants:
                 continue
             locations.gave_away(part, owner, int(node.next_parcel(peer)))
             if peer != owner:
-                node.emit(peer, Message(Kind.MOVED, (number, owner), (narrow(part), counters[some])))
+                node.emit(peer, Message(Kind.MOVED, (number, owner), (narrow(part), narrow(counters[some]))))
 
     def on_moved(self, source: int, message: Message) -> None:
         """MOVED(group, owner; keys, counters): keys that are at home here have gone to `owner`."""
         number, owner = message.numbers
         keys, counters = message.arrays
-        self._node.locations[number].moved(widen(keys), owner, counters.astype(np.int64))
+        self._node.locations[number].moved(widen(keys), owner, widen(counters))
 
     # Changes
 

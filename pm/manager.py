@@ -16,6 +16,7 @@ import cuda_ops
 from pm.dense_rules import SWEPT_STEPS
 from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
+from pm.recorder import Recorder
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.together import apply_together, runs
@@ -59,6 +60,8 @@ class Manager:
     ranks = 1
     machine_ranks = 1
     """Number of ranks that read each other's rows without a message, this one included."""
+    recorder: Recorder | None = None
+    """Where moves and copies are written, if anywhere."""
     in_lockstep = True
     """Whether no rank takes a step before all have taken the one before it."""
 
@@ -465,6 +468,10 @@ class Manager:
     @property
     def bytes_received(self) -> int:
         return 0
+
+    def record(self, recorder: Recorder) -> None:
+        """Write moves and copies there from now on; whoever gives it closes it."""
+        self.recorder = recorder
 
     def close(self) -> None:
         """This rank is done; with several, rows cannot be had afterwards."""

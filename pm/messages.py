@@ -9,7 +9,8 @@ from enum import IntEnum, unique
 import numpy as np
 
 _WORD = 8
-_DTYPES = (np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8), np.dtype(np.int32))
+_DTYPES = tuple(map(np.dtype, (np.int64, np.float32, np.float64, np.uint8, np.int32, np.uint16)))
+_NARROW = (((1 << 8) - 1, np.uint8), ((1 << 16) - 1, np.uint16), ((1 << 31) - 1, np.int32))
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
@@ -77,7 +78,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """One message: its kind, a few int64 numbers, and arrays (int64, int32, float32, float64 or uint8)."""
+    """One message: its kind, a few int64 numbers, and arrays (of `_DTYPES`)."""
 
     kind: Kind
     numbers: tuple[int, ...] = ()
@@ -91,8 +92,12 @@ def message_bytes(message: Message) -> int:
 
 
 def narrow(numbers: np.ndarray) -> np.ndarray:
-    """Return non-negative int64 `numbers` as int32 where they all fit, so that they take half the bytes."""
-    return numbers.astype(np.int32) if not len(numbers) or numbers.max() <= np.iinfo(np.int32).max else numbers
+    """Return non-negative integers (int64 or int32 `[n]`) in the smallest dtype that has room for all of them."""
+    largest = numbers.max() if len(numbers) else 0
+    for limit, dtype in _NARROW:
+        if largest <= limit:
+            return numbers.astype(dtype)
+    return numbers
 
 
 def widen(numbers: np.ndarray) -> np.ndarray:

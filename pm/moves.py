@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pm import masks
 from pm.holdings import Copy
+from pm.recorder import Recorder
 
 if TYPE_CHECKING:
     from pm.node import Node
@@ -31,15 +30,12 @@ class Moves:
 
     Args:
         node: of the rank; its `record` is taken.
-        path: a file to write every event to, one JSON object per line: round, what, group, other rank, keys. None: no.
-
-    Raises:
-        OSError: if the file cannot be written.
+        recorder: where every event is written too, or None.
     """
 
-    def __init__(self, node: Node, path: object = None):
+    def __init__(self, node: Node, recorder: Recorder | None = None):
         self._node = node
-        self._file = None if path is None else Path(path).open("w")
+        self._recorder = recorder
         self._last: deque[tuple[int, str, int, np.ndarray, int]] = deque(maxlen=_REMEMBERED_EVENTS)
         node.record = self._note
 
@@ -48,9 +44,8 @@ class Moves:
             return
         at = self._node.counts["rounds"]
         self._last.append((at, what, group, keys, other))
-        if self._file is not None:
-            event = {"round": at, "what": what, "group": group, "other": other, "keys": keys.tolist()}
-            self._file.write(json.dumps(event) + "\n")
+        if self._recorder is not None:
+            self._recorder.note(what, group, keys, round=at, other=other)
 
     def explain(self, group: int, key: int) -> dict[str, object]:
         """Return, for people, what this rank knows of a key."""
@@ -95,7 +90,3 @@ class Moves:
         if live:
             return "this rank alone intends it"
         return "nobody intends it; it stays where it was used last, or at home"
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()

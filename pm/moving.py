@@ -11,6 +11,7 @@ import cuda_ops
 from pm.asked import AskedPlan
 from pm.messages import Kind, Message, narrow, widen
 from pm.reuse import Reuse
+from pm.store import RecordStore
 from pm.tables import Table
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ class Moving:
         return moves
 
     def _send(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> None:
-        """RECORDS(plan, table, version; tickets, rows, moves, records, other plans and their tickets)."""
+        """RECORDS(plan, table, version; tickets, rows, moves, records, other plans and their tickets).
+
+        The word that says when a record was last updated stays here: to its new owner it counts as updated now.
+        """
         manager, table, store = self._manager, plan.table, plan.table.store
         notes = manager.serving.notes_of(store)
         slots, rows = plan.slots[positions], plan.rows[positions]
@@ -89,7 +93,7 @@ class Moving:
         notes.clear(slots)
         others, their_tickets = ([], []) if sole else self._take_from_others(peer, plan, slots)
         records = cuda_ops.gather(
-            store.words, store.stride, slots, np.empty((len(slots), store.stride), store.words.dtype)
+            store.words, store.stride, slots, np.empty((len(slots), _words_of(store)), store.words.dtype)
         )
         store.release(keys)
         told = manager.directory.gave(keys, peer, moves)
@@ -97,7 +101,7 @@ class Moving:
         arrays = (
             ALL_TICKETS if whole else narrow(plan.tickets[positions]),
             narrow(rows),
-            moves,
+            narrow(moves),
             records,
             np.array(others, np.int64),
             narrow(np.concatenate([np.empty(0, np.int64), *their_tickets])),
@@ -106,9 +110,11 @@ class Moving:
         send(peer, Message(Kind.RECORDS, (plan.number, table.number, manager.applied), arrays))
         for home, part in enumerate(told):
             if len(part):
-                send(home, Message(Kind.MOVED, (table.number, peer), (narrow(rows[part]), moves[part])))
+                send(home, Message(Kind.MOVED, (table.number, peer), (narrow(rows[part]), narrow(moves[part]))))
         manager.directory.await_homes(keys, manager.steps)  # read after sending: no STEP of it has left before
         manager.traffic.relocations[table.number] += len(rows)
+        if manager.recorder is not None:
+            manager.recorder.note("moved away", table.number, rows, round=manager.applied, other=peer)
 
     def _take_from_others(self, peer: int, plan: AskedPlan, slots: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
         """Remove rows that leave from the other plans of `peer`; return (numbers and counts in turn, tickets)."""
@@ -132,11 +138,13 @@ class Moving:
     def on_records(self, source: int, message: Message) -> None:
         """RECORDS: `source` gives up rows; see `_send`."""
         manager = self._manager
-        number, table_number, _ = message.numbers
+        number, table_number, version = message.numbers
         tickets, rows, moves, records, others, their_tickets = message.arrays
         table = manager.tables[table_number]
         rows = widen(rows)
-        slots = self._install(table, rows, moves, records)
+        slots = self._install(table, rows, moves, records, version)
+        if manager.recorder is not None:
+            manager.recorder.note("moved here", table_number, rows, round=manager.applied, other=source)
         asking = manager.asking
         asking.took_over(number, asking.tickets_of(number, source) if not len(tickets) else widen(tickets), slots)
         start = 0
@@ -146,12 +154,15 @@ class Moving:
             start += count
         manager.requests.retry()
 
-    def _install(self, table: Table, rows: np.ndarray, moves: np.ndarray, records: np.ndarray) -> np.ndarray:
+    def _install(
+        self, table: Table, rows: np.ndarray, moves: np.ndarray, records: np.ndarray, version: int
+    ) -> np.ndarray:
         manager, store = self._manager, table.store
         keys = table.keys(rows)
         with manager.structure:
             slots = store.allocate(len(rows))
             store.put(slots, records)
+            cuda_ops.mark_steps(store.steps, store.record_class.record_bytes, slots, version)
             store.index.add(keys, slots)
             manager.serving.notes_of(store).set_moves(slots, moves)
             manager.directory.arrived(keys)
@@ -164,4 +175,9 @@ class Moving:
         keys = table.keys(widen(message.arrays[0]))
         with manager.structure:
             held = table.store.index.find(keys) >= 0
-            manager.directory.moved(keys, message.numbers[1], message.arrays[1], held)
+            manager.directory.moved(keys, message.numbers[1], widen(message.arrays[1]), held)
+
+
+def _words_of(store: RecordStore) -> int:
+    """Return the number of words of a record that travel: all but the step of its last update."""
+    return store.stride - 8 // store.words.itemsize

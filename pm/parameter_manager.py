@@ -41,7 +41,8 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
         max_rounds_per_second: how often ranks exchange what has come together.
         cache_keys: how many keys' locations a rank remembers beyond those that it needs.
         seed: of samples.
-        record: path of a file to which this rank writes its moves and copies, one JSON object per line.
+        record: path of a file to which this rank writes its intents, moves and copies, one JSON object per line
+            (`pm.recorder` says which); `python -m pm.simulator --replay` runs what all ranks' files say.
         timeout_seconds: how long to wait for another rank.
 
     Raises:

@@ -18,6 +18,7 @@ from pm.moves import Moves
 from pm.node import Node
 from pm.operations import Operation
 from pm.pace import Pace
+from pm.recorder import Recorder
 from pm.transport import Transport
 from pm.waiting import Waiting
 
@@ -44,7 +45,7 @@ class Runtime:
         comm: mpi4py communicator, which is duplicated; None for a rank that is alone.
         groups: the groups of keys.
         max_rounds_per_second: how often ranks exchange what has come together.
-        record: path of a file for this rank's moves and copies, or None (see `Moves`).
+        record: path of a file for this rank's intents, moves and copies, or None (see `Recorder`).
         timeout_seconds: how long to wait for another rank.
         on_control: called with (source, message) for messages that are none of the node's.
         options: further keywords of `Node`.
@@ -70,7 +71,10 @@ class Runtime:
         self.closed = False
         self.waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
         self.node = Node(self.rank, self.ranks, groups, self._send, **options)
-        self._moves = Moves(self.node, record)
+        self._recorder = None if record is None else Recorder(record)
+        if self._recorder is not None:
+            self._recorder.begin(self.rank, self.ranks)
+        self._moves = Moves(self.node, self._recorder)
         self._on_control = on_control
         self._pace = Pace(self.node, max_rounds_per_second)
         self._started = time.perf_counter()
@@ -135,6 +139,8 @@ class Runtime:
         with self.lock:
             for group, keys in keys_by_group:
                 self.node.claims.intend(clock, group, keys, start, end)
+                if self._recorder is not None:
+                    self._recorder.note("intends", group, keys, start=start, end=end)
 
     def advance(self, clock: Clock) -> None:
         """Move a worker's clock on by one; wait as long as the bound on staleness demands."""
@@ -264,7 +270,8 @@ class Runtime:
             self.closed = True
             if self.transport is not None:
                 self.transport.close()
-            self._moves.close()
+            if self._recorder is not None:
+                self._recorder.close()
 
     def check_open(self) -> None:
         """Raise if this runtime is closed, or its background thread has failed."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, unique
 from pathlib import Path
@@ -160,6 +162,36 @@ class Recording:
                 raise ValueError(f"{path} is not a recording of version {_VERSION} (its version: {version})")
             return Recording(*(file[name] for name in ("ranks", "clocks", "offsets", "keys")))
 
+    @staticmethod
+    def of_records(paths: Sequence[str | Path]) -> Recording:
+        """Return what the ranks of a run intended, from the files that they wrote (`Recorder`), one for each.
+
+        A key intended for clock c counts as accessed there. Of a file with several runs the last one counts. Keys of
+        several groups become one: those of each follow those of the group before.
+
+        Raises:
+            ValueError: if a file is no such file, or two are of one rank.
+        """
+        intents: dict[int, list[tuple[int, int, np.ndarray]]] = {}  # by rank: clock, group, keys
+        for path in paths:
+            rank, found = _intents_in(Path(path))
+            if rank in intents:
+                raise ValueError(f"{path} is of rank {rank}, and so is another; give one file for each rank")
+            intents[rank] = found
+        sizes = Counter()
+        for found in intents.values():
+            for _, group, keys in found:
+                sizes[group] = max(sizes[group], int(keys.max()) + 1)
+        groups = sorted(sizes)
+        first = dict(zip(groups, np.cumsum([0, *(sizes[group] for group in groups)]).tolist(), strict=False))
+        entries = []
+        for rank, found in sorted(intents.items()):
+            by_clock: dict[int, list[np.ndarray]] = {}
+            for clock, group, keys in found:
+                by_clock.setdefault(clock, []).append(keys + first[group])
+            entries += [(rank, clock, np.concatenate(keys)) for clock, keys in sorted(by_clock.items())]
+        return Recording.of(entries)
+
     def schedule(self, lookahead: int = 10, *, pushes: bool = True) -> Schedule:
         """Return the schedule of a training run that made this recording: one worker a rank, which intends `lookahead`
         clocks ahead, and pulls and pushes what it accesses at each clock.
@@ -168,6 +200,23 @@ class Recording:
         for rank, clock, keys in self:
             by_rank.setdefault(rank, []).append((clock, keys))
         return {(rank, 0): _training(entries, lookahead, pushes) for rank, entries in by_rank.items()}
+
+
+def _intents_in(path: Path) -> tuple[int, list[tuple[int, int, np.ndarray]]]:
+    """Return the rank that wrote a file, and (start, group, keys) of the intents of its last run."""
+    rank, found = None, []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["what"] == "begins":
+                rank, found = int(event["rank"]), []
+            elif event["what"] == "intends" and rank is not None:
+                found.append((int(event["start"]), int(event["group"]), np.array(event["keys"], np.int64)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record of intents and moves ({type(error).__name__}: {error})") from error
+    if rank is None:
+        raise ValueError(f'{path} is not a record of intents and moves: no line says which rank "begins"')
+    return rank, found
 
 
 def _training(entries: list[tuple[int, np.ndarray]], lookahead: int, pushes: bool) -> list[Event]:

@@ -8,6 +8,7 @@ stall now and then. Everything follows from a seed, so a schedule that fails, fa
     python -m pm.simulator --seeds 0:5000 --techniques replication --staleness 1
     python -m pm.simulator --seed 17 --trace           one of them again, with every message
     python -m pm.simulator --replay lookups.npz        a recording (`pm.schedules.Recording`), with bytes by kind
+    python -m pm.simulator --replay moves-*.jsonl      what the ranks of a run intended: the files of its `record=`
 
 In a program: `run_seed(17)`, or `Simulation(Setting(...), schedule).run()` with a schedule of your own. What is checked
 is said in `invariants.py` (states, after each turn) and `ledger.py` (values, at each read).
@@ -83,6 +84,7 @@ class Simulation:
         self._doing: dict[tuple[int, int], Event] = {}  # what each worker that is not at its end is at
         self._clocks = {at: self.nodes[at[0]].claims.add_clock() for at in schedule}
         self._slowest = np.zeros(setting.ranks, np.int64)
+        self._held_at = _FOR_EVER  # the clock at which workers wait for each other
         for at, events in schedule.items():
             self._doing[at] = Event(Does.PAUSE)
             self._at(self.network.delay(setting.think_seconds), at[0], self._go_on_with(self._work(*at, events)))
@@ -222,7 +224,7 @@ class Simulation:
         elif event.does == Does.ADVANCE:
             clock.now += 1
             self._clock_moves(rank)
-            return lambda: node.syncing.may_go_on(clock.now)
+            return lambda: clock.now < self._held_at and node.syncing.may_go_on(clock.now)
         elif event.does == Does.SYNC:
             return self._sync(rank)
         elif event.does != Does.PAUSE:
@@ -305,9 +307,11 @@ class Simulation:
         return self
 
     def run_to_clock(self, clock: int) -> None:
-        """Go on until the slowest worker has come to `clock`, or is at its end."""
+        """Go on until all workers have come to `clock`, where they wait for each other, or are at their ends."""
+        self._held_at = clock
         while any(self._clocks[at].now < clock for at in self._doing):
             self._turn()
+        self._held_at = _FOR_EVER
 
     def settle(self) -> None:
         """Go on until no worker can do anything and ranks have nothing more to say to each other."""
@@ -392,7 +396,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--seeds", metavar="FIRST:END", help="run these seeds")
     what.add_argument("--seed", type=int, help="run this seed")
-    what.add_argument("--replay", metavar="FILE", help="run the accesses of a recording (.npz)")
+    what.add_argument("--replay", metavar="FILE", nargs="+", help="a recording (.npz), or the files that ranks wrote")
     parser.add_argument("--trace", action="store_true", help="print every message and event (with --seed)")
     parser.add_argument("--techniques", choices=TECHNIQUES)
     parser.add_argument("--staleness", type=lambda text: None if text == "None" else int(text), default=...)
@@ -432,7 +436,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _replay(args: argparse.Namespace, fixed: dict[str, object]) -> int:
-    recording = Recording.load(args.replay)
+    is_saved = len(args.replay) == 1 and args.replay[0].endswith(".npz")
+    recording = Recording.load(args.replay[0]) if is_saved else Recording.of_records(args.replay)
     setting = Setting(
         ranks=int(recording.ranks.max(initial=0)) + 1,
         capacities=(int(recording.keys.max(initial=0)) + 1,),

@@ -99,7 +99,7 @@ class SynchronousManager(Manager):
         self.neighbours = Neighbours(self, comm, shared_memory)
         self.in_place = InPlace(self, cached_locations)
         self._handlers = self._message_handlers()
-        self.transport = Transport(
+        self.transport = self._connect(
             comm,
             on_message=self._receive,
             urgent=self._is_urgent,
@@ -109,6 +109,10 @@ class SynchronousManager(Manager):
             describe_peers=lambda: self.describe_peers(),
         )
         self.transport.start()
+
+    def _connect(self, comm, **calls: Callable) -> Transport:
+        """Return what carries this rank's messages (collective); a simulation has another."""
+        return Transport(comm, **calls)
 
     def _is_urgent(self) -> bool:
         return self._waiting.waiters > 0 or self.serving.applied < self.steps

@@ -9,6 +9,7 @@ from pm.holdings import Copies, Owned
 from pm.ledger import Violation
 from pm.locations import Locations
 from pm.operations import Operations
+from pm.recorder import Recorder, path_of_rank
 from pm.schedules import Does, Event, Recording, random_schedule
 from pm.simulated_network import Setting
 from pm.simulator import Simulation, main, run_seed
@@ -160,6 +161,49 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", keys=np.arange(3))
     with pytest.raises(ValueError, match="is not a recording of version 1"):
         Recording.load(tmp_path / "other.npz")
+
+
+def test_what_ranks_have_recorded_replays(tmp_path, capsys):
+    rng = np.random.default_rng()
+    expected, files = [], []
+    for rank in range(3):
+        files.append(path_of_rank(tmp_path / "moves.jsonl", rank))
+        for run in range(2):  # the second one counts
+            recorder = Recorder(files[-1], append=True)
+            recorder.begin(rank, 3, staleness=0)
+            for clock in range(5):
+                parts = [np.unique(rng.integers(0, 20, rng.integers(0, 8))) for _ in range(2)]
+                for group, keys in enumerate(parts):
+                    recorder.note("intends", group, keys, start=clock, end=None)
+                recorder.note("moved here", 1, parts[0], round=clock, other=(rank + 1) % 3)
+                if run == 1 and (len(parts[0]) or len(parts[1])):
+                    expected.append((rank, clock, parts))
+            recorder.close()
+    replayed = list(Recording.of_records(files))
+    size = 1 + max(int(parts[0].max(initial=-1)) for _, _, parts in expected)
+    for (rank, clock, parts), (rank2, clock2, keys) in zip(expected, replayed, strict=True):
+        assert (rank, clock) == (rank2, clock2)
+        assert np.array_equal(np.concatenate([parts[0], parts[1] + size]), keys)
+    assert main(["--replay", *map(str, files), "--width", "4"]) == 0
+    assert '"REQUEST"' in capsys.readouterr().out
+    with pytest.raises(ValueError, match="of rank 1, and so is another"):
+        Recording.of_records([files[1], files[0], files[1]])
+
+
+@pytest.mark.parametrize("text", ["", "nothing", "{}", '{"what": "intends", "group": 0, "keys": [1], "start": 0}'])
+def test_a_file_that_no_rank_has_recorded_is_refused(tmp_path, text):
+    path = tmp_path / "moves-0.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="moves-0.jsonl is not a record of intents"):
+        Recording.of_records([path])
+
+
+def test_a_record_for_which_there_is_no_room_is_given_up(caplog):
+    recorder = Recorder("/dev/full")
+    recorder.begin(0, 1)
+    recorder.note("moved here", 0, np.arange(3), round=1, other=0)
+    recorder.close()
+    assert caplog.text.count("nothing more is recorded in /dev/full") == 1
 
 
 # Economy
