@@ -12,8 +12,9 @@ _KEPT = 0.99
 """What was seen counts this much less with every later look, so that a workload that changes is seen to."""
 
 _FEWEST_KNOWN = 32
-_BYTES_OF_A_MOVE = 12
-"""What a move sends of a row beside its record: row and number of moves, and for every other one a note to its home."""
+_BYTES_OF_A_COPY = 2
+"""What a copy sends of a row beside value and gradient: its ticket. What a move sends beside the record (row, ticket,
+number of moves, a note to its home now and then) is as much as the word of the record that stays behind."""
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Reuse:
         if nobody does, and for another move if somebody else does.
         """
         made = store.record_class
-        copy = 2 * made.dim * np.dtype(made.dtype).itemsize
-        move = made.record_bytes + _BYTES_OF_A_MOVE
+        copy = 2 * made.dim * np.dtype(made.dtype).itemsize + _BYTES_OF_A_COPY
+        move = made.record_bytes
         if self.known >= _FEWEST_KNOWN:
             saved = self.repeated * copy
             lost = (self.looked - self.known) * (move - copy) + (self.known - self.repeated) * (2 * move - copy)
