@@ -28,6 +28,7 @@ from cuda_ops.cuda.gaps import (
 )
 from cuda_ops.cuda.launch import helper_from, kernel
 from cuda_ops.cuda.meeting import row_any
+from cuda_ops.cuda.numpy_names import larger, smaller
 from cuda_ops.cuda.words import move
 
 _VALUE_LOG = host._VALUE_LOG
@@ -75,7 +76,7 @@ def advancer(optimizer: int, kind: type, wide: int):
                             break
                     going_on = row_any(going_on, lane, cuda.threadIdx.y, lanes)
                 if going_on:
-                    until = min(next_look(at), stop)
+                    until = smaller(next_look(at), stop)
                     for k in range(wide):
                         row[k] = 0
                     for j in range(lane * wide, dim, lanes * wide):
@@ -92,7 +93,7 @@ def advancer(optimizer: int, kind: type, wide: int):
                     at = until
                 else:
                     end = regime_end(history, at, stop)
-                    start = max(at, caught)
+                    start = larger(at, caught)
                     for j in range(lane * wide, dim, lanes * wide):
                         if start < end:
                             move(value, 0, words, begin + j, wide)
@@ -124,7 +125,7 @@ def advancer(optimizer: int, kind: type, wide: int):
                 at = caught = stop + 1
             row_any(False, lane, cuda.threadIdx.y, lanes)  # all lanes have read the record's word
             if lane == 0:
-                longs[last - 1] = word_of(at, max(at, caught))
+                longs[last - 1] = word_of(at, larger(at, caught))
                 if stepping:
                     longs[last] = version
 

@@ -38,8 +38,8 @@ helper = cuda.jit(device=True)
 def helper_from(cpu_function, **replaced):
     """Compile the source of a Numba function of the CPU as a helper, with the functions that it calls `replaced`."""
     source = cpu_function.py_func
-    numpy = {} if SIMULATED else {"np": numpy_names}
-    return helper(types.FunctionType(source.__code__, {**source.__globals__, **numpy, **replaced}, source.__name__))
+    names = {} if SIMULATED else {"np": numpy_names, "max": numpy_names.larger, "min": numpy_names.smaller}
+    return helper(types.FunctionType(source.__code__, {**source.__globals__, **names, **replaced}, source.__name__))
 
 
 def launch(body, rows: int, pieces: int, *args, same_lanes: bool = False) -> None:

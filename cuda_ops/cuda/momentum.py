@@ -25,6 +25,7 @@ from cuda_ops.cuda.gaps import (
 )
 from cuda_ops.cuda.launch import helper_from, kernel
 from cuda_ops.cuda.meeting import row_any
+from cuda_ops.cuda.numpy_names import larger, smaller
 from cuda_ops.cuda.words import move
 
 _BUFFER_LOG = host._BUFFER_LOG
@@ -68,7 +69,7 @@ def decayer(kind: type, wide: int):
                 at = caught = stop + 1
             row_any(False, lane, cuda.threadIdx.y, lanes)  # all lanes have read the record's word
             if lane == 0:
-                longs[last - 1] = word_of(at, max(at, caught))
+                longs[last - 1] = word_of(at, larger(at, caught))
                 if stepping:
                     longs[last] = version
 
@@ -106,7 +107,7 @@ def advancer(kind: type, wide: int):
                             break
                     going_on = row_any(going_on, lane, cuda.threadIdx.y, lanes)
                 if going_on:
-                    until = min(next_look(at), stop)
+                    until = smaller(next_look(at), stop)
                     for k in range(wide):
                         row[k] = 0
                     for j in range(lane * wide, dim, lanes * wide):
@@ -137,7 +138,7 @@ def advancer(kind: type, wide: int):
                 at = caught = stop + 1
             row_any(False, lane, cuda.threadIdx.y, lanes)  # all lanes have read the record's word
             if lane == 0:
-                longs[last - 1] = word_of(at, max(at, caught))
+                longs[last - 1] = word_of(at, larger(at, caught))
                 if stepping:
                     longs[last] = version
 

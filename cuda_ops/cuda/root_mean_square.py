@@ -25,6 +25,7 @@ from cuda_ops.cuda.gaps import (
 )
 from cuda_ops.cuda.launch import helper_from, kernel
 from cuda_ops.cuda.meeting import row_any
+from cuda_ops.cuda.numpy_names import larger, smaller
 from cuda_ops.cuda.words import move
 
 _step = helper_from(
@@ -79,7 +80,7 @@ def advancer(optimizer: int, has_second: bool, has_third: bool, kind: type, wide
                             break
                     going_on = row_any(going_on, lane, cuda.threadIdx.y, lanes)
                 if going_on:
-                    until = min(next_look(at), stop)
+                    until = smaller(next_look(at), stop)
                     for k in range(wide):
                         row[k] = 0
                 else:
@@ -124,7 +125,7 @@ def advancer(optimizer: int, has_second: bool, has_third: bool, kind: type, wide
                 at = caught = stop + 1
             row_any(False, lane, cuda.threadIdx.y, lanes)  # all lanes have read the record's word
             if lane == 0:
-                longs[last - 1] = word_of(at, max(at, caught))
+                longs[last - 1] = word_of(at, larger(at, caught))
                 if stepping:
                     longs[last] = version
 

@@ -223,3 +223,11 @@ def shared_path(tmp_path: Path) -> Path:
         text[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
     HARNESS.Bcast(text)
     return Path(os.fsdecode(text.tobytes().rstrip(b"\0")))
+
+
+@pytest.fixture
+def moving_at_once(monkeypatch):
+    """Rows move as soon as they may, whatever it costs: tests of moving see more of it."""
+    monkeypatch.setattr("pm.reuse.Reuse.uses_worth_a_move", lambda reuse, store: 1)
+    monkeypatch.setattr("pm.moving._FEW", 0)
+    monkeypatch.setattr("pm.moving._SELDOM", 1)

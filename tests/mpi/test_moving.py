@@ -60,14 +60,6 @@ def delay_messages(manager: pm.SynchronousManager, seed: int) -> None:
     manager._handle = late
 
 
-@pytest.fixture
-def moving_at_once(monkeypatch):
-    """Rows move as soon as they may, whatever it costs: tests of moving see more of it."""
-    monkeypatch.setattr("pm.reuse.Reuse.uses_worth_a_move", lambda reuse, store: 1)
-    monkeypatch.setattr("pm.moving._FEW", 0)
-    monkeypatch.setattr("pm.moving._SELDOM", 1)
-
-
 # --- random programs ---
 
 

@@ -63,6 +63,7 @@ def test_machines_do_not_change_a_bit(managers, seed, monkeypatch):
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("rule", ["adagrad", "adam"])
+@pytest.mark.usefixtures("moving_at_once")
 def test_rows_move_to_another_machine_and_not_within_one(managers, comm, monkeypatch, rule):
     over_machines(monkeypatch, lambda rank: int(rank >= 2))
     manager = managers(techniques="all", shared_memory=True)
