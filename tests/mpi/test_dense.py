@@ -64,7 +64,7 @@ class Ranks:
             on_reduced=self.scales.append,
             bucket_bytes=bucket_bytes,
             first_bucket_bytes=bucket_bytes,
-            timeout_seconds=30,
+            timeout_seconds=300,  # the harness ends a test before, and shows what every rank was doing
             **options,
         )
 
