@@ -4,7 +4,7 @@ Everything here runs on the background thread, message by message. A step is app
 arrived: gradients are summed in rank order and applied once; each rank is sent the rows that its next batch needs, and
 READY; then, off the critical path, those rows of later batches that no known intent touches in between. A row that was
 sent early and changed after all is sent again before READY: intents save time, they never decide what is right. A row
-that only the rank in question needs is not copied to it but moves there (`moving.py`).
+that only the rank in question needs moves there in place of being copied, where that pays (`moving.py`).
 """
 
 from __future__ import annotations

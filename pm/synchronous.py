@@ -53,7 +53,7 @@ class SynchronousManager(Manager):
         comm: an MPI communicator; it is duplicated.
         timeout_seconds: how long to wait for another rank.
         techniques: how rows come to the ranks that need them. "all": a row moves to a rank that needs it while no other
-            does, and is copied to each rank that does otherwise. "relocation": rows move, but are not copied before
+            does, where that pays (see `Moving`), and is copied to each rank that needs it otherwise. "relocation": rows move, but are not copied before
             they are used. "replication": they are copied, and stay where they are. "none": they are fetched when they
             are used. Results are the same to the bit.
         cached_locations: most keys whose whereabouts this rank remembers without need.
