@@ -53,9 +53,9 @@ class SynchronousManager(Manager):
         comm: an MPI communicator; it is duplicated.
         timeout_seconds: how long to wait for another rank.
         techniques: how rows come to the ranks that need them. "all": a row moves to a rank that needs it while no other
-            does, where that pays (see `Moving`), and is copied to each rank that needs it otherwise. "relocation": rows move, but are not copied before
-            they are used. "replication": they are copied, and stay where they are. "none": they are fetched when they
-            are used. Results are the same to the bit.
+            does, where that pays (see `Moving`), and is copied to each rank that needs it otherwise. "relocation": rows
+            move, but are not copied before they are used. "replication": they are copied, and stay where they are.
+            "none": they are fetched when they are used. Results are the same to the bit.
         cached_locations: most keys whose whereabouts this rank remembers without need.
         shared_memory: whether ranks of one machine read each other's rows without a message; all of them must say so.
             False: each rank is as if on a machine of its own.

@@ -13,7 +13,7 @@ class Techniques:
 
     Args:
         plans: ranks say beforehand which rows they are going to use.
-        moves: a row that one rank alone needs moves there.
+        moves: a row that one rank alone needs may move there.
         copies_ahead: a row that several need is copied to each before it is used, not when it asks.
     """
 
