@@ -64,10 +64,10 @@ class AdaLoader(StatefulDataLoader):
         strategy: by name of a parameter, "managed" (a table, however few rows it has) or "dense" (an ordinary
             parameter). By default a table that is used as a whole, with its gradient, becomes dense by itself (on
             several ranks in its first step; later that is an error).
-        techniques: how rows come to the ranks that need them: "all" (a row moves to a rank while no other needs it,
-            at staleness 0 where that saves bytes, and is copied to each that does otherwise), or for comparison "relocation" (rows move, and are copied only on
-            demand), "replication" (they are copied from where they have always been) or "none" (fetched when they are
-            looked up). With staleness 0 results are the same to the bit.
+        techniques: how rows come to the ranks that need them: "all" (a row moves to a rank while no other needs it, at
+            staleness 0 where that saves bytes, and is copied to each that does otherwise), or for comparison
+            "relocation" (rows move, and are copied only on demand), "replication" (they are copied from where they have
+            always been) or "none" (fetched when they are looked up). With staleness 0 results are the same to the bit.
         update_threshold: with staleness: changes of copies that are smaller than this in every value are held back
             until they have added up to it, or a pass is over.
         max_rounds_per_second: with staleness: how often ranks exchange updates, at most.
