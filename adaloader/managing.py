@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import sys
+import traceback
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -28,7 +29,7 @@ from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_state import hook_optimizer
 from adaloader.optimizers import group_of, rule_for
 from adaloader.process_group import process_group
-from adaloader.ranks import end_job_if_failed, end_job_on_failure, end_job_unless, same_comm
+from adaloader.ranks import end_job, end_job_if_failed, end_job_on_failure, end_job_unless, same_comm
 from adaloader.recording import begin_record, check_same_record, open_record
 from adaloader.registry import ends, register, this_process
 from adaloader.row_cache import cache_rows, lone_manager
@@ -256,6 +257,16 @@ if launched_ranks() > 1:
 def _serve_until_all_are_done() -> None:
     """A rank that ends keeps serving its rows until the others have ended too."""
     end_job_if_failed()
+    try:
+        _close_managers()
+    except BaseException as error:
+        if launched_ranks() == 1:
+            raise
+        traceback.print_exception(error)
+        end_job(type(error))  # others wait for this rank, and an exit function that fails ends nothing by itself
+
+
+def _close_managers() -> None:
     if "adaloader.checkpoint.writing" in sys.modules:
         sys.modules["adaloader.checkpoint.writing"].finish_at_exit()
     managers = list(_open_managers)

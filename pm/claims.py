@@ -137,6 +137,11 @@ class Claims:
         moves = bool(due or self._finished or self._wanted or self._ending or self._has_due_intents())
         return moves and not self.is_paused
 
+    @property
+    def has_keys_to_ask_for(self) -> bool:
+        """Whether the next round asks for keys."""
+        return bool(self._wanted) and not self.is_paused
+
     def _has_due_intents(self) -> bool:
         return any(clock.waiting and clock.waiting[0][0] < self._acts_before(clock) for clock in self.clocks)
 

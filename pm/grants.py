@@ -236,6 +236,8 @@ class Grants:
                 gone,
                 lambda some: Message(Kind.DROPS, (number, origin), (narrow(gone[some]), narrow(gone[:0]), none)),
             )
+        if source == origin:
+            self._node.hurry(source)
         slots = slots[mine]
         holdings.owned.holders[slots] &= ~masks.only(origin, self._node.ranks)
         self.intents_ended(holdings, slots)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum, unique
 
@@ -103,6 +105,24 @@ def narrow(numbers: np.ndarray) -> np.ndarray:
 def widen(numbers: np.ndarray) -> np.ndarray:
     """Return what `narrow` gave as int64."""
     return numbers.astype(np.int64, copy=False)
+
+
+def joined(messages: Iterable[Message], kinds: Container[Kind]) -> list[Message]:
+    """Return `messages` with those of `kinds` that follow each other, and differ in their arrays alone, made one.
+
+    Their arrays are joined along the first axis, the first with the first and so on; where some of these are empty and
+    others are not (as sets of ranks may be, which travel as nothing where all are empty), the messages stay apart.
+    """
+    out: list[Message] = []
+    for _, alike in itertools.groupby(messages, lambda message: (message.kind, message.numbers)):
+        group = list(alike)
+        if len(group) > 1 and group[0].kind in kinds:
+            columns = list(zip(*(message.arrays for message in group), strict=True))
+            if all(len({array.size > 0 for array in column}) == 1 for column in columns):
+                arrays = tuple(np.concatenate(column) for column in columns)
+                group = [Message(group[0].kind, group[0].numbers, arrays)]
+        out += group
+    return out
 
 
 def pack(messages: list[Message]) -> np.ndarray:

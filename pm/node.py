@@ -10,7 +10,7 @@ travel over different ranks may overtake each other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -19,14 +19,18 @@ from pm.decision import check_techniques
 from pm.grants import Grants
 from pm.holdings import Group, Holdings
 from pm.locations import DEFAULT_CACHE_KEYS, Locations
-from pm.messages import Kind, Message, message_bytes
+from pm.messages import Kind, Message, joined, message_bytes
 from pm.operations import Operations
 from pm.syncing import Syncing
 
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 
+# The order of a parcel's messages. Changes to copies come first, as whatever the others bring about knows of them. Of
+# one key there is at most, in this order: where it went, a copy, what changed since, its record, a question about it.
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
+_IN_PARCEL = (Kind.MOVED, Kind.COPIES, Kind.REFRESH, Kind.PROMOTED, Kind.RECORDS, Kind.REQUEST)
+_PLACE_IN_PARCEL = dict.fromkeys(_CHANGES, -1) | {kind: place for place, kind in enumerate(_IN_PARCEL)}
 
 
 class Node:
@@ -71,6 +75,8 @@ class Node:
         self.update_threshold = update_threshold
         self.staleness = staleness
         self.exchange_is_overdue = False
+        self.events = 0  # messages, operations and flushes: what a round may have to answer
+        self._hurried: set[int] = set()
         self._clocks_per_exchange = clocks_per_exchange
         self._exchanged_at = 0
         self._seconds = self._exchanged_seconds = 0.0
@@ -82,6 +88,7 @@ class Node:
         self._cache_keys = cache_keys
         self._out: list[list[Message]] = [[] for _ in range(ranks)]
         self._sent = np.zeros(ranks, np.int64)
+        self._arrived = np.zeros(ranks, np.int64)
         self._received = np.zeros(ranks, np.int64)
         self._told = np.zeros(ranks, np.int64)
         self.acknowledged = np.zeros(ranks, np.int64)
@@ -155,7 +162,7 @@ class Node:
         return any([self._flush_to(peer) for peer in self.peers])
 
     def _flush_to(self, peer: int) -> bool:
-        """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them."""
+        """Send a parcel, with one message for all that is alike."""
         messages = self._out[peer]
         if not messages:
             return False
@@ -163,7 +170,8 @@ class Node:
         self._sent[peer] += 1
         self._told[peer] = self._received[peer]
         self._deliver(peer, Message(Kind.PARCEL, (int(self._sent[peer]), int(self._received[peer]))))
-        for message in sorted(messages, key=lambda message: message.kind not in _CHANGES):
+        messages.sort(key=lambda message: _PLACE_IN_PARCEL.get(message.kind, len(_IN_PARCEL)))
+        for message in joined(messages, _IN_PARCEL):
             self._deliver(peer, message)
         return True
 
@@ -171,16 +179,21 @@ class Node:
         self.bytes_by_kind[message.kind.name] += message_bytes(message)
         self._send(peer, message)
 
-    def _acknowledge(self) -> None:
-        for peer in self.peers:
+    def _acknowledge(self, peers: Iterable[int]) -> None:
+        for peer in peers:
             if self._received[peer] > self._told[peer] and not self._out[peer]:
                 self._told[peer] = self._received[peer]
                 self._deliver(peer, Message(Kind.TAKEN, (int(self._received[peer]),)))
 
     def _on_parcel(self, source: int, message: Message) -> None:
         """PARCEL(number, taken in): what follows from `source` is its parcel of this number."""
-        self._flush_to(source)  # it does not know yet of the changes that are in this parcel
-        self._received[source], self.acknowledged[source] = message.numbers
+        self._arrived[source], self.acknowledged[source] = message.numbers
+
+    def _before_changes(self, source: int) -> None:
+        """Changes by `source` are about to be taken in, of which what is to be sent to it does not know yet."""
+        if self._received[source] < self._arrived[source]:
+            self._flush_to(source)
+            self._received[source] = self._arrived[source]
 
     def _on_taken(self, source: int, message: Message) -> None:
         """TAKEN(number): `source` has taken in our parcels up to this number."""
@@ -190,6 +203,9 @@ class Node:
 
     def handle(self, source: int, message: Message) -> bool:
         """Take in a message; return whether it is one of this protocol."""
+        self.events += 1
+        if message.kind in _CHANGES:
+            self._before_changes(source)
         handler = self._handlers.get(message.kind)
         if handler is not None:
             handler(source, message)
@@ -197,11 +213,18 @@ class Node:
 
     def after_messages(self) -> None:
         """Go on with what may have become possible, and answer (call it when some messages have been handled)."""
+        self._received[:] = self._arrived
         self.claims.settle_leaving()
         self.grants.retry()
         self.operations.retry()
         self.syncing.go_on()
         self.flush()
+        self._acknowledge(self._hurried)
+        self._hurried.clear()
+
+    def hurry(self, peer: int) -> None:
+        """`peer` cannot ask for keys again before it knows that this rank has taken in its parcel."""
+        self._hurried.add(peer)
 
     def round(self) -> None:
         """Exchange what has come together since the last round: intents, changes, and what they lead to."""
@@ -220,7 +243,7 @@ class Node:
             self.exchange_is_overdue = False
         self.syncing.round_ends()
         self.flush()
-        self._acknowledge()
+        self._acknowledge(self.peers)
 
     def tell_time(self, seconds: float) -> None:
         """Say what time it is: changes do not wait for long for clocks to advance."""
@@ -248,8 +271,8 @@ class Node:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether somebody waits for what a round would bring."""
-        return self.syncing.has_work or bool(self.operations.waiting)
+        """Whether somebody waits for what a round would bring: the end of a flush, or that keys are asked for."""
+        return self.syncing.has_work or (bool(self.operations.waiting) and self.claims.has_keys_to_ask_for)
 
     @property
     def memory_bytes(self) -> int:

@@ -83,6 +83,7 @@ class Operations:
     def run(self, operation: Operation) -> Operation:
         """Begin an operation; it is done when `is_done` says so."""
         self._numbers += 1
+        self._node.events += 1
         operation.number = self._numbers
         operation.remaining = len(operation.keys)
         if self._pulls_at_once(operation):

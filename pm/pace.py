@@ -13,7 +13,8 @@ class Pace:
     """Lets a node take its turns. Its caller holds the lock around the node, but for `is_turn`.
 
     A round waits for a worker's clock to advance, so that it carries a whole step's business, but not for long, and not
-    where somebody waits for it.
+    where somebody waits for it and something has happened since the last: ranks that wait for each other must not keep
+    from the processor the one that they wait for.
 
     Args:
         node: the node.
@@ -25,6 +26,7 @@ class Pace:
         self._round_seconds = 1.0 / max_rounds_per_second
         self._next_round = 0.0
         self._clock_at_round = -1
+        self._events_at_round = -1
         self._has_received = False
 
     def received(self) -> None:
@@ -43,7 +45,7 @@ class Pace:
             self._node.after_messages()
         self._node.tell_time(now)
         if not ends and now >= self._next_round and self._is_worth_a_round(now):
-            self._clock_at_round = self._node.claims.fastest
+            self._clock_at_round, self._events_at_round = self._node.claims.fastest, self._node.events
             self._node.round()
             self._next_round = now + self._round_seconds
             busy = True
@@ -51,6 +53,6 @@ class Pace:
 
     def _is_worth_a_round(self, now: float) -> bool:
         node = self._node
-        advanced = node.claims.fastest != self._clock_at_round
-        waits = not advanced and now < self._next_round + _LONGEST_SECONDS_WITHOUT_ROUND and not node.is_waited_for
-        return not waits and node.needs_round  # in this order: looking for work costs the most, and is asked often
+        due = node.claims.fastest != self._clock_at_round or now >= self._next_round + _LONGEST_SECONDS_WITHOUT_ROUND
+        due = due or (node.events != self._events_at_round and node.is_waited_for)
+        return due and node.needs_round  # in this order: looking for work costs the most, and is asked often

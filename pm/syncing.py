@@ -104,6 +104,7 @@ class Syncing:
 
     def _flush(self, then: Callable[[], None]) -> None:
         node = self._node
+        node.events += 1
         self._flushes.append(Flush(self._unsent(), node.parcels_sent, node.operations.pushes_under_way, then))
         self.go_on()
 

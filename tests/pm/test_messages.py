@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pm.messages import Kind, Message, pack, unpack
+from pm.messages import Kind, Message, joined, pack, unpack
 
 dtypes = st.sampled_from(["int64", "int32", "float32", "float64", "uint8"])
 payloads = dtypes.flatmap(
@@ -77,3 +77,39 @@ def test_a_header_that_was_changed_gives_an_error_or_messages_but_never_foreign_
 def test_a_dtype_that_cannot_travel_is_named():
     with pytest.raises(TypeError, match="bool cannot be sent.*float32"):
         pack([Message(Kind.ROWS, (), (np.zeros(3, bool),))])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([Kind.COPIES, Kind.MOVED, Kind.SYNC]), st.integers(0, 1), st.integers(0, 3))))
+def test_joined_messages_bring_the_same_in_the_same_order(drawn):
+    sent = [
+        Message(kind, (number,), (np.arange(at, at + rows, dtype=np.uint8), np.full((rows, 2), at, np.float32)))
+        for at, (kind, number, rows) in enumerate(drawn)
+    ]
+    got = joined(sent, (Kind.COPIES, Kind.MOVED))
+    assert [(m.kind, m.numbers) for m in got if m.kind == Kind.SYNC] == [
+        (m.kind, m.numbers) for m in sent if m.kind == Kind.SYNC
+    ]
+    for messages in (got, sent):  # as one follows the other, kind by kind
+        messages[:] = [m for m in messages if len(m.arrays[0])]
+    for column in range(2):
+        for key in {(m.kind, m.numbers) for m in sent}:
+            parts = [[m.arrays[column] for m in some if (m.kind, m.numbers) == key] for some in (got, sent)]
+            np.testing.assert_array_equal(*map(np.concatenate, parts))
+
+
+def test_messages_whose_arrays_are_empty_by_agreement_stay_apart():
+    keys, none = np.arange(2, dtype=np.uint8), np.empty(0, np.int64)
+    with_sets = Message(Kind.RECORDS, (0,), (keys, np.ones(2, np.int64)))
+    without = Message(Kind.RECORDS, (0,), (keys, none))
+    assert_same(joined([with_sets, without], (Kind.RECORDS,)), [with_sets, without])
+    mixed = [with_sets, with_sets, without, without]
+    assert_same(joined(mixed, (Kind.RECORDS,)), mixed)
+    (one,) = joined(mixed[2:], (Kind.RECORDS,))
+    assert [len(array) for array in one.arrays] == [4, 0]
+
+
+def test_narrow_and_wide_keys_are_joined_to_wide_ones():
+    parts = [np.array([1], np.uint8), np.array([300], np.uint16), np.array([1 << 40], np.int64)]
+    (message,) = joined([Message(Kind.REQUEST, (0, 1), (part,)) for part in parts], (Kind.REQUEST,))
+    assert_same(unpack(pack([message])), [Message(Kind.REQUEST, (0, 1), (np.array([1, 300, 1 << 40]),))])
