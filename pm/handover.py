@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
+from pm.machine_sums import IN_SUM, NO_COUNTS
 from pm.messages import Kind, Message, narrow
 from pm.pieces import Piece
 from pm.serving import AT_ROWS, AT_SLOTS, NO_ROWS
-from pm.tables import TableGradient
+from pm.tables import Table, TableGradient
 
 if TYPE_CHECKING:
     from pm.synchronous import SynchronousManager
@@ -52,7 +53,8 @@ class Handover:
         flat = np.ascontiguousarray(gradient.values).reshape(-1)
         for peer in (*manager.peers, manager.rank):
             part = parts[peer]  # its values are copied here: the user may change the gradient once the step is over
-            values, place = self._room_for(peer, len(part), dim, flat.dtype)
+            adding = manager.machines.adds_for(peer)
+            values, place = self._room_for(peer if adding is None else adding, len(part), dim, flat.dtype)
             cuda_ops.gather(flat, dim, part, values)
             counts = gradient.counts[part] if counted else NO_ROWS
             if peer == manager.rank:
@@ -61,10 +63,28 @@ class Handover:
             rows = narrow(gradient.rows[part]) if number == AT_ROWS else NO_ROWS
             if number == AT_SLOTS:
                 rows = narrow(gradient.plan.slots_there[gradient.plan.where == peer])
-            if place != IN_MESSAGE:
-                values = np.empty((0, dim), flat.dtype)
+            nothing = np.empty((0, dim), flat.dtype)
+            if adding is not None:
+                kept = values if place == IN_MESSAGE else nothing
+                piece = Piece(gradient.rows[part], kept, gradient.scale, gradient.ordinal, counts if counted else None)
+                self._leave_portion(adding, peer, gradient.table, piece, place)
+                values, place, counts = nothing, IN_SUM, NO_COUNTS
+            elif place != IN_MESSAGE:
+                values = nothing
             numbers = (manager.steps, gradient.table.number, number, gradient.ordinal, int(counted), place)
             manager.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
+
+    def _leave_portion(self, adding: int, owner: int, table: Table, piece: Piece, place: int) -> None:
+        """Leave a piece, by rows, for `owner` with the rank `adding` of this machine: see `MachineSums`."""
+        manager, step = self._manager, self._manager.steps
+        if adding == manager.rank:
+            sums = manager.machine_sums
+            manager.transport.post(lambda: sums.take_portion(manager.rank, step, owner, table.number, piece))
+            return
+        counts = NO_COUNTS if piece.counts is None else piece.counts
+        numbers = (step, owner, table.number, piece.ordinal, int(piece.counts is not None), place)
+        arrays = piece.slots, piece.values, np.array([piece.scale], np.float64), counts
+        manager.transport.send(adding, Message(Kind.PORTION, numbers, arrays))
 
     def _room_for(self, peer: int, rows: int, dim: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
         """Return memory `[rows, dim]` for values that go to `peer`, and where it is in that which they share."""

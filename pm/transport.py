@@ -86,6 +86,7 @@ class Transport:
         self._joined = [0] * self.ranks
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.bytes_to = [0] * self.ranks
         self.bytes_by_kind: Counter[Kind] = Counter()
         self._thread = threading.Thread(target=self._run, name="adaloader-transport", daemon=True)
 
@@ -262,6 +263,7 @@ class Transport:
                 self.bytes_by_kind[message.kind] += message_bytes(message)
             self._sending.append((self._comm.Isend([buffer, self._mpi.BYTE], peer, _TAG), buffer))
             self.bytes_sent += len(buffer)
+            self.bytes_to[peer] += len(buffer)
             busy = True
         return busy
 
