@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
-from pm.machine_sums import IN_SUM, NO_COUNTS
+from pm.machine_sums import IN_SUM
 from pm.messages import Kind, Message, narrow
 from pm.pieces import Piece
 from pm.serving import AT_ROWS, AT_SLOTS, NO_ROWS
-from pm.tables import Table, TableGradient
+from pm.tables import TableGradient
 
 if TYPE_CHECKING:
     from pm.synchronous import SynchronousManager
@@ -63,28 +63,15 @@ class Handover:
             rows = narrow(gradient.rows[part]) if number == AT_ROWS else NO_ROWS
             if number == AT_SLOTS:
                 rows = narrow(gradient.plan.slots_there[gradient.plan.where == peer])
-            nothing = np.empty((0, dim), flat.dtype)
+            if place != IN_MESSAGE:
+                values = np.empty((0, dim), flat.dtype)
             if adding is not None:
-                kept = values if place == IN_MESSAGE else nothing
-                piece = Piece(gradient.rows[part], kept, gradient.scale, gradient.ordinal, counts if counted else None)
-                self._leave_portion(adding, peer, gradient.table, piece, place)
-                values, place, counts = nothing, IN_SUM, NO_COUNTS
-            elif place != IN_MESSAGE:
-                values = nothing
+                numbers = (manager.steps, peer, gradient.table.number, gradient.ordinal, int(counted), place)
+                portion = gradient.rows[part], values, scale, counts
+                manager.deliver(adding, Message(Kind.PORTION, numbers, portion))  # see `MachineSums`
+                values, counts, place = np.empty((0, dim), flat.dtype), NO_ROWS, IN_SUM
             numbers = (manager.steps, gradient.table.number, number, gradient.ordinal, int(counted), place)
             manager.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
-
-    def _leave_portion(self, adding: int, owner: int, table: Table, piece: Piece, place: int) -> None:
-        """Leave a piece, by rows, for `owner` with the rank `adding` of this machine: see `MachineSums`."""
-        manager, step = self._manager, self._manager.steps
-        if adding == manager.rank:
-            sums = manager.machine_sums
-            manager.transport.post(lambda: sums.take_portion(manager.rank, step, owner, table.number, piece))
-            return
-        counts = NO_COUNTS if piece.counts is None else piece.counts
-        numbers = (step, owner, table.number, piece.ordinal, int(piece.counts is not None), place)
-        arrays = piece.slots, piece.values, np.array([piece.scale], np.float64), counts
-        manager.transport.send(adding, Message(Kind.PORTION, numbers, arrays))
 
     def _room_for(self, peer: int, rows: int, dim: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
         """Return memory `[rows, dim]` for values that go to `peer`, and where it is in that which they share."""

@@ -70,12 +70,7 @@ class MachineSums:
         if place >= 0:
             gradients = self._manager.neighbours.gradients
             values = gradients.values(source, place, len(rows), values.shape[1], values.dtype)
-        self.take_portion(
-            source, step, owner, table, Piece(rows, values, float(scale[0]), ordinal, counts if counted else None)
-        )
-
-    def take_portion(self, source: int, step: int, owner: int, table: int, piece: Piece) -> None:
-        """Keep a piece of a gradient of `source`, whose slots are rows here, until all can be summed."""
+        piece = Piece(rows, values, float(scale[0]), ordinal, counts if counted else None)  # its slots are rows here
         by_owner = self._portions.setdefault(step, {})
         by_owner.setdefault((owner, table), defaultdict(list))[source].append(piece)
 

@@ -87,13 +87,9 @@ class Parcels:
         """PARCEL_OF_ROWS(rank, serial number, rows, of each who gets some; values, and the places in them of each)."""
         slots, inverse, counts = cuda_ops.dedup_counts(np.concatenate([each.slots for each in copies]))
         is_common = counts > 1
-        if not is_common.any():
-            for each in copies:
-                self.send_to_one(each)
-            return
         place_of = np.cumsum(is_common) - 1
-        numbers: list[int] = []
-        parcel = [self._values(copies[0].table, slots[is_common])]
+        addresses: list[int] = []
+        places: list[np.ndarray] = []
         ends = np.cumsum([len(each.slots) for each in copies])[:-1]
         for each, indices in zip(copies, np.split(inverse, ends), strict=True):
             common = is_common[indices]
@@ -101,15 +97,19 @@ class Parcels:
             if count < len(common):
                 self.send_to_one(_part(each, ~common) if count else each)
             if count:
-                parcel.append(_as_places(place_of[indices[common]]))
-                numbers += [each.peer, self._serials, count]
-                tickets = ALL_ROWS if each.whole and count == len(common) else narrow(each.tickets[common])
-                header = Message(Kind.COMMON_ROWS, (each.number, self._serials), (tickets,))
-                self._manager.transport.send(each.peer, header)
-                self._serials += 1
-        machines = self._manager.machines
-        agent = machines.agent(machines.of(copies[0].peer), self._manager.rank)
-        self._manager.transport.send(agent, Message(Kind.PARCEL_OF_ROWS, tuple(numbers), tuple(parcel)))
+                addresses += [each.peer, self._serials, count]
+                places.append(_as_places(place_of[indices[common]]))
+                self._announce(_part(each, common) if count < len(common) else each)
+        if addresses:
+            manager = self._manager
+            agent = manager.machines.agent(manager.machines.of(copies[0].peer), manager.rank)
+            values = self._values(copies[0].table, slots[is_common])
+            manager.transport.send(agent, Message(Kind.PARCEL_OF_ROWS, tuple(addresses), (values, *places)))
+
+    def _announce(self, copies: Copies) -> None:
+        tickets = ALL_ROWS if copies.whole else narrow(copies.tickets)
+        self._manager.transport.send(copies.peer, Message(Kind.COMMON_ROWS, (copies.number, self._serials), (tickets,)))
+        self._serials += 1
 
     def _values(self, table: Table, slots: np.ndarray) -> np.ndarray:
         self._manager.catch_up(table, slots, states=False)
