@@ -42,7 +42,7 @@ class ArrivedSums:
 
     @property
     def missing(self) -> set[tuple[int, int, int]]:
-        return self.awaited - self.here.keys()
+        return {key for key in tuple(self.awaited) if key not in self.here}  # on any thread
 
 
 class MachineSums:

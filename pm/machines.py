@@ -20,8 +20,10 @@ class Machines:
         """The ranks of each machine, ascending; machines in the order of their lowest ranks."""
         self._of = {each: group for group in self.groups for each in group}
         self._rank = rank
-        self.together = [[peer for peer in part if peer != rank] for part in self._served_together()]
+        self.together = self._served_together()
         """The other ranks, as this one sends them rows: those of another machine together, all others each alone."""
+        self.add_up = 1 < len(self.groups) < len(self._of)
+        """Whether gradients are summed on machines first: there are several, and one of them has several ranks."""
 
     def _served_together(self) -> list[list[int]]:
         own = self._of[self._rank]
@@ -30,11 +32,6 @@ class Machines:
     def of(self, rank: int) -> list[int]:
         """Return the ranks of the machine that `rank` is on, ascending, itself included."""
         return self._of[rank]
-
-    @property
-    def add_up(self) -> bool:
-        """Whether gradients are summed on machines first: there are several, and one of them has several ranks."""
-        return 1 < len(self.groups) < len(self._of)
 
     def agent(self, machine: Sequence[int], other: int) -> int:
         """Return which rank of a machine deals for it with rank `other` of another: each of them with as many."""

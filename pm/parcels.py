@@ -63,6 +63,7 @@ class Parcels:
         self._manager = manager
         self._serials = 0
         self._here: dict[tuple[int, int], np.ndarray] = {}
+        self._needs_none = False
 
     # The owner
 
@@ -124,7 +125,7 @@ class Parcels:
         for (peer, serial, count), at in zip(addresses, places, strict=True):
             part = values[widen(at)] if len(at) else values[:count]
             if peer == self._manager.rank:
-                self._here[source, serial] = part
+                self._take_in(source, serial, part)
             else:
                 self._manager.transport.send(peer, Message(Kind.PASSED_ON, (source, serial), (part,)))
 
@@ -133,17 +134,29 @@ class Parcels:
     def on_passed_on(self, source: int, message: Message) -> None:
         """PASSED_ON(owner, serial number; values)."""
         owner, serial = message.numbers
-        self._here[owner, serial] = message.arrays[0]
+        self._take_in(owner, serial, message.arrays[0])
+
+    def _take_in(self, owner: int, serial: int, values: np.ndarray) -> None:
+        if not self._needs_none:
+            self._here[owner, serial] = values
+
+    def wait_for_none(self) -> None:
+        """This rank has closed: it reads no rows any more."""
+        self._needs_none = True
+        self._here.clear()
 
     def is_on_its_way(self, source: int, message: Message) -> bool:
         """Whether a message is COMMON_ROWS whose values have not been passed on yet."""
-        return message.kind == Kind.COMMON_ROWS and (source, message.numbers[1]) not in self._here
+        if message.kind != Kind.COMMON_ROWS or self._needs_none:
+            return False
+        return (source, message.numbers[1]) not in self._here
 
     def on_common_rows(self, source: int, message: Message) -> None:
         """COMMON_ROWS(plan, serial number; tickets): as ROWS, whose values are here."""
         number, serial = message.numbers
-        arrays = message.arrays[0], self._here.pop((source, serial))
-        self._manager.asking.on_rows(source, Message(Kind.ROWS, (number, 0), arrays))
+        if not self._needs_none:
+            arrays = message.arrays[0], self._here.pop((source, serial))
+            self._manager.asking.on_rows(source, Message(Kind.ROWS, (number, 0), arrays))
 
     @property
     def under_way(self) -> int:

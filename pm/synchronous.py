@@ -376,7 +376,7 @@ class SynchronousManager(Manager):
 
     def _describe_missing_step(self) -> str:
         behind = self._behind()
-        not_stepped = self._without_step(self.applied)
+        not_stepped = self.others.not_stepped(self.serving.round_of(self.applied)) or self._summing_for(self.applied)
         names = [p for p in not_stepped if p in behind] or behind
         return self.others.missing(names, f"take step {self.applied}")
 
@@ -388,14 +388,15 @@ class SynchronousManager(Manager):
         return others.closed(cannot, f"step {step}") if cannot else None
 
     def _behind(self) -> list[int]:
-        """Return the ranks whose READY of the last step is missing, and those that have not passed on what it needs."""
-        return sorted({*self.others.behind(self.steps), *self._passing_on()})
+        """Return the ranks of which something is missing: a READY, a sum, or rows that they have to pass on first."""
+        summing = self._summing_for(self.applied) if self.applied < self.steps else ()
+        return sorted({*self.others.behind(self.steps), *summing, *self._passing_on()})
 
-    def _without_step(self, step: int) -> list[int]:
-        """Return the ranks whose STEP is missing, or else those whose sums of their machines' gradients are."""
+    def _summing_for(self, step: int) -> set[int]:
+        """Return the ranks whose sums of their machines' gradients are missing here, if all ranks took the step."""
         arrived = self.serving.round_of(step)
-        not_stepped = self.others.not_stepped(arrived)
-        return not_stepped or sorted(self.machine_sums.missing_ranks(arrived.sums))
+        all_stepped = arrived is not None and not self.others.not_stepped(arrived)
+        return self.machine_sums.missing_ranks(arrived.sums) if all_stepped else set()
 
     def _passing_on(self) -> set[int]:
         """Return the ranks that have yet to pass on rows of others, for which what came later waits."""
@@ -593,10 +594,14 @@ class SynchronousManager(Manager):
             self._shut = True
             for peer in self.peers:
                 self.transport.send(peer, Message(Kind.CLOSED))
-            self.transport.wake()
+            self.transport.post(self._wait_for_no_rows)
             self._end_with_the_last()
         while linger and self.transport.alive:
             time.sleep(2e-3)
+
+    def _wait_for_no_rows(self) -> None:
+        self.parcels.wait_for_none()
+        self.resume()
 
     def _end_with_the_last(self) -> None:
         if self._shut and self.others.ended.issuperset(self.peers):
