@@ -1,10 +1,11 @@
 """The owner's side: what a rank does for all ranks alike, itself included, with the rows that it owns.
 
 Everything here runs on the background thread, message by message. A step is applied when the STEP of every rank has
-arrived: gradients are summed in rank order and applied once; each rank is sent the rows that its next batch needs, and
-READY; then, off the critical path, those rows of later batches that no known intent touches in between. A row that was
-sent early and changed after all is sent again before READY: intents save time, they never decide what is right. A row
-that only the rank in question needs moves there in place of being copied, where that pays (`moving.py`).
+arrived: gradients are summed in a fixed order (`machine_sums.py`) and applied once; each rank is sent the rows that its
+next batch needs, and READY; then, off the critical path, those rows of later batches that no known intent touches in
+between. A row that was sent early and changed after all is sent again before READY: intents save time, they never
+decide what is right. A row that only the rank in question needs moves there in place of being copied, where that pays
+(`moving.py`); ranks of another machine are sent what they need alike once (`parcels.py`).
 """
 
 from __future__ import annotations

@@ -117,6 +117,7 @@ class SynchronousManager(Manager):
             on_failure=self._fail,
             while_collective=self._check_collective,
             after_receiving=self._after_receiving,
+            held_up=lambda: bool(self._passing_on()),
             describe_peers=lambda: self.describe_peers(),
         )
         self.transport.start()
@@ -440,8 +441,6 @@ class SynchronousManager(Manager):
         """Wait until all ranks are here, and all messages that they sent before have been received (collective)."""
         self._check_open()
         self.transport.collective(lambda comm: comm.Ibarrier(), self.timeout_seconds)
-        if self._passing_on():  # what was sent is here, but has not had its turn
-            self.wait_for_rows(lambda: not self._passing_on(), ())
 
     def gather_table(self, table: Table, receive: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
         with self.still():

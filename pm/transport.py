@@ -43,6 +43,8 @@ class Transport:
             raise.
         after_receiving: called on the thread, again and again, before what is queued is sent; returns whether it did
             anything.
+        held_up: asked on the thread; True while messages that were received have not had their turn, so that no
+            collective operation is over.
         describe_peers: called by whoever waited too long in `collective`, for a sentence on the other ranks.
 
     The thread runs from `start()` to `close()`. Closing ranks part in order: each sends what it had queued and LAST,
@@ -58,6 +60,7 @@ class Transport:
         on_failure: Callable[[BaseException], None],
         while_collective: Callable[[Sequence[int]], None],
         after_receiving: Callable[[], bool] = lambda: False,
+        held_up: Callable[[], bool] = lambda: False,
         describe_peers: Callable[[], str] = str,
     ):
         from mpi4py import MPI  # only where there are ranks to talk to
@@ -70,6 +73,7 @@ class Transport:
         self._on_failure = on_failure
         self._while_collective = while_collective
         self._after_receiving = after_receiving
+        self._held_up = held_up
         self._describe_peers = describe_peers
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._outbox: list[deque[Message]] = [deque() for _ in range(self.ranks)]
@@ -130,7 +134,7 @@ class Transport:
             request = start(self._comm)
 
             def finished() -> bool:
-                if request.Test() and not missing():
+                if request.Test() and not missing() and not self._held_up():
                     done.set()
                     return True
                 return False

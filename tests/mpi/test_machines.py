@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 
@@ -15,7 +16,7 @@ from adaloader import AdaLoader
 from pm.messages import Kind, message_bytes
 from tests.mpi.test_exactness import FIELDS, MODELS, OPTIMIZERS, ROWS, Run, assert_exact, digest
 from tests.mpi.test_moving import check_one_owner, delay_messages
-from tests.mpi.worlds import World, assert_nothing_is_held, meet, read, train
+from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, meet, read, train
 from tests.pm.oracle import GROUPS, DenseTable, make_spec
 
 pytestmark = pytest.mark.ranks(3)
@@ -254,10 +255,37 @@ def test_ranks_that_close_without_waiting_leave_nobody_behind(managers, comm, se
         assert transport._left == transport._parted == set(manager.peers), "all took leave of all, before time was up"
 
 
+def test_a_collective_operation_is_over_when_what_was_sent_before_has_had_its_turn(managers, comm):
+    """Rows are passed on late; what their owner sent a rank after them waits for them."""
+    manager = managers(timeout_seconds=20.0, techniques="replication", **PAIRS)
+    (table,) = manager.add_tables([make_spec(0, 80, 2, "float32", "sgd")])
+    late = []
+
+    def in_its_turn(source, message):
+        pass_on(source, message)
+        manager.resume()
+
+    def pass_on_late(source, message):
+        late.append(message)
+        threading.Timer(0.2, lambda: manager.transport.post(lambda: in_its_turn(source, message))).start()
+
+    pass_on = manager._handlers[Kind.PARCEL_OF_ROWS]
+    if manager.rank == manager.machines.agent([0, 1], 2):
+        manager._handlers[Kind.PARCEL_OF_ROWS] = pass_on_late
+    meet(comm)
+    rows = np.arange(80, dtype=np.int64)
+    for plan in train(manager, table, DenseTable(0, table.spec), lambda step, rank: rows, 3, 2, meets=False):
+        manager.release(plan)
+    manager.settle()
+    manager.barrier()
+    assert not any(manager._stalled)
+    assert bool(late) == (manager.rank == manager.machines.agent([0, 1], 2))
+
+
 @pytest.mark.parametrize("what", ["rows", "sums"])
 def test_a_rank_that_does_not_deal_for_its_machine_is_named(managers, comm, what):
     """One of ranks 0 and 1 neither passes on what the other is to get of rank 2, nor sums what both have for it."""
-    manager = managers(timeout_seconds=1.0, techniques="replication", **PAIRS)
+    manager = managers(techniques="replication", **PAIRS)
     (table,) = manager.add_tables([make_spec(0, 80, 2, "float32", "sgd")])
     rows = np.arange(80, dtype=np.int64)
     idle = manager.machines.agent([0, 1], 2)
@@ -277,6 +305,11 @@ def test_a_rank_that_does_not_deal_for_its_machine_is_named(managers, comm, what
     gradient = pm.TableGradient(table, rows, np.ones_like(values), 1.0, plans[0])
     manager.submit([gradient], {0: dict(GROUPS["sgd"])}, finished=[plans[0]])
     if manager.rank == (other if what == "rows" else 2):
+        deadline = time.monotonic() + TIMEOUT
+        while not (manager._passing_on() if what == "rows" else manager._summing_for(0)):
+            assert time.monotonic() < deadline, "all else is here"
+            time.sleep(1e-3)
+        manager._waiting.timeout_seconds = 0.1
         with pytest.raises(pm.PeerError, match=rf"for rank [0-9, ]*\b{idle}\b[0-9, ]* to"):
             read(manager, plans[1])
     meet(comm)
