@@ -78,11 +78,11 @@ class Parcels:
             else:
                 self._send_common(some)
 
-    def send_to_one(self, copies: Copies) -> None:
+    def send_to_one(self, copies: Copies, *, answer: bool = False) -> None:
         """ROWS(plan, whether it is an answer; tickets, values)."""
         tickets = ALL_ROWS if copies.whole else narrow(copies.tickets)
         arrays = tickets, self._values(copies.table, copies.slots)
-        self._manager.transport.send(copies.peer, Message(Kind.ROWS, (copies.number, 0), arrays))
+        self._manager.transport.send(copies.peer, Message(Kind.ROWS, (copies.number, int(answer)), arrays))
 
     def _send_common(self, copies: list[Copies]) -> None:
         """PARCEL_OF_ROWS(rank, serial number, rows, of each who gets some; values, and the places in them of each)."""

@@ -327,15 +327,13 @@ class Serving:
         if not copies or not (len(positions) or answer):
             return
         whole = len(positions) == len(plan.slots)
-        slots = plan.slots if whole else plan.slots[positions]
+        slots, tickets = (plan.slots, plan.tickets) if whole else (plan.slots[positions], plan.tickets[positions])
         self._count_copies(plan, positions, slots)
-        if later is not None and not answer:
-            later.append(Copies(peer, plan.number, table, plan.tickets[positions], slots, whole))
-            return
-        manager.catch_up(table, slots, states=False)
-        values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
-        arrays = (ALL_ROWS if whole else narrow(plan.tickets[positions]), values)
-        manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
+        made = Copies(peer, plan.number, table, tickets, slots, whole)
+        if later is None or answer:
+            manager.parcels.send_to_one(made, answer=answer)
+        else:
+            later.append(made)
 
     def _ready_in_place(self, peer: int, plan: AskedPlan, answer: bool) -> None:
         """Bring rows that `peer` reads in this rank's memory to the last step."""
