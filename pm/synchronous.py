@@ -438,7 +438,7 @@ class SynchronousManager(Manager):
     # Whole tables
 
     def barrier(self) -> None:
-        """Wait until all ranks are here, and all messages that they sent before have been received (collective)."""
+        """Wait until all ranks are here, and what they have sent this one before was received (collective)."""
         self._check_open()
         self.transport.collective(lambda comm: comm.Ibarrier(), self.timeout_seconds)
 

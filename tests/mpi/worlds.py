@@ -240,7 +240,8 @@ class World:
         limits = float(self.rng.uniform(0.2, 1.0)), float(self.rng.choice([1.0, 2.0, np.inf]))
         if rank == self.manager.rank:
             self.manager.renorm(table, rows, *limits)
-        self.manager.barrier()
+        self.manager.barrier()  # every owner has been told, once it is past this
+        self.manager.barrier()  # and all are: a pull could overtake what another rank had sent its owner
         self.dense[number].renorm(rows, *limits)
         self.check(pulled(self.manager, table, rows), table, rows, "renorm")
 
