@@ -72,8 +72,8 @@ class AdaLoader(StatefulDataLoader):
             until they have added up to it, or a pass is over.
         max_rounds_per_second: with staleness: how often ranks exchange updates, at most.
         shared_memory: at staleness 0: whether ranks of one machine read each other's rows in memory that they share,
-            without a message; False treats each rank as a machine of its own, as to see what crosses a network.
-
+            without a message; False treats each rank as a machine of its own, as to see what crosses a network, and a
+            number (2 or more) each so many ranks of a machine, in turn.
         device_cache_bytes: for models on a CUDA device, on one process: memory there for rows that the batches ahead
             need, with their optimizer state, which are then looked up and updated on the device; None takes a quarter
             of what is free when the loader is built, 0 none (rows are copied there for each batch, as they are on
@@ -123,7 +123,7 @@ class AdaLoader(StatefulDataLoader):
         techniques: str = "all",
         update_threshold: float | None = None,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
-        shared_memory: bool = True,
+        shared_memory: bool | int = True,
         device_cache_bytes: int | None = None,
         record: str | os.PathLike | None = None,
         **kwargs,
@@ -212,7 +212,7 @@ class AdaLoader(StatefulDataLoader):
         techniques: str = "all",
         update_threshold: float | None = None,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
-        shared_memory: bool = True,
+        shared_memory: bool | int = True,
         device_cache_bytes: int | None = None,
         record: str | os.PathLike | None = None,
     ) -> WrappedLoader:

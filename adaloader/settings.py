@@ -32,7 +32,7 @@ class Settings:
     techniques: str = "all"
     update_threshold: float | None = None
     max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND
-    shared_memory: bool = True
+    shared_memory: bool | int = True
     device_cache_bytes: int | None = None
     record: str | os.PathLike | None = None
 
@@ -55,8 +55,11 @@ class Settings:
             )
         if not _is_number(self.max_rounds_per_second) or not self.max_rounds_per_second > 0:
             raise ValueError(f"max_rounds_per_second must be positive; got {self.max_rounds_per_second!r}")
-        if not isinstance(self.shared_memory, bool):
-            raise ValueError(f"shared_memory must be True or False; got {self.shared_memory!r}")
+        if not isinstance(self.shared_memory, bool) and not (_is_int(self.shared_memory) and self.shared_memory > 1):
+            raise ValueError(
+                "shared_memory must be True, False, or how many ranks (2 or more) count as one machine; got "
+                f"{self.shared_memory!r}"
+            )
         if self.device_cache_bytes is not None and not (
             _is_int(self.device_cache_bytes) and self.device_cache_bytes >= 0
         ):

@@ -14,7 +14,8 @@ def stats(managed: ManagedModel) -> dict[str, Any]:
     steps: optimizer steps. lookups: unique rows looked up, over all lookups. intent_coverage: share that was
     intended, of those for batches (1.0 before the first; inference between steps does not count). on_demand: all
     that were not intended. wait_seconds: time that the trainer's thread waited for rows, in `next`, lookups and
-    `step`. bytes_sent, bytes_received: of rows, gradients, intents. bytes_by_kind: those sent, by kind of message.
+    `step`. bytes_sent, bytes_received: of rows, gradients, intents. bytes_by_kind: those sent, by kind of message;
+    bytes_to_other_machines: those sent to ranks that this one shares no memory with.
     replica_steps: copies of rows that were sent again because they had changed. hops: rows asked of a rank that did
     not have them, which passed that on. late_intents: rows asked for when they might already have been needed.
     machine_ranks: ranks that share memory, this one included. neighbour_rows: rows read from the others' memory.
@@ -40,6 +41,7 @@ def stats(managed: ManagedModel) -> dict[str, Any]:
         "bytes_sent": manager.bytes_sent,
         "bytes_received": manager.bytes_received,
         "bytes_by_kind": manager.bytes_by_kind,
+        "bytes_to_other_machines": manager.bytes_to_other_machines,
         "relocations": sum(traffic.relocations.values()),
         "replications": sum(traffic.replications.values()),
         "replica_steps": sum(traffic.replica_steps.values()),

@@ -13,7 +13,8 @@ every row, and sends the changes of the rows of each batch (id and record) to ev
 every rank; bytes are those that all ranks send.
 
 With `--staleness 0` they are those of an `AdaLoader` that is exact: a step then sends gradients and new values, not
-changes of records; `full` sends every rank the gradients of all others.
+changes of records; `full` sends every rank the gradients of all others. There `--machine-ranks 2` has each two
+simulated ranks on one machine, and counts what crosses between machines (kinds of message are those of all ranks).
 
 Counted are `--steps` steps. With `--warmup` that many others go before, and as many as the lookahead come after, so
 that at the beginning and at the end of what is counted the same has been done ahead; without, a run is counted whole.
@@ -96,13 +97,20 @@ def simulate_exactly(recording: Recording, args: argparse.Namespace, ranks: int,
     from pm.lockstep_simulator import LockstepSimulation
 
     simulation = LockstepSimulation(
-        recording, ranks, args.rows, args.width // 2, techniques=techniques, lookahead=args.lookahead, seed=args.seed
+        recording,
+        ranks,
+        args.rows,
+        args.width // 2,
+        techniques=techniques,
+        lookahead=args.lookahead,
+        seed=args.seed,
+        machine_ranks=args.machine_ranks,
     )
     simulation.run_to(args.warmup)
-    before, before_kinds, before_counts = simulation.bytes_sent, simulation.bytes_by_kind, simulation.counts
+    before, before_kinds, before_counts = simulation.bytes_between_machines, simulation.bytes_by_kind, simulation.counts
     simulation.run_to(args.warmup + args.steps)
     return figures(
-        simulation.bytes_sent - before,
+        simulation.bytes_between_machines - before,
         simulation.bytes_by_kind - before_kinds,
         simulation.counts - before_counts,
         args.steps,
@@ -271,6 +279,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="that are counted (%(default)s)")
     parser.add_argument("--warmup", type=int, default=0, help="steps before these (%(default)s)")
     parser.add_argument("--lookahead", type=int, default=10, help="steps")
+    parser.add_argument(
+        "--machine-ranks", type=int, default=1, help="with --staleness 0: ranks of a machine; bytes between machines"
+    )
     parser.add_argument("--rounds-per-step", type=float, default=1.0)
     parser.add_argument("--step-seconds", type=float, default=0.02, help="of computing, with --mpi")
     parser.add_argument("--act-at-once", action="store_true", help="act on intents without timing, for comparison")
@@ -279,6 +290,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.steps < 1 or args.warmup < 0:
         parser.error(f"--steps must be 1 or more, --warmup 0 or more; got --steps {args.steps} --warmup {args.warmup}")
+    if args.machine_ranks != 1 and (args.mpi or args.staleness != "0"):
+        parser.error("--machine-ranks is for simulated ranks at staleness 0; add --staleness 0, and leave out --mpi")
     args.all_steps = args.steps + (args.warmup + args.lookahead if args.warmup else 0)
     return args
 

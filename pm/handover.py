@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
+from pm.machine_sums import IN_SUM
 from pm.messages import Kind, Message, narrow
 from pm.pieces import Piece
 from pm.serving import AT_ROWS, AT_SLOTS, NO_ROWS
@@ -52,7 +53,8 @@ class Handover:
         flat = np.ascontiguousarray(gradient.values).reshape(-1)
         for peer in (*manager.peers, manager.rank):
             part = parts[peer]  # its values are copied here: the user may change the gradient once the step is over
-            values, place = self._room_for(peer, len(part), dim, flat.dtype)
+            adding = manager.machines.adds_for(peer)
+            values, place = self._room_for(peer if adding is None else adding, len(part), dim, flat.dtype)
             cuda_ops.gather(flat, dim, part, values)
             counts = gradient.counts[part] if counted else NO_ROWS
             if peer == manager.rank:
@@ -63,6 +65,11 @@ class Handover:
                 rows = narrow(gradient.plan.slots_there[gradient.plan.where == peer])
             if place != IN_MESSAGE:
                 values = np.empty((0, dim), flat.dtype)
+            if adding is not None:
+                numbers = (manager.steps, peer, gradient.table.number, gradient.ordinal, int(counted), place)
+                portion = gradient.rows[part], values, scale, counts
+                manager.deliver(adding, Message(Kind.PORTION, numbers, portion))  # see `MachineSums`
+                values, counts, place = np.empty((0, dim), flat.dtype), NO_ROWS, IN_SUM
             numbers = (manager.steps, gradient.table.number, number, gradient.ordinal, int(counted), place)
             manager.transport.send(peer, Message(Kind.GRADIENT, numbers, (rows, values, scale, counts)))
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from pm import rules
 from pm.decision import TECHNIQUES
+from pm.machines import Machines
 from pm.messages import Kind, Message, message_bytes, pack, unpack
 from pm.schedules import Recording
 from pm.synchronous import SynchronousManager
@@ -90,6 +91,7 @@ class VirtualTransport:
         self._outbox: list[list[Message]] = [[] for _ in range(ranks)]
         self._posted: deque[Callable[[], None]] = deque()
         self.bytes_sent = self.bytes_received = 0
+        self.bytes_to = [0] * ranks
         self.bytes_by_kind: Counter[Kind] = Counter()
         network.transports.append(self)
 
@@ -128,6 +130,7 @@ class VirtualTransport:
                 self._outbox[peer] = []
                 buffer = pack(messages)
                 self.bytes_sent += len(buffer)
+                self.bytes_to[peer] += len(buffer)
                 for message in messages:
                     self.bytes_by_kind[message.kind] += message_bytes(message)
                 self._network.send(self._rank, peer, buffer)
@@ -160,11 +163,18 @@ class _Alone:
 
 
 class VirtualManager(SynchronousManager):
-    """A `SynchronousManager` on a virtual network, as if on a machine of its own."""
+    """A `SynchronousManager` on a virtual network. It shares no memory; `machine_ranks` of them, in turn, are one
+    machine, so that what they need alike of another crosses the network once.
+    """
 
-    def __init__(self, rank: int, ranks: int, network: VirtualNetwork, techniques: str):
+    def __init__(self, rank: int, ranks: int, network: VirtualNetwork, techniques: str, machine_ranks: int = 1):
+        self._machine_ranks = machine_ranks
         super().__init__(_Alone(rank, ranks, network), _TIMEOUT_SECONDS, techniques, shared_memory=False)
         self._waiting = _Turns(network, rank)
+
+    def _meet_machines(self, comm: _Alone) -> Machines:
+        firsts = range(0, comm.size, self._machine_ranks)
+        return Machines(comm.rank, [range(comm.size)[first : first + self._machine_ranks] for first in firsts])
 
     def _connect(self, comm: _Alone, **calls: Callable) -> VirtualTransport:
         return VirtualTransport(comm.network, comm.rank, comm.size, calls["on_message"])
@@ -180,6 +190,7 @@ class LockstepSimulation:
         techniques: as of `SynchronousManager`.
         lookahead: how many steps ahead ranks say what they will look up.
         seed, delay_chance: of the network.
+        machine_ranks: how many ranks, in turn, are on one machine.
         gradient: called with (rank, step, rows int64 `[n]`, values `[n, dim]`) for a gradient `[n, dim]`; ones if None.
     """
 
@@ -195,6 +206,7 @@ class LockstepSimulation:
         lookahead: int = 10,
         seed: int = 0,
         delay_chance: float = 0.0,
+        machine_ranks: int = 1,
         gradient: Callable[[int, int, np.ndarray, np.ndarray], np.ndarray] | None = None,
     ):
         self.steps = int(recording.clocks.max(initial=-1)) + 1
@@ -204,7 +216,7 @@ class LockstepSimulation:
         self._lookahead, self._dtype, self._dim, self._rows = lookahead, dtype, dim, rows
         self._gradient = gradient if gradient is not None else (lambda rank, step, rows, values: np.ones_like(values))
         self.network = VirtualNetwork(ranks, seed, delay_chance)
-        self.managers = [VirtualManager(rank, ranks, self.network, techniques) for rank in range(ranks)]
+        self.managers = [VirtualManager(rank, ranks, self.network, techniques, machine_ranks) for rank in range(ranks)]
         spec = TableSpec("table", rows, dim, dtype, rules.Adagrad(), HYPERPARAMETERS, lambda rows, out: out.fill(0))
         self.tables = [manager.add_tables([spec])[0] for manager in self.managers]
         self.network.settle()
@@ -268,6 +280,11 @@ class LockstepSimulation:
         return sum(manager.bytes_sent for manager in self.managers)
 
     @property
+    def bytes_between_machines(self) -> int:
+        """Bytes that ranks have sent to ranks of other machines."""
+        return sum(manager.bytes_to_other_machines for manager in self.managers)
+
+    @property
     def bytes_by_kind(self) -> Counter[str]:
         """Bytes of messages by kind, without those of the buffers' own headers."""
         return sum((Counter(manager.bytes_by_kind) for manager in self.managers), Counter())
@@ -328,6 +345,7 @@ def random_run(seed: int, techniques: str | None = None) -> tuple[LockstepSimula
         lookahead=int(rng.integers(0, 5)),
         seed=seed,
         delay_chance=float(rng.choice([0.0, 0.3, 0.7])),
+        machine_ranks=int(rng.choice([1, 2, 3])),
         gradient=gradient,
     )
     return simulation.run_to(simulation.steps), plain_values(recording, ranks, rows, dim, gradient)

@@ -40,17 +40,18 @@ class Machine:
         self.pages[rank][_WRITES] += 1
 
 
-def meet(comm, wanted: bool) -> Machine:
+def meet(comm, wanted: bool | int) -> Machine:
     """Find the ranks that share this rank's machine, and see that each can map the others' memory (collective).
 
     Args:
         comm: the communicator of all ranks.
-        wanted: whether memory is to be shared; each is by itself unless all ranks of the machine want it and can.
+        wanted: whether memory is to be shared; each is by itself unless all ranks of the machine want it and can. A
+            number: so many ranks, in turn, count as one machine (the smallest number given on the machine holds).
     """
     from mpi4py import MPI  # only where there are ranks to talk to
 
     machine = Machine({}, {}, {})
-    node = ranks_of_machine(comm)
+    node = _divided(ranks_of_machine(comm), wanted)
     try:
         block = None
         why_not = None if wanted else "shared_memory=False"
@@ -83,6 +84,21 @@ def ranks_of_machine(comm):
     from mpi4py import MPI
 
     return comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+
+
+def _divided(node, wanted: bool | int):
+    """Return a communicator of the ranks that count as one machine with this one, out of those of `node`, which it
+    frees (collective).
+    """
+    most = np.array([node.size if isinstance(wanted, bool) else wanted], np.int64)
+    everyones = np.empty(node.size, np.int64)
+    node.Allgather(most, everyones)
+    size = int(everyones.min())
+    if size >= node.size:
+        return node
+    part = node.Split(node.rank // size, node.rank)
+    node.Free()
+    return part
 
 
 def _exchange(node, rank: int, block: SharedBlock | None) -> np.ndarray:

@@ -466,6 +466,11 @@ class Manager:
         return 0
 
     @property
+    def bytes_to_other_machines(self) -> int:
+        """Bytes sent to ranks that this one shares no memory with."""
+        return 0
+
+    @property
     def bytes_received(self) -> int:
         return 0
 

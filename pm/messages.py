@@ -48,6 +48,11 @@ class Kind(IntEnum):
     SLOTS = 26
     SEEK = 27
     FOUND = 28
+    COMMON_ROWS = 29
+    PARCEL_OF_ROWS = 30
+    PASSED_ON = 31
+    PORTION = 32
+    SUM = 33
     PRESENT = 40
     SHARE = 41
     SHARED = 42

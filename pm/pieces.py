@@ -55,6 +55,31 @@ class Summing:
         plain += [self._divided_by_frequency(group, dim) for group in by_ordinal.values()]
         return self._sum(plain, dim)
 
+    def sums(self, pieces: list[Piece], dim: int) -> list[Piece]:
+        """Sum pieces that are to be combined with others later: one piece for each of `kinds_of` them, in their order,
+        with how often the ranks together looked its rows up. The arrays have their own memory.
+        """
+        summed = []
+        for group in kinds_of(pieces):
+            slots, values, scale = self._sum([Piece(p.slots, p.values, p.scale, 0, None) for p in group], dim)
+            counts = None if group[0].counts is None else self._counts(group)[1].astype(np.int64)
+            summed.append(Piece(slots, values.copy(), scale, group[0].ordinal, counts))
+        return summed
+
+    def slots_of(self, pieces: list[Piece]) -> list[Piece]:
+        """Return what `sums` does, for pieces whose values and counts are elsewhere: it has those of no row."""
+        summed = []
+        for group in kinds_of(pieces):
+            slots, _ = cuda_ops.dedup(np.concatenate([piece.slots for piece in group]), self._scratch)
+            scale = group[0].scale if all(piece.scale == group[0].scale for piece in group) else 1.0
+            summed.append(Piece(slots, group[0].values, scale, group[0].ordinal, group[0].counts))
+        return summed
+
+    def _counts(self, pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """Return (distinct slots in the order in which they first occur, how often they were looked up: float64)."""
+        slots, inverse = cuda_ops.dedup(np.concatenate([piece.slots for piece in pieces]), self._scratch)
+        return slots, np.bincount(inverse, np.concatenate([piece.counts for piece in pieces]), minlength=len(slots))
+
     def _sum(self, pieces: list[Piece], dim: int) -> tuple[np.ndarray, np.ndarray, float]:
         one_scale = all(piece.scale == pieces[0].scale for piece in pieces)
         pieces = [piece for piece in pieces if len(piece.slots)] or pieces[:1]
@@ -87,9 +112,20 @@ class Summing:
 
     def _divided_by_frequency(self, pieces: list[Piece], dim: int) -> Piece:
         """Sum pieces of one lookup over ranks and divide each row by how often all ranks looked it up together."""
-        everywhere = np.concatenate([piece.slots for piece in pieces])
-        slots, inverse = cuda_ops.dedup(everywhere, self._scratch)
-        counts = np.bincount(inverse, np.concatenate([piece.counts for piece in pieces]), minlength=len(slots))
+        slots, counts = self._counts(pieces)
         counts = np.maximum(counts, 1)  # rows that only came along with those looked up have no gradient to divide
         _, values, scale = self._sum([Piece(p.slots, p.values, p.scale, 0, None) for p in pieces], dim)
         return Piece(slots, values / counts[:, None].astype(values.dtype), scale, 0, None)
+
+
+def kinds_of(pieces: list[Piece]) -> list[list[Piece]]:
+    """Return the pieces without counts, if any, then those of each ordinal that have counts: what is summed alike."""
+    kinds: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        kinds.setdefault(kind_of(piece), []).append(piece)
+    return [kinds[kind] for kind in sorted(kinds)]
+
+
+def kind_of(piece: Piece) -> int:
+    """Return the ordinal of a piece that has counts, -1 for one that has none."""
+    return -1 if piece.counts is None else piece.ordinal

@@ -1,17 +1,18 @@
 """The owner's side: what a rank does for all ranks alike, itself included, with the rows that it owns.
 
 Everything here runs on the background thread, message by message. A step is applied when the STEP of every rank has
-arrived: gradients are summed in rank order and applied once; each rank is sent the rows that its next batch needs, and
-READY; then, off the critical path, those rows of later batches that no known intent touches in between. A row that was
-sent early and changed after all is sent again before READY: intents save time, they never decide what is right. A row
-that only the rank in question needs moves there in place of being copied, where that pays (`moving.py`).
+arrived: gradients are summed in a fixed order (`machine_sums.py`) and applied once; each rank is sent the rows that its
+next batch needs, and READY; then, off the critical path, those rows of later batches that no known intent touches in
+between. A row that was sent early and changed after all is sent again before READY: intents save time, they never
+decide what is right. A row that only the rank in question needs moves there in place of being copied, where that pays
+(`moving.py`); ranks of another machine are sent what they need alike once (`parcels.py`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ import numpy as np
 import cuda_ops
 from pm.agreement import check_same_step
 from pm.asked import AskedPlan, AskedRows, Request
+from pm.machine_sums import IN_SUM, ArrivedSums
 from pm.messages import Kind, Message, narrow, widen
+from pm.parcels import ALL_ROWS, Copies
 from pm.pieces import Piece
 from pm.slot_notes import SlotNotes
 from pm.store import RecordStore
@@ -29,8 +32,6 @@ from pm.tables import Table
 if TYPE_CHECKING:
     from pm.synchronous import SynchronousManager
 
-ALL_ROWS = np.empty(0, np.int32)
-"""In place of tickets in a ROWS message: it brings every row of its plan that the sender owns."""
 NO_ROWS = np.empty(0, np.int64)
 AT_ROWS, AT_SLOTS = -1, -2
 """In place of a plan's number in a GRADIENT message: what it is for is said by rows, or by slots of the receiver."""
@@ -41,7 +42,8 @@ _NEVER = np.iinfo(np.int64).max
 class Round:
     """What has arrived for one step: gradients by table and rank, and who has handed over its STEP.
 
-    `pinned` are slots that must stay here until the step is applied, `released` plans that are over then.
+    `pinned` are slots that must stay here until the step is applied, `released` plans that are over then, `sums` what
+    other machines have summed.
     """
 
     pieces: dict[int, dict[int, list[Piece]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
@@ -49,6 +51,7 @@ class Round:
     optimizer: dict[int, int] = field(default_factory=dict)
     pinned: list[tuple[SlotNotes, np.ndarray]] = field(default_factory=list)
     released: list[tuple[int, AskedPlan]] = field(default_factory=list)
+    sums: ArrivedSums = field(default_factory=ArrivedSums)
 
 
 class Serving:
@@ -283,10 +286,19 @@ class Serving:
         """Let no row move while the sum of all `more` is positive."""
         self._stillness += more
 
-    def _send_rows(self, peer: int, plan: AskedPlan, *, early: bool = False, answer: bool = False) -> None:
+    def _send_rows(
+        self,
+        peer: int,
+        plan: AskedPlan,
+        *,
+        early: bool = False,
+        answer: bool = False,
+        later: list[Copies] | None = None,
+    ) -> None:
         """Send what is stale of a plan (`early`: only what is due): ROWS(plan, is an answer; tickets, values).
 
-        Rows that may move leave as RECORDS instead.
+        Rows that may move leave as RECORDS instead. Copies that are not an answer are only put down in `later`, if that
+        is given.
         """
         table, store, manager = plan.table, plan.table.store, self._manager
         if plan.direct:
@@ -315,12 +327,13 @@ class Serving:
         if not copies or not (len(positions) or answer):
             return
         whole = len(positions) == len(plan.slots)
-        slots = plan.slots if whole else plan.slots[positions]
+        slots, tickets = (plan.slots, plan.tickets) if whole else (plan.slots[positions], plan.tickets[positions])
         self._count_copies(plan, positions, slots)
-        manager.catch_up(table, slots, states=False)
-        values = store.values(slots, np.empty((len(positions), table.spec.dim), table.spec.dtype))
-        arrays = (ALL_ROWS if whole else narrow(plan.tickets[positions]), values)
-        manager.transport.send(peer, Message(Kind.ROWS, (plan.number, int(answer)), arrays))
+        made = Copies(peer, plan.number, table, tickets, slots, whole)
+        if later is None or answer:
+            manager.parcels.send_to_one(made, answer=answer)
+        else:
+            later.append(made)
 
     def _ready_in_place(self, peer: int, plan: AskedPlan, answer: bool) -> None:
         """Bring rows that `peer` reads in this rank's memory to the last step."""
@@ -348,9 +361,30 @@ class Serving:
         """Send rows of later batches that no known intent touches before, once all ranks' intents reach that far."""
         self._early_is_posted = False
         horizon = min(asked.horizon for rank, asked in enumerate(self._asked) if rank not in self._ended)
-        for peer in self._manager.peers:
-            for plan in self._asked[peer].early(self.applied, horizon):
-                self._send_rows(peer, plan, early=True)
+        for peers in self._manager.machines.together:
+            together = self._horizon_together(peers, horizon)
+            plans = {peer: self._asked[peer].early(self.applied, together) for peer in peers}
+            self._send_to_machine(plans, early=True)
+
+    def _horizon_together(self, peers: Sequence[int], horizon: int) -> int:
+        """Return up to which version rows of `peers`, all of a machine, are sent early, if that is `horizon` for one.
+
+        What they need alike is to go at once. So it waits until each has said what it needs at that version, which is
+        certain once it speaks of a later one, and is taken to be so just before the rows are needed.
+        """
+        if len(peers) == 1:
+            return horizon
+        known = min((self._asked[peer].horizon for peer in peers if peer not in self._ended), default=horizon)
+        return min(horizon, max(known - 2, min(known - 1, self.applied)))
+
+    def _send_to_machine(self, plans: Mapping[int, Iterable[AskedPlan]], *, early: bool = False) -> None:
+        """Send ranks of one machine what is stale of some of their plans."""
+        later = [] if len(plans) > 1 else None
+        for peer, some in plans.items():
+            for plan in some:
+                self._send_rows(peer, plan, early=early, later=later)
+        if later:
+            self._manager.parcels.send(later)
 
     # Steps
 
@@ -362,7 +396,8 @@ class Serving:
     def on_gradient(self, source: int, message: Message) -> None:
         """GRADIENT(step, table, plan or AT_..., ordinal, has counts, place; slots or rows, values, scale, counts).
 
-        `place` says where in shared memory the values are that the message does not have; -1 where it has them.
+        `place` says where in shared memory the values are that the message does not have; -1 where it has them, -2
+        where they come in a SUM.
         """
         step, table_number, number, ordinal, counted, place = message.numbers
         rows, values, scale, counts = message.arrays
@@ -375,6 +410,8 @@ class Serving:
         if place >= 0:
             values = self._manager.neighbours.gradients.values(source, place, len(slots), values.shape[1], values.dtype)
         piece = Piece(slots, values, float(scale[0]), ordinal, counts if counted else None)
+        if place == IN_SUM:
+            self._manager.machine_sums.expect(self._round(step).sums, source, table_number, piece)
         self.take_piece(source, step, table_number, number, piece)
 
     def take_piece(self, source: int, step: int, table_number: int, number: int, piece: Piece) -> None:
@@ -390,9 +427,21 @@ class Serving:
         arrived = self._round(step)
         arrived.optimizer[source] = optimizer
         arrived.stepped[source] = message.arrays[0]
-        while (arrived := self._rounds.get(self.applied)) is not None and len(arrived.stepped) == self._manager.ranks:
+        self._manager.machine_sums.send_complete(step, arrived.stepped)
+        self.apply_complete()
+
+    def apply_complete(self) -> None:
+        """Apply the steps of which everything is here."""
+        while (arrived := self._rounds.get(self.applied)) is not None and self._is_complete(arrived):
             self._apply_round(arrived)
             self._manager.resume()
+
+    def _is_complete(self, arrived: Round) -> bool:
+        return len(arrived.stepped) == self._manager.ranks and not arrived.sums.missing
+
+    def sums_of(self, step: int) -> ArrivedSums:
+        """Return what other machines have summed for a step that is not applied."""
+        return self._round(step).sums
 
     def _apply_round(self, arrived: Round) -> None:
         manager, step = self._manager, self.applied
@@ -400,8 +449,7 @@ class Serving:
         started = time.perf_counter()
         groups = self.groups.pop(step)
         for number in sorted(arrived.pieces):
-            by_rank = arrived.pieces[number]
-            pieces = [piece for rank in sorted(by_rank) for piece in by_rank[rank]]
+            pieces = manager.machine_sums.pieces(number, arrived.pieces[number], arrived.sums)
             manager.apply(manager.tables[number], pieces, groups[number])
         del self._rounds[step]
         with manager.structure:
@@ -411,10 +459,10 @@ class Serving:
             self._let_go(rank, plan)
         self.applied = step + 1
         manager.traffic.seconds["update"] += time.perf_counter() - started
-        for peer in manager.peers:
-            for plan in self._asked[peer].due_by(self.applied):
-                self._send_rows(peer, plan)
-            self._send_ready(peer)
+        for peers in manager.machines.together:
+            self._send_to_machine({peer: self._asked[peer].due_by(self.applied) for peer in peers})
+            for peer in peers:
+                self._send_ready(peer)
         manager.transport.post(self._send_early)  # after the rows that somebody may be waiting for have left
 
     # On demand

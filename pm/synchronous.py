@@ -21,11 +21,14 @@ from pm.directory import Directory
 from pm.handover import Handover, by_rank
 from pm.in_place import InPlace
 from pm.keys import rows_of, table_of
+from pm.machine_sums import MachineSums
+from pm.machines import Machines, machines_of
 from pm.manager import Manager
 from pm.messages import Kind, Message, narrow
 from pm.moving import Moving
 from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
+from pm.parcels import Parcels
 from pm.peers import Peers
 from pm.pieces import Summing
 from pm.requests import Requests
@@ -43,6 +46,9 @@ CACHED_LOCATIONS = 1 << 18
 
 _MOST_NAMED = 16
 
+_AT_ONCE = frozenset({Kind.SUM, Kind.PARCEL_OF_ROWS, Kind.PASSED_ON})
+"""Messages that others wait for, and that need wait for nothing that their senders have sent before."""
+
 
 class SynchronousManager(Manager):
     """A `Manager` over the ranks of a communicator; construction, `add_tables` and `replace_rule` are collective.
@@ -58,10 +64,10 @@ class SynchronousManager(Manager):
             "none": they are fetched when they are used. Results are the same to the bit.
         cached_locations: most keys whose whereabouts this rank remembers without need.
         shared_memory: whether ranks of one machine read each other's rows without a message; all of them must say so.
-            False: each rank is as if on a machine of its own.
+            False: each rank is as if on a machine of its own. A number: each so many ranks of a machine, in turn, are.
 
     Raises:
-        ValueError: if there are no such techniques.
+        ValueError: if there are no such techniques, or `shared_memory` is a number below 1.
     """
 
     def __init__(
@@ -71,9 +77,11 @@ class SynchronousManager(Manager):
         techniques: str = "all",
         *,
         cached_locations: int = CACHED_LOCATIONS,
-        shared_memory: bool = True,
+        shared_memory: bool | int = True,
     ):
         super().__init__()
+        if not isinstance(shared_memory, bool) and shared_memory < 1:
+            raise ValueError(f"shared_memory must be True, False or a number of ranks, 1 or more; got {shared_memory}")
         self.techniques = techniques_named(techniques)
         self.rank, self.ranks = comm.rank, comm.size
         self.timeout_seconds = timeout_seconds
@@ -97,6 +105,9 @@ class SynchronousManager(Manager):
         self._handover = Handover(self)
         self._shards = Shards(self)
         self.neighbours = Neighbours(self, comm, shared_memory)
+        self.machines = self._meet_machines(comm)
+        self.machine_sums = MachineSums(self)
+        self.parcels = Parcels(self)
         self.in_place = InPlace(self, cached_locations)
         self._handlers = self._message_handlers()
         self.transport = self._connect(
@@ -106,6 +117,7 @@ class SynchronousManager(Manager):
             on_failure=self._fail,
             while_collective=self._check_collective,
             after_receiving=self._after_receiving,
+            held_up=lambda: bool(self._passing_on()),
             describe_peers=lambda: self.describe_peers(),
         )
         self.transport.start()
@@ -113,6 +125,10 @@ class SynchronousManager(Manager):
     def _connect(self, comm, **calls: Callable) -> Transport:
         """Return what carries this rank's messages (collective); a simulation has another."""
         return Transport(comm, **calls)
+
+    def _meet_machines(self, comm) -> Machines:
+        """Return which ranks are on which machine (collective); a simulation has its own."""
+        return machines_of(comm, self.neighbours.peers)
 
     def _is_urgent(self) -> bool:
         return self._waiting.waiters > 0 or self.serving.applied < self.steps
@@ -360,21 +376,48 @@ class SynchronousManager(Manager):
         return self.applied >= self.steps and self.others.all_ready(self.steps)
 
     def _describe_missing_step(self) -> str:
-        behind = self.others.behind(self.steps)
-        not_stepped = self.others.not_stepped(self.serving.round_of(self.applied))
+        behind = self._behind()
+        not_stepped = self.others.not_stepped(self.serving.round_of(self.applied)) or self._summing_for(self.applied)
         names = [p for p in not_stepped if p in behind] or behind
         return self.others.missing(names, f"take step {self.applied}")
 
     def _why_step_cannot_come(self) -> str | None:
         others, step = self.others, self.applied
-        cannot = others.gone.intersection(others.behind(self.steps))
+        cannot = others.gone.intersection(self._behind())
         if step < self.steps:
             cannot |= others.ended.intersection(others.not_stepped(self.serving.round_of(step)))
         return others.closed(cannot, f"step {step}") if cannot else None
 
+    def _behind(self) -> list[int]:
+        """Return the ranks of which something is missing: a READY, a sum, or rows that they have to pass on first."""
+        summing = self._summing_for(self.applied) if self.applied < self.steps else ()
+        return sorted({*self.others.behind(self.steps), *summing, *self._passing_on()})
+
+    def _summing_for(self, step: int) -> set[int]:
+        """Return the ranks whose sums of their machines' gradients are missing here, if all ranks took the step."""
+        arrived = self.serving.round_of(step)
+        all_stepped = arrived is not None and not self.others.not_stepped(arrived)
+        return self.machine_sums.missing_ranks(arrived.sums) if all_stepped else set()
+
+    def _passing_on(self) -> set[int]:
+        """Return the ranks that have yet to pass on rows of others, for which what came later waits."""
+        found = set()
+        for source, stalled in enumerate(self._stalled):
+            try:
+                first = stalled[0]
+            except IndexError:  # the background thread has handled it
+                continue
+            if first.kind == Kind.COMMON_ROWS:
+                found.add(self.machines.agent(self.machines.of(self.rank), source))
+        return found - {self.rank}
+
     def wait_for_rows(self, reached: Callable[[], bool], asked: Sequence[int]) -> None:
         others = self.others
-        self._waiting.until(reached, lambda: others.missing(asked, "send rows"), lambda: others.why_gone(asked, "rows"))
+        self._waiting.until(
+            reached,
+            lambda: others.missing({*asked, *self._passing_on()}, "send rows"),
+            lambda: others.why_gone({*asked, *self._passing_on()}, "rows"),
+        )
 
     def wait_for_others(self, missing: Callable[[], Sequence[int]], action: str) -> None:
         """Block until no rank is `missing()`; `action` says what those that are have not done."""
@@ -395,7 +438,7 @@ class SynchronousManager(Manager):
     # Whole tables
 
     def barrier(self) -> None:
-        """Wait until all ranks are here, and all messages that they sent before have been received (collective)."""
+        """Wait until all ranks are here, and what they have sent this one before was received (collective)."""
         self._check_open()
         self.transport.collective(lambda comm: comm.Ibarrier(), self.timeout_seconds)
 
@@ -413,19 +456,24 @@ class SynchronousManager(Manager):
     def _receive(self, source: int, message: Message) -> None:
         """Handle a message; records of a later version, and what the same rank sent after them, wait for that."""
         self._heard[source] = time.monotonic()
-        if self._stalled[source] or self._is_early(message):
+        if message.kind in _AT_ONCE:
+            self._handle(source, message)
+            self.resume()
+        elif self._stalled[source] or self._is_early(source, message):
             self._stalled[source].append(message)
         else:
             self._handle(source, message)
         self._waiting.notify()
 
-    def _is_early(self, message: Message) -> bool:
-        return message.kind == Kind.RECORDS and message.numbers[2] > self.applied
+    def _is_early(self, source: int, message: Message) -> bool:
+        if message.kind == Kind.RECORDS:
+            return message.numbers[2] > self.applied
+        return self.parcels.is_on_its_way(source, message)
 
     def resume(self) -> None:
-        """A step has been applied: handle what has waited for it. On the background thread."""
+        """A step has been applied, or rows were passed on: handle what has waited. On the background thread."""
         for source, stalled in enumerate(self._stalled):
-            while stalled and not self._is_early(stalled[0]):
+            while stalled and not self._is_early(source, stalled[0]):
                 self._handle(source, stalled.popleft())
 
     def _handle(self, source: int, message: Message) -> None:
@@ -450,7 +498,12 @@ class SynchronousManager(Manager):
             Kind.STEP: serving.on_step,
             Kind.RENORM: serving.on_renorm,
             Kind.SHARD: self._shards.on_shard,
+            Kind.PORTION: self.machine_sums.on_portion,
+            Kind.SUM: self.machine_sums.on_sum,
             Kind.ROWS: self.asking.on_rows,
+            Kind.COMMON_ROWS: self.parcels.on_common_rows,
+            Kind.PARCEL_OF_ROWS: self.parcels.on_parcel,
+            Kind.PASSED_ON: self.parcels.on_passed_on,
             Kind.SLOTS: self.asking.on_slots,
             Kind.SEEK: self.in_place.on_seek,
             Kind.FOUND: self.asking.on_found,
@@ -500,6 +553,10 @@ class SynchronousManager(Manager):
         return self.transport.bytes_sent
 
     @property
+    def bytes_to_other_machines(self) -> int:
+        return sum(self.transport.bytes_to[peer] for peer in self.machines.elsewhere())
+
+    @property
     def bytes_received(self) -> int:
         return self.transport.bytes_received
 
@@ -536,10 +593,14 @@ class SynchronousManager(Manager):
             self._shut = True
             for peer in self.peers:
                 self.transport.send(peer, Message(Kind.CLOSED))
-            self.transport.wake()
+            self.transport.post(self._wait_for_no_rows)
             self._end_with_the_last()
         while linger and self.transport.alive:
             time.sleep(2e-3)
+
+    def _wait_for_no_rows(self) -> None:
+        self.parcels.wait_for_none()
+        self.resume()
 
     def _end_with_the_last(self) -> None:
         if self._shut and self.others.ended.issuperset(self.peers):

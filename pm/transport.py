@@ -45,6 +45,8 @@ class Transport:
             raise.
         after_receiving: called on the thread, again and again, before what is queued is sent; returns whether it did
             anything.
+        held_up: asked on the thread; True while messages that were received have not had their turn, so that no
+            collective operation is over.
         describe_peers: called by whoever waited too long in `collective`, for a sentence on the other ranks.
 
     The thread runs from `start()` to `close()`. Closing ranks part in order: each sends what it had queued and LAST,
@@ -60,6 +62,7 @@ class Transport:
         on_failure: Callable[[BaseException], None],
         while_collective: Callable[[Sequence[int]], None],
         after_receiving: Callable[[], bool] = lambda: False,
+        held_up: Callable[[], bool] = lambda: False,
         describe_peers: Callable[[], str] = str,
     ):
         from mpi4py import MPI  # only where there are ranks to talk to
@@ -72,6 +75,7 @@ class Transport:
         self._on_failure = on_failure
         self._while_collective = while_collective
         self._after_receiving = after_receiving
+        self._held_up = held_up
         self._describe_peers = describe_peers
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._outbox: list[deque[Message]] = [deque() for _ in range(self.ranks)]
@@ -88,6 +92,7 @@ class Transport:
         self._joined = [0] * self.ranks
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.bytes_to = [0] * self.ranks
         self.bytes_by_kind: Counter[Kind] = Counter()
         self._thread = threading.Thread(target=self._run, name="adaloader-transport", daemon=True)
 
@@ -131,7 +136,7 @@ class Transport:
             request = start(self._comm)
 
             def finished() -> bool:
-                if request.Test() and not missing():
+                if request.Test() and not missing() and not self._held_up():
                     done.set()
                     return True
                 return False
@@ -265,6 +270,7 @@ class Transport:
                 self.bytes_by_kind[message.kind] += message_bytes(message)
             self._sending.append((self._comm.Isend([buffer, self._mpi.BYTE], peer, _TAG), buffer))
             self.bytes_sent += len(buffer)
+            self.bytes_to[peer] += len(buffer)
             busy = True
         return busy
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from adaloader import AdaLoader, full_optimizer_state_dict, full_state_dict
-from tests.mpi.worlds import TECHNIQUES
+from tests.mpi.worlds import SHARED_MEMORY, TECHNIQUES
 
 ROWS, FIELDS, DENSE, DIM = 60, 4, 3, 4
 LIMITS = {torch.float32: (5e-6, 5e-5), torch.float64: (1e-10, 1e-10)}
@@ -185,7 +185,13 @@ class Run:
         return losses, model.state_dict(), optimizer.state_dict()["state"], torch.rand(3)
 
     def managed(self, **keywords):
-        options = {"min_rows": 1, "techniques": TECHNIQUES, **self.loader_options, **keywords}
+        options = {
+            "min_rows": 1,
+            "techniques": TECHNIQUES,
+            "shared_memory": SHARED_MEMORY,
+            **self.loader_options,
+            **keywords,
+        }
         losses, model, optimizer, loader = self.train(
             lambda m, o: AdaLoader(
                 self.data(), batch_size=self.batch_size, shuffle=self.shuffle, model=m, optimizer=o, **options

@@ -14,7 +14,8 @@ from tests.pm.oracle import RULES, DenseTable, make_spec, random_gradient, some_
 
 TIMEOUT = 100.0
 TECHNIQUES = os.environ.get("ADALOADER_TEST_TECHNIQUES", "all")
-SHARED_MEMORY = os.environ.get("ADALOADER_TEST_SHARED_MEMORY", "1") == "1"
+_SHARED = os.environ.get("ADALOADER_TEST_SHARED_MEMORY", "1")
+SHARED_MEMORY = _SHARED == "1" if _SHARED in "01" else int(_SHARED)
 
 
 def meet(comm) -> None:
@@ -77,6 +78,16 @@ def train(manager, table, dense, rows_of, steps, lookahead, meets=True) -> list[
         ]
         dense.step(pieces)
     return [plan for plan in plans.values() if not plan.released]
+
+
+def machines_of_pieces(manager: pm.SynchronousManager, ranks: list[int]) -> list[int]:
+    """Return numbers for `DenseTable.step`: of ranks whose gradients are added up first, each its machine's.
+
+    Every other piece has one of its own.
+    """
+    machines = [manager.machines.of(rank) for rank in ranks]
+    alone = len(machines) and len(machines[0]) == manager.ranks
+    return [m[0] if len(m) > 1 and not alone else manager.ranks + at for at, m in enumerate(machines)]
 
 
 # --- random programs ---
@@ -185,7 +196,7 @@ class World:
         mine, done = [], []
         for table in held:
             table.spec.group["lr"] = self.dense[table.number].spec.group["lr"] = 0.3 / (1 + step)
-            pieces = []
+            pieces, of_pieces = [], []
             for rank in range(self.manager.ranks):
                 for part in range(int(self.rng.choice([0, 1, 1, 1, 2]))):
                     own = (
@@ -197,12 +208,13 @@ class World:
                     rows = drawn if self.rng.random() < 0.3 else wanted
                     piece = random_gradient(self.rng, table.spec, rows, counted=part == 1)
                     pieces.append(piece)
+                    of_pieces.append(rank)
                     if rank == self.manager.rank:
                         plan = next((p for p in own if np.array_equal(p.rows, rows)), None)
                         rows, values, scale, ordinal, counts = piece
                         mine.append(pm.TableGradient(table, rows, values.copy(), scale, plan, ordinal, counts))
             if pieces:
-                self.dense[table.number].step(pieces)
+                self.dense[table.number].step(pieces, machines_of_pieces(self.manager, of_pieces))
         for plan in self.plans.pop(step):
             how = (plan.number * 2654435761 % 97) / 97  # not drawn: ranks have different plans
             if how < 0.6:
@@ -228,7 +240,8 @@ class World:
         limits = float(self.rng.uniform(0.2, 1.0)), float(self.rng.choice([1.0, 2.0, np.inf]))
         if rank == self.manager.rank:
             self.manager.renorm(table, rows, *limits)
-        self.manager.barrier()
+        self.manager.barrier()  # every owner has been told, once it is past this
+        self.manager.barrier()  # and all are: a pull could overtake what another rank had sent its owner
         self.dense[number].renorm(rows, *limits)
         self.check(pulled(self.manager, table, rows), table, rows, "renorm")
 

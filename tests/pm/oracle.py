@@ -97,11 +97,18 @@ class DenseTable:
         parts = [held[name].numpy() for name in _STATES if name in held]
         return np.concatenate(parts, 1) if parts else np.empty((self.spec.rows, 0))
 
-    def step(self, pieces: list[tuple[np.ndarray, np.ndarray, float, int, np.ndarray | None]]) -> None:
-        """Apply pieces (rows, values, scale, ordinal, counts), given in the order of ranks."""
+    def step(
+        self,
+        pieces: list[tuple[np.ndarray, np.ndarray, float, int, np.ndarray | None]],
+        machines: list[int] | None = None,
+    ) -> None:
+        """Apply pieces (rows, values, scale, ordinal, counts), given in the order of ranks.
+
+        Those of the same number in `machines` are added up first, machines then in the order in which they first occur.
+        """
         total = np.zeros((self.spec.rows, self.spec.dim), self.spec.dtype)
         ordinals: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for rows, values, scale, ordinal, counts in pieces:
+        for rows, values, scale, ordinal, counts in pieces if machines is None else self._by_machine(pieces, machines):
             scaled = values * values.dtype.type(scale)
             if counts is None:
                 total[rows] += scaled
@@ -114,6 +121,20 @@ class DenseTable:
         self.parameter.grad = torch.from_numpy(total)
         self.optimizer.param_groups[0].update(self.spec.group)
         self.optimizer.step()
+
+    def _by_machine(self, pieces: list[tuple], machines: list[int]) -> list[tuple]:
+        """Return pieces of all rows: for each machine one of what has no counts, and one for each ordinal that has."""
+        everything = np.arange(self.spec.rows, dtype=np.int64)
+        sums: dict[tuple[int, int, bool], tuple[np.ndarray, np.ndarray]] = {}
+        for (rows, values, scale, ordinal, counts), machine in zip(pieces, machines, strict=True):
+            made = np.zeros((self.spec.rows, self.spec.dim), self.spec.dtype), np.zeros(self.spec.rows, np.int64)
+            total, often = sums.setdefault((machine, ordinal, counts is not None), made)
+            total[rows] += values * values.dtype.type(scale)
+            often[rows] += 0 if counts is None else counts
+        return [
+            (everything, total, 1.0, ordinal, often if counted else None)
+            for (_, ordinal, counted), (total, often) in sums.items()
+        ]
 
     def renorm(self, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         values = self.values[rows]

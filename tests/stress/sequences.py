@@ -54,7 +54,7 @@ class Plan:
             "techniques": str(rng.choice(["all", "relocation", "replication", "none"])),
             "lookahead": int(rng.choice([0, 1, 4])),
             "shuffle": bool(rng.integers(4)),
-            "shared_memory": bool(rng.integers(2)),
+            "shared_memory": (True, False, 2)[rng.integers(3)],
             "num_workers": int(rng.random() < 0.08),
         }
         acts: list[tuple] = []
