@@ -49,7 +49,7 @@ class Kind(IntEnum):
     SEEK = 27
     FOUND = 28
     COMMON_ROWS = 29
-    PARCEL_OF_ROWS = 30
+    ROWS_TO_PASS_ON = 30
     PASSED_ON = 31
     PORTION = 32
     SUM = 33

@@ -5,7 +5,7 @@ arrived: gradients are summed in a fixed order (`machine_sums.py`) and applied o
 next batch needs, and READY; then, off the critical path, those rows of later batches that no known intent touches in
 between. A row that was sent early and changed after all is sent again before READY: intents save time, they never
 decide what is right. A row that only the rank in question needs moves there in place of being copied, where that pays
-(`moving.py`); ranks of another machine are sent what they need alike once (`parcels.py`).
+(`moving.py`); ranks of another machine are sent what they need alike once (`common_rows.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import cuda_ops
 from pm.agreement import check_same_step
 from pm.asked import AskedPlan, AskedRows, Request
+from pm.common_rows import ALL_ROWS, Copies
 from pm.machine_sums import IN_SUM, ArrivedSums
 from pm.messages import Kind, Message, narrow, widen
-from pm.parcels import ALL_ROWS, Copies
 from pm.pieces import Piece
 from pm.slot_notes import SlotNotes
 from pm.store import RecordStore
@@ -331,7 +331,7 @@ class Serving:
         self._count_copies(plan, positions, slots)
         made = Copies(peer, plan.number, table, tickets, slots, whole)
         if later is None or answer:
-            manager.parcels.send_to_one(made, answer=answer)
+            manager.common_rows.send_to_one(made, answer=answer)
         else:
             later.append(made)
 
@@ -384,7 +384,7 @@ class Serving:
             for plan in some:
                 self._send_rows(peer, plan, early=early, later=later)
         if later:
-            self._manager.parcels.send(later)
+            self._manager.common_rows.send(later)
 
     # Steps
 

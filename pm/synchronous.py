@@ -17,6 +17,7 @@ import numpy as np
 
 import cuda_ops
 from pm.asking import Asking
+from pm.common_rows import CommonRows
 from pm.directory import Directory
 from pm.handover import Handover, by_rank
 from pm.in_place import InPlace
@@ -28,7 +29,6 @@ from pm.messages import Kind, Message, narrow
 from pm.moving import Moving
 from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
-from pm.parcels import Parcels
 from pm.peers import Peers
 from pm.pieces import Summing
 from pm.requests import Requests
@@ -46,7 +46,7 @@ CACHED_LOCATIONS = 1 << 18
 
 _MOST_NAMED = 16
 
-_AT_ONCE = frozenset({Kind.SUM, Kind.PARCEL_OF_ROWS, Kind.PASSED_ON})
+_AT_ONCE = frozenset({Kind.SUM, Kind.ROWS_TO_PASS_ON, Kind.PASSED_ON})
 """Messages that others wait for, and that need wait for nothing that their senders have sent before."""
 
 
@@ -107,7 +107,7 @@ class SynchronousManager(Manager):
         self.neighbours = Neighbours(self, comm, shared_memory)
         self.machines = self._meet_machines(comm)
         self.machine_sums = MachineSums(self)
-        self.parcels = Parcels(self)
+        self.common_rows = CommonRows(self)
         self.in_place = InPlace(self, cached_locations)
         self._handlers = self._message_handlers()
         self.transport = self._connect(
@@ -468,7 +468,7 @@ class SynchronousManager(Manager):
     def _is_early(self, source: int, message: Message) -> bool:
         if message.kind == Kind.RECORDS:
             return message.numbers[2] > self.applied
-        return self.parcels.is_on_its_way(source, message)
+        return self.common_rows.is_on_its_way(source, message)
 
     def resume(self) -> None:
         """A step has been applied, or rows were passed on: handle what has waited. On the background thread."""
@@ -501,9 +501,9 @@ class SynchronousManager(Manager):
             Kind.PORTION: self.machine_sums.on_portion,
             Kind.SUM: self.machine_sums.on_sum,
             Kind.ROWS: self.asking.on_rows,
-            Kind.COMMON_ROWS: self.parcels.on_common_rows,
-            Kind.PARCEL_OF_ROWS: self.parcels.on_parcel,
-            Kind.PASSED_ON: self.parcels.on_passed_on,
+            Kind.COMMON_ROWS: self.common_rows.on_common_rows,
+            Kind.ROWS_TO_PASS_ON: self.common_rows.on_rows_to_pass_on,
+            Kind.PASSED_ON: self.common_rows.on_passed_on,
             Kind.SLOTS: self.asking.on_slots,
             Kind.SEEK: self.in_place.on_seek,
             Kind.FOUND: self.asking.on_found,
@@ -599,7 +599,7 @@ class SynchronousManager(Manager):
             time.sleep(2e-3)
 
     def _wait_for_no_rows(self) -> None:
-        self.parcels.wait_for_none()
+        self.common_rows.wait_for_none()
         self.resume()
 
     def _end_with_the_last(self) -> None:

@@ -143,7 +143,7 @@ def over_all(comm, counted: Counter, *kinds: Kind) -> int:
     return int(total[0])
 
 
-ROWS_SENT = (Kind.ROWS, Kind.PARCEL_OF_ROWS, Kind.COMMON_ROWS)
+ROWS_SENT = (Kind.ROWS, Kind.ROWS_TO_PASS_ON, Kind.COMMON_ROWS)
 GRADIENTS_SENT = (Kind.GRADIENT, Kind.SUM)
 
 
@@ -234,7 +234,7 @@ def test_nothing_is_left_of_what_was_summed_and_passed_on(managers, seed):
     manager.submit([], {})
     manager.settle()
     manager.barrier()
-    assert not manager.machine_sums._portions and not manager.parcels.under_way
+    assert not manager.machine_sums._portions and not manager.common_rows.under_way
     assert not manager.serving._rounds and not any(manager._stalled)
     assert_nothing_is_held(manager)
 
@@ -269,9 +269,9 @@ def test_a_collective_operation_is_over_when_what_was_sent_before_has_had_its_tu
         late.append(message)
         threading.Timer(0.2, lambda: manager.transport.post(lambda: in_its_turn(source, message))).start()
 
-    pass_on = manager._handlers[Kind.PARCEL_OF_ROWS]
+    pass_on = manager._handlers[Kind.ROWS_TO_PASS_ON]
     if manager.rank == manager.machines.agent([0, 1], 2):
-        manager._handlers[Kind.PARCEL_OF_ROWS] = pass_on_late
+        manager._handlers[Kind.ROWS_TO_PASS_ON] = pass_on_late
     meet(comm)
     rows = np.arange(80, dtype=np.int64)
     for plan in train(manager, table, DenseTable(0, table.spec), lambda step, rank: rows, 3, 2, meets=False):
@@ -291,7 +291,7 @@ def test_a_rank_that_does_not_deal_for_its_machine_is_named(managers, comm, what
     idle = manager.machines.agent([0, 1], 2)
     other = 1 - idle
     if manager.rank == idle:
-        name = Kind.PARCEL_OF_ROWS if what == "rows" else Kind.SUM
+        name = Kind.ROWS_TO_PASS_ON if what == "rows" else Kind.SUM
         send, handlers = manager.transport.send, manager._handlers
         if what == "rows":
             handlers[name] = lambda source, message: None

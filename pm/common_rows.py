@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ALL_ROWS = np.empty(0, np.int32)
 """In place of tickets: every row of the plan that the sender owns."""
 FIRST_ROWS = np.empty(0, np.int32)
-"""In place of places in a parcel: those from the first on."""
+"""In place of places among values that are passed on: those from the first on."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Copies:
     whole: bool
 
 
-class Parcels:
+class CommonRows:
     """Sends rows to ranks of another machine, and takes in and passes on what others send so.
 
     On the background thread. Invariant: `_here` has what was passed on before the COMMON_ROWS that say what it is have
@@ -85,7 +85,7 @@ class Parcels:
         self._manager.transport.send(copies.peer, Message(Kind.ROWS, (copies.number, int(answer)), arrays))
 
     def _send_common(self, copies: list[Copies]) -> None:
-        """PARCEL_OF_ROWS(rank, serial number, rows, of each who gets some; values, and the places in them of each)."""
+        """ROWS_TO_PASS_ON(rank, serial number, rows, of each who gets some; values, and the places in them of each)."""
         slots, inverse, counts = cuda_ops.dedup_counts(np.concatenate([each.slots for each in copies]))
         is_common = counts > 1
         place_of = np.cumsum(is_common) - 1
@@ -105,7 +105,7 @@ class Parcels:
             manager = self._manager
             agent = manager.machines.agent(manager.machines.of(copies[0].peer), manager.rank)
             values = self._values(copies[0].table, slots[is_common])
-            manager.transport.send(agent, Message(Kind.PARCEL_OF_ROWS, tuple(addresses), (values, *places)))
+            manager.transport.send(agent, Message(Kind.ROWS_TO_PASS_ON, tuple(addresses), (values, *places)))
 
     def _announce(self, copies: Copies) -> None:
         tickets = ALL_ROWS if copies.whole else narrow(copies.tickets)
@@ -118,8 +118,8 @@ class Parcels:
 
     # The rank that deals with the owner
 
-    def on_parcel(self, source: int, message: Message) -> None:
-        """PARCEL_OF_ROWS: see `_send_common`."""
+    def on_rows_to_pass_on(self, source: int, message: Message) -> None:
+        """ROWS_TO_PASS_ON: see `_send_common`."""
         values, *places = message.arrays
         addresses = np.array(message.numbers, np.int64).reshape(-1, 3).tolist()
         for (peer, serial, count), at in zip(addresses, places, strict=True):
