@@ -203,14 +203,10 @@ class _Delivery:
         started = time.perf_counter()
         given = BlockGradient(self._tables, self._plans, self._rows, self._starts, self._summed(model, reached))
         model.manager.traffic.seconds["backward"] += time.perf_counter() - started
-        taken = 0
-        for place in reached:
-            table = self._tables[place]
-            if model.reducer is None and table.takes_share(given, place):
-                taken += 1
-            else:
-                table.receive(given.part(place))
-        if taken:
+        others = reached if model.reducer is not None else given.give(reached)
+        for place in others:
+            self._tables[place].receive(given.part(place))
+        if len(others) < len(reached):
             model.batches.backward_goes_on()
 
     def _wanted(self) -> Sequence[int]:
@@ -227,17 +223,19 @@ class _Delivery:
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
         """Return the gradients `[U, dim]` of the block's rows."""
-        addresses, strides = np.zeros(self._lookups, np.int64), np.zeros(self._lookups, np.int64)
+        addresses, steps = [0] * self._lookups, [0] * self._lookups
         kept = []
         for given in reached.values():
             for at, grad in given:
-                if not (grad.ndim == 2 and grad.stride(1) == 1 and not grad.is_neg()):
+                strides = grad.stride()
+                if len(strides) != 2 or strides[1] != 1 or grad.is_neg():
                     grad = grad.resolve_neg().contiguous()
+                    strides = grad.stride() if grad.ndim == 2 else (self._dim, 1)
                 kept.append(grad)  # until the kernel has read it
-                addresses[at] = grad.data_ptr()
-                strides[at] = grad.stride(0) if grad.ndim == 2 else self._dim
+                addresses[at], steps[at] = grad.data_ptr(), strides[0]
         sums = model.buffers.take(len(self._rows), self._dim, self._tables[0].table.spec.dtype)
-        cuda_ops.sum_segments(addresses, strides, self._ends, self._positions, self._skips, sums)
+        lookups = np.array(addresses, np.int64), np.array(steps, np.int64)
+        cuda_ops.sum_segments(*lookups, self._ends, self._positions, self._skips, sums)
         return sums
 
     def _differentiable(self, place: int, given: list[tuple[int, torch.Tensor]]) -> torch.Tensor:

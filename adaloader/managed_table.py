@@ -374,17 +374,6 @@ class ManagedTable:
 
     # Gradients
 
-    def takes_share(self, given: BlockGradient, place: int) -> bool:
-        """Take in one backward's gradient of a block, of which this table is at `place`, and which needs no factor; if
-        nobody else is to hear of it and it is the first: else return False, and it is to be received as a part."""
-        gradient = self.gradient
-        is_alone = gradient.is_empty and self.captured is None and not (self.hooks or self.post_hooks)
-        if not is_alone or isinstance(self.table.spec.rule, pm.Frozen):
-            return False
-        gradient.give_share(given, place)
-        self.has_gradient, self.is_stepped, self.hidden = True, False, False
-        return True
-
     def receive(self, part: Part) -> None:
         """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
         if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
@@ -426,18 +415,17 @@ class ManagedTable:
 
     def clear_gradient(self, *, keep_zero: bool = False) -> None:
         """Forget the gradient; with `keep_zero` it becomes one of zeros, where there is one (on some rank)."""
-        if not self.gradient.is_empty:
-            self.owner.gradient_goes()
-            self.parts = []
-        self.gradient.changed()
+        gradient, owner = self.gradient, self.owner
+        if not gradient.is_empty:
+            owner.gradient_goes()
+            gradient.parts = []
+        gradient.changed()
+        reducer = owner.reducer
         if not keep_zero:
-            self.settle_gradient(False)
+            self.has_gradient = False
+            self.settled_at = 0 if reducer is None else reducer.reductions
         self.clears += 1
-        self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
-
-    def gradients_for_step(self) -> list[Part | tuple[BlockGradient, int]]:
-        """Return what a step must apply: as `step_parts`, or the table's share of a block's gradient."""
-        return self.step_parts() if self.gradient.share is None else [self.gradient.share]
+        self.cleared_after = 0 if reducer is None else reducer.deferred
 
     def step_parts(self) -> list[Part]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
@@ -450,17 +438,8 @@ class ManagedTable:
         return self.parts
 
 
-def table_gradients(given: list[tuple[ManagedTable, Part | tuple[BlockGradient, int]]]) -> list[pm.TableGradient]:
-    """Return what `gradients_for_step` gave as the manager takes it, in its order: on the host, but for tables that it
-    has cached."""
-    parts = [(table, part) for table, part in given if type(part) is Part]
-    if len(parts) == len(given):
-        return _gradients_of_parts(parts)
-    of_parts = iter(_gradients_of_parts(parts))
-    return [next(of_parts) if type(part) is Part else part[0].for_step(part[1]) for _, part in given]
-
-
-def _gradients_of_parts(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
+def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
+    """Return parts of gradients as the manager takes them: on the host, but for tables that it has cached."""
     values = [part.values.detach() for _, part in parts]
     to_host = [at for at, (table, _) in enumerate(parts) if not table.owner.manager.is_cached(table.table)]
     for at, array in zip(to_host, all_on_host([values[at] for at in to_host]), strict=True):

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from pm.pieces import Piece, Summing
 from pm.recorder import Recorder
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
-from pm.together import apply_together, runs
+from pm.together import JointGradient, apply_joint, apply_together, runs
 
 # A store reserves this many times the rows declared when it is made, so that tables added later find room in it.
 _RESERVE_FACTOR = 2
@@ -313,6 +314,7 @@ class Manager:
         gradients: Sequence[TableGradient],
         groups: Mapping[int, dict[str, object]],
         *,
+        joint: Sequence[JointGradient] = (),
         finished: Sequence[RowPlan] = (),
         optimizer: int = 0,
         vector: np.ndarray | None = None,
@@ -322,13 +324,15 @@ class Manager:
         Args:
             gradients: of the tables that have one on this rank; several of one table are summed.
             groups: the hyperparameters to use, by number of table, of every table that the optimizer holds.
+            joint: of further tables, many in one; a rank that is alone takes them.
             finished: plans of batches that end with this step.
             optimizer: number of the optimizer that steps.
             vector: all its hyperparameters as float64; ranks must agree on them.
         """
         started = time.perf_counter()
         by_table: dict[int, list[TableGradient]] = {}
-        for gradient in gradients:
+        together = [each for each in joint if not apply_joint(each, groups, self._version_after_step())]
+        for gradient in chain(gradients, *map(JointGradient.split, together)):
             by_table.setdefault(gradient.table.number, []).append(gradient)
         for run in runs([parts[0] for parts in by_table.values() if len(parts) == 1], groups):
             if len(run) > 1:
