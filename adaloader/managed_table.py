@@ -23,7 +23,6 @@ from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 from adaloader.table_values import read_whole
 
 if TYPE_CHECKING:
-    from adaloader.block_gradient import BlockGradient
     from adaloader.blocks import Block, Usage
     from adaloader.managed_model import ManagedModel
 
