@@ -18,6 +18,7 @@ from pm.dense_rules import SWEPT_STEPS
 from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
 from pm.recorder import Recorder
+from pm.slot_index import MOST_SLOTS, SlotIndex
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.together import JointGradient, apply_joint, apply_together, runs
@@ -71,6 +72,7 @@ class Manager:
         self.steps = 0
         self.traffic = Traffic()
         self._stores: list[tuple[RecordStore, int]] = []
+        self._rows_by_table: list[int] = []  # of its own: an index that held tables would be held by what it holds
         self._plan_numbers = itertools.count()
         self._summing = Summing()
         self._structure = threading.RLock()  # guards indices and slot allocation
@@ -91,6 +93,7 @@ class Manager:
             declared[spec.record_class] = declared.get(spec.record_class, 0) + spec.rows
         for spec in specs:
             store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
+            self._rows_by_table.append(spec.rows)
             added.append(Table(spec, len(self.tables), store))
             added[-1].begin_history()
             self.tables.append(added[-1])
@@ -110,7 +113,8 @@ class Manager:
         return store
 
     def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
-        return RecordStore(record_class, capacity)
+        index = SlotIndex(self._rows_by_table) if capacity < MOST_SLOTS else None
+        return RecordStore(record_class, capacity, index=index)
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         """Give `table` another update rule (collective): its records move to a store of the new class.
