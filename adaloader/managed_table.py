@@ -6,6 +6,7 @@ import weakref
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from adaloader.row_operations import replace
 from adaloader.row_sum import RowSum
 from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 from adaloader.table_values import read_whole
+from cuda_ops import same_ids
 
 if TYPE_CHECKING:
     from adaloader.blocks import Block, Usage
@@ -57,10 +59,9 @@ class BatchRows:
 
     def place_of(self, ids: np.ndarray) -> int | None:
         """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
-        sites = self.sites
-        for step in range(len(sites)):
-            at = (self.next_site + step) % len(sites)
-            if cuda_ops.same_ids(sites[at][0], ids):
+        sites, first = self.sites, self.next_site
+        for at in chain(range(first, len(sites)), range(first)):  # most often the first of them
+            if same_ids(sites[at][0], ids):
                 self.next_site = at + 1
                 self.used.add(at)
                 return at

@@ -90,14 +90,23 @@ def intend_together(
     return [manager.intend(table, part, expected) for table, part in zip(tables, parts, strict=True)]
 
 
+def read_expanded(manager: Manager, plans: Sequence[RowPlan], positions: np.ndarray, out: np.ndarray) -> bool:
+    """Write to out[i] (`[n, dim]`) row positions[i] (int64 `[n]`) of those of plans that were made together; return
+    False, having done nothing, if that cannot be done at once.
+
+    Rows that are looked up several times are read from their records as often: it takes less than to copy all twice.
+    """
+    stretch = plans[0].stretch
+    if stretch is None or any(plan.table.store is not stretch.store for plan in plans):
+        return False
+    started = time.perf_counter()
+    stretch.store.values(stretch.slots.take(positions), out)
+    manager.traffic.seconds["gather"] += time.perf_counter() - started
+    return True
+
+
 def read_together(manager: Manager, plans: Sequence[RowPlan], out: np.ndarray) -> None:
     """Write the rows of plans that were made together, one after the other, to `out` `[U, dim]`: see `Manager.read`."""
-    stretch = plans[0].stretch
-    if stretch is not None and all(plan.table.store is stretch.store for plan in plans):
-        started = time.perf_counter()
-        stretch.store.values(stretch.slots, out)
-        manager.traffic.seconds["gather"] += time.perf_counter() - started
-        return
     first = 0
     for plan in plans:
         manager.read(plan, out[first : first + len(plan.rows)])
