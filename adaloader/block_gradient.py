@@ -65,11 +65,12 @@ class BlockGradient:
         return others
 
     def joint(self) -> JointGradient | None:
-        """Return the shares of all tables as the manager takes them at once; None if it cannot."""
-        plans = self._plans
-        if None in plans or plans[0].stretch is None:
+        """Return the shares of all tables as the manager takes them at once; None if a batch of theirs was finished
+        before."""
+        if any(plan is None for plan in self._plans):
             return None
-        return JointGradient([table.table for table in self._tables], plans, self._rows, self._starts, self._array)
+        tables = [table.table for table in self._tables]
+        return JointGradient(tables, self._plans, self._rows, self._starts, self._array)
 
     def for_step(self, place: int) -> pm.TableGradient:
         """Return the share of the table at `place` as the manager takes it by itself."""

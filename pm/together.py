@@ -28,7 +28,7 @@ class JointGradient:
 
     Args:
         tables: in order.
-        plans: of each, with a stretch.
+        plans: of each.
         rows: of all tables, one after the other, int64 `[U]`.
         starts: T + 1 places in `rows`, where those of each table begin.
         sums: the gradients `[U, dim]`.
@@ -117,6 +117,8 @@ def apply_joint(joint: JointGradient, groups: Groups, version: int) -> bool:
     """Update the records of all tables at once; return False, having done nothing, where they are not to be updated
     alike."""
     stretch, first = joint.plans[0].stretch, joint.tables[0]
+    if stretch is None:
+        return False
     store, count, rule, group = stretch.store, first.gradient_steps, first.spec.rule, groups[first.number]
     for table in joint.tables:
         if (
