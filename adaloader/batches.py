@@ -119,6 +119,8 @@ class Batches:
 
     def used(self, batch: Batch) -> None:
         """A lookup was matched to `batch`."""
+        if self.current is batch and self._forward_goes_on and batch.trained and batch.used_at == self._manager.steps:
+            return  # as of the lookup before
         if torch.is_grad_enabled():
             self.current, batch.trained = batch, True
             self._forward_goes_on = True

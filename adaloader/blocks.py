@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, int64, is_grad_enabled, is_inference_mode_enabled, strided
 from torch.autograd.graph import get_gradient_edge
 
 import cuda_ops
@@ -22,7 +23,7 @@ import pm
 from adaloader.block_gradient import BlockGradient
 from adaloader.compiler import not_compiled
 from adaloader.slabs import Part, spread
-from pm.together import read_together
+from pm.together import read_expanded, read_together
 
 if TYPE_CHECKING:
     from adaloader.managed_model import ManagedModel
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 Usage = tuple[int | None, bool, torch.Size]
 """Of one lookup of a table: its `padding_idx` and `sparse`, and the shape of its ids without the first dimension."""
+
+# Asked at each lookup, some dozens in a step: a name of this module is found in less time than one of PyTorch's.
+_own_operations = torch._C.DisableTorchFunctionSubclass
+_running_backward = torch._C._current_graph_task_id
+_function_transforms = torch._C._functorch.peek_interpreter_stack
 
 _witness = torch.zeros((), device="cpu", requires_grad=True)
 """An input of all blocks, which the engine reaches exactly in a backward that is not for certain inputs alone."""
@@ -103,10 +109,11 @@ class Block:
         if not made or any(table.is_dense for table in self.tables):
             return
         spec = self.tables[0].table.spec
-        slab = model.buffers.take(len(self.rows), spec.dim, spec.dtype)
-        read_together(model.manager, self.plans, slab)
         expanded = model.buffers.take(len(self.positions), spec.dim, spec.dtype)
-        cuda_ops.expand(slab, self.positions, expanded)
+        if not read_expanded(model.manager, self.plans, self.positions, expanded):
+            slab = model.buffers.take(len(self.rows), spec.dim, spec.dtype)
+            read_together(model.manager, self.plans, slab)
+            cuda_ops.expand(slab, self.positions, expanded)
         ends = self.ends.tolist()
         begins = [0, *ends]
         arrays = [_shaped(expanded[begins[at] : ends[at]], self.usages[at][2]) for at in made]
@@ -203,14 +210,10 @@ class _Delivery:
         started = time.perf_counter()
         given = BlockGradient(self._tables, self._plans, self._rows, self._starts, self._summed(model, reached))
         model.manager.traffic.seconds["backward"] += time.perf_counter() - started
-        taken = 0
-        for place in reached:
-            table = self._tables[place]
-            if model.reducer is None and table.takes_share(given, place):
-                taken += 1
-            else:
-                table.receive(given.part(place))
-        if taken:
+        others = reached if model.reducer is not None else given.give(reached)
+        for place in others:
+            self._tables[place].receive(given.part(place))
+        if len(others) < len(reached):
             model.batches.backward_goes_on()
 
     def _wanted(self) -> Sequence[int]:
@@ -227,17 +230,19 @@ class _Delivery:
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
         """Return the gradients `[U, dim]` of the block's rows."""
-        addresses, strides = np.zeros(self._lookups, np.int64), np.zeros(self._lookups, np.int64)
+        addresses, steps = [0] * self._lookups, [0] * self._lookups
         kept = []
         for given in reached.values():
             for at, grad in given:
-                if not (grad.ndim == 2 and grad.stride(1) == 1 and not grad.is_neg()):
+                strides = grad.stride()
+                if len(strides) != 2 or strides[1] != 1 or grad.is_neg():
                     grad = grad.resolve_neg().contiguous()
+                    strides = grad.stride() if grad.ndim == 2 else (self._dim, 1)
                 kept.append(grad)  # until the kernel has read it
-                addresses[at] = grad.data_ptr()
-                strides[at] = grad.stride(0) if grad.ndim == 2 else self._dim
+                addresses[at], steps[at] = grad.data_ptr(), strides[0]
         sums = model.buffers.take(len(self._rows), self._dim, self._tables[0].table.spec.dtype)
-        cuda_ops.sum_segments(addresses, strides, self._ends, self._positions, self._skips, sums)
+        lookups = np.array(addresses, np.int64), np.array(steps, np.int64)
+        cuda_ops.sum_segments(*lookups, self._ends, self._positions, self._skips, sums)
         return sums
 
     def _differentiable(self, place: int, given: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
@@ -290,23 +295,25 @@ def look_up(
     model = table.model()
     if model is None or model.watch.recorder is not None or not _is_ordinary(input):
         return None
-    with torch._C.DisableTorchFunctionSubclass():  # the question would come to the table's own __torch_function__
+    with _own_operations():  # the question would come to the table's own __torch_function__
         if not weight.requires_grad:
             return None
-    flat = input.numpy()
-    flat = flat if flat.ndim == 1 else flat.reshape(-1)
-    number = table.table.number
-    for batch in model.batches.candidates(number):
+    shape = input.shape
+    flat = input.numpy() if len(shape) == 1 else input.numpy().reshape(-1)
+    number, batches = table.table.number, model.batches
+    for batch in batches.candidates(number):
         needed = batch.tables[number]
-        if needed.block is None:
+        block = needed.block
+        if block is None:
             return None
         place = needed.place_of(flat)
         if place is not None:
-            made = needed.block.take(needed.first_site + place, model, input.shape, padding_idx, sparse)
+            made = block.take(needed.first_site + place, model, shape, padding_idx, sparse)
             if made is not None:
-                model.batches.used(batch)
-                table.counts.rows += len(needed.rows)
-                table.counts.intended += len(needed.rows)
+                batches.used(batch)
+                counts, rows = table.counts, len(needed.rows)
+                counts.rows += rows
+                counts.intended += rows
             return made
     return None
 
@@ -314,12 +321,12 @@ def look_up(
 def _is_ordinary(ids) -> bool:
     """Whether ids are looked up in a forward pass that is to be differentiated, and are plain."""
     return (
-        type(ids) is torch.Tensor
-        and ids.dtype is torch.int64
-        and ids.layout is torch.strided
+        type(ids) is Tensor
+        and ids.dtype is int64
+        and ids.layout is strided
         and ids.is_cpu
-        and torch.is_grad_enabled()
-        and not torch.is_inference_mode_enabled()
-        and torch._C._current_graph_task_id() == -1  # in backward, checkpointing makes lookups again
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and is_grad_enabled()
+        and not is_inference_mode_enabled()
+        and _running_backward() == -1  # in backward, checkpointing makes lookups again
+        and _function_transforms() is None
     )

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 import pm
 from adaloader.batches import Batch, Batches
+from adaloader.block_gradient import shares_for_step
 from adaloader.compiler import not_compiled
 from adaloader.coverage import CoverageCheck
 from adaloader.dense import DenseReducer
@@ -301,7 +302,7 @@ class ManagedModel:
         if self.reducer is not None and self.joining:
             self.reducer.finish_step()
         number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
-        parts, groups, snapshots = [], {}, {}
+        parts, shares, groups, snapshots = [], [], {}, {}
         is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
             if id(group) not in snapshots:
@@ -309,12 +310,19 @@ class ManagedModel:
             groups[table.table.number] = snapshots[id(group)]
             # Without lockstep a rank that follows may not have heard yet that the others cleared what they had stepped.
             is_old = self.joining and table.is_stepped and not self.manager.in_lockstep
-            parts += [] if is_skipped or is_old else [(table, part) for part in table.gradients_for_step()]
+            if not is_skipped and not is_old:
+                share = table.gradient.share
+                if share is None:
+                    parts += [(table, part) for part in table.step_parts()]
+                else:
+                    shares.append(share)
             table.is_stepped = True
-        gradients = table_gradients(parts)
+        gradients, joint = shares_for_step(shares)
+        gradients += table_gradients(parts)
         finished = self.batches.finish_used()
         vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
-        self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector)
+        together = {"joint": joint} if joint else {}  # which only a rank that is alone has
+        self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector, **together)
         self.optimizer_steps += 1
         for table in self.tables:
             table.whole = None

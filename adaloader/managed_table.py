@@ -6,6 +6,7 @@ import weakref
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +22,9 @@ from adaloader.row_operations import replace
 from adaloader.row_sum import RowSum
 from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
 from adaloader.table_values import read_whole
+from cuda_ops import same_ids
 
 if TYPE_CHECKING:
-    from adaloader.block_gradient import BlockGradient
     from adaloader.blocks import Block, Usage
     from adaloader.managed_model import ManagedModel
 
@@ -58,10 +59,9 @@ class BatchRows:
 
     def place_of(self, ids: np.ndarray) -> int | None:
         """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
-        sites = self.sites
-        for step in range(len(sites)):
-            at = (self.next_site + step) % len(sites)
-            if cuda_ops.same_ids(sites[at][0], ids):
+        sites, first = self.sites, self.next_site
+        for at in chain(range(first, len(sites)), range(first)):  # most often the first of them
+            if same_ids(sites[at][0], ids):
                 self.next_site = at + 1
                 self.used.add(at)
                 return at
@@ -374,17 +374,6 @@ class ManagedTable:
 
     # Gradients
 
-    def takes_share(self, given: BlockGradient, place: int) -> bool:
-        """Take in one backward's gradient of a block, of which this table is at `place`, and which needs no factor; if
-        nobody else is to hear of it and it is the first: else return False, and it is to be received as a part."""
-        gradient = self.gradient
-        is_alone = gradient.is_empty and self.captured is None and not (self.hooks or self.post_hooks)
-        if not is_alone or isinstance(self.table.spec.rule, pm.Frozen):
-            return False
-        gradient.give_share(given, place)
-        self.has_gradient, self.is_stepped, self.hidden = True, False, False
-        return True
-
     def receive(self, part: Part) -> None:
         """Take in one backward's gradient of one slab (called by autograd, once per slab and backward)."""
         if part.counts is not None and self.owner.ranks == 1:  # nobody else looked these rows up
@@ -426,18 +415,17 @@ class ManagedTable:
 
     def clear_gradient(self, *, keep_zero: bool = False) -> None:
         """Forget the gradient; with `keep_zero` it becomes one of zeros, where there is one (on some rank)."""
-        if not self.gradient.is_empty:
-            self.owner.gradient_goes()
-            self.parts = []
-        self.gradient.changed()
+        gradient, owner = self.gradient, self.owner
+        if not gradient.is_empty:
+            owner.gradient_goes()
+            gradient.parts = []
+        gradient.changed()
+        reducer = owner.reducer
         if not keep_zero:
-            self.settle_gradient(False)
+            self.has_gradient = False
+            self.settled_at = 0 if reducer is None else reducer.reductions
         self.clears += 1
-        self.cleared_after = 0 if self.owner.reducer is None else self.owner.reducer.deferred
-
-    def gradients_for_step(self) -> list[Part | tuple[BlockGradient, int]]:
-        """Return what a step must apply: as `step_parts`, or the table's share of a block's gradient."""
-        return self.step_parts() if self.gradient.share is None else [self.gradient.share]
+        self.cleared_after = 0 if reducer is None else reducer.deferred
 
     def step_parts(self) -> list[Part]:
         """Return what a step must apply: nothing if there is no gradient, else one, or one per frequency lookup."""
@@ -450,17 +438,8 @@ class ManagedTable:
         return self.parts
 
 
-def table_gradients(given: list[tuple[ManagedTable, Part | tuple[BlockGradient, int]]]) -> list[pm.TableGradient]:
-    """Return what `gradients_for_step` gave as the manager takes it, in its order: on the host, but for tables that it
-    has cached."""
-    parts = [(table, part) for table, part in given if type(part) is Part]
-    if len(parts) == len(given):
-        return _gradients_of_parts(parts)
-    of_parts = iter(_gradients_of_parts(parts))
-    return [next(of_parts) if type(part) is Part else part[0].for_step(part[1]) for _, part in given]
-
-
-def _gradients_of_parts(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
+def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGradient]:
+    """Return parts of gradients as the manager takes them: on the host, but for tables that it has cached."""
     values = [part.values.detach() for _, part in parts]
     to_host = [at for at, (table, _) in enumerate(parts) if not table.owner.manager.is_cached(table.table)]
     for at, array in zip(to_host, all_on_host([values[at] for at in to_host]), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -51,25 +52,31 @@ def rule_for(optimizer: Optimizer, group: Mapping[str, object], table: str) -> p
         UnsupportedOptimizerError: naming table, optimizer or option, and what is supported.
     """
     kind = type(optimizer)
-    own_step = inspect.unwrap(kind.step)  # PyTorch wraps the step of each class whose first object is made
-    for known, make in _RULES.items():
-        if own_step is inspect.unwrap(known.step):
-            if group.get("differentiable"):
-                raise UnsupportedOptimizerError(
-                    f"table {table!r}: {kind.__name__}(differentiable=True) is not supported on managed tables; leave "
-                    "it out, or keep the table dense (raise min_rows above its number of rows)"
-                )
-            try:
-                return make(optimizer, group)
-            except KeyError as error:
-                raise UnsupportedOptimizerError(
-                    f"table {table!r}: its parameter group of {kind.__name__} lacks {error.args[0]!r}"
-                ) from error
+    make = _maker_of(kind.step)
+    if make is not None:
+        if group.get("differentiable"):
+            raise UnsupportedOptimizerError(
+                f"table {table!r}: {kind.__name__}(differentiable=True) is not supported on managed tables; leave "
+                "it out, or keep the table dense (raise min_rows above its number of rows)"
+            )
+        try:
+            return make(optimizer, group)
+        except KeyError as error:
+            raise UnsupportedOptimizerError(
+                f"table {table!r}: its parameter group of {kind.__name__} lacks {error.args[0]!r}"
+            ) from error
     raise UnsupportedOptimizerError(
         f"table {table!r} is trained by {kind.__module__}.{kind.__qualname__}, which is not supported on managed "
         f"tables; supported: {_SUPPORTED}. Train the tables with one of those and the rest of the model with yours "
         "(pass optimizer=[both]), or keep the table dense (raise min_rows above its number of rows)"
     )
+
+
+@functools.lru_cache(32)
+def _maker_of(step: Callable) -> Callable[[Optimizer, Mapping[str, object]], pm.Rule] | None:
+    """Return what makes the rule of optimizers whose method `step` is; None if they are not supported."""
+    own_step = inspect.unwrap(step)  # PyTorch wraps the step of each class whose first object is made
+    return next((make for known, make in _RULES.items() if own_step is inspect.unwrap(known.step)), None)
 
 
 _OPTIONS_OF_KIND = ("momentum", "weight_decay", "amsgrad", "centered")

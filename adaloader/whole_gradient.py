@@ -17,18 +17,22 @@ if TYPE_CHECKING:
     from adaloader.managed_table import ManagedTable
 
 
+_gradient_of = torch.Tensor.grad.__get__
+
+
 def catch_whole_gradients(parameter: torch.Tensor, table: ManagedTable) -> None:
     """Have gradients that autograd brings to the parameter itself become row gradients of its table."""
     to_table = weakref.ref(table)
 
     def caught(parameter: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            gradient = _gradient_of(parameter)
+        if gradient is None:  # its rows' was delivered; so it is almost always, at each table and backward
+            return
         table = to_table()
         if table is None or table.is_dense:
             return
         with torch._C.DisableTorchFunctionSubclass():
-            gradient = torch.Tensor.grad.__get__(parameter)
-            if gradient is None:  # its rows' was delivered
-                return
             torch.Tensor.grad.__set__(parameter, None)
         table.receive(_part_of(table, gradient.detach()))
 

@@ -26,6 +26,7 @@ from cuda_ops.cpu import sparse_update as _sparse_update
 from cuda_ops.cpu import steps as _steps
 from cuda_ops.cpu import update as _update
 from cuda_ops.cpu.advance import caught_up_word, history_columns
+from cuda_ops.cpu.by_row import ELSEWHERE, slots_by_row
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.cpu.same import same_ids
@@ -75,6 +76,7 @@ mark_steps = by_device(_steps.mark_steps)
 
 __all__ = [
     "DedupScratch",
+    "ELSEWHERE",
     "KeyIndex",
     "adagrad_update",
     "add_holds",
@@ -117,6 +119,7 @@ __all__ = [
     "select_moves",
     "sgd_update",
     "sparse_adam_update",
+    "slots_by_row",
     "sum_segments",
     "trusted",
     "widen_rows",

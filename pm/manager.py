@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -17,9 +18,10 @@ from pm.dense_rules import SWEPT_STEPS
 from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
 from pm.recorder import Recorder
+from pm.slot_index import MOST_SLOTS, SlotIndex
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
-from pm.together import apply_together, runs
+from pm.together import JointGradient, apply_joint, apply_together, runs
 
 # A store reserves this many times the rows declared when it is made, so that tables added later find room in it.
 _RESERVE_FACTOR = 2
@@ -70,6 +72,7 @@ class Manager:
         self.steps = 0
         self.traffic = Traffic()
         self._stores: list[tuple[RecordStore, int]] = []
+        self._rows_by_table: list[int] = []  # of its own: an index that held tables would be held by what it holds
         self._plan_numbers = itertools.count()
         self._summing = Summing()
         self._structure = threading.RLock()  # guards indices and slot allocation
@@ -90,6 +93,7 @@ class Manager:
             declared[spec.record_class] = declared.get(spec.record_class, 0) + spec.rows
         for spec in specs:
             store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
+            self._rows_by_table.append(spec.rows)
             added.append(Table(spec, len(self.tables), store))
             added[-1].begin_history()
             self.tables.append(added[-1])
@@ -109,7 +113,8 @@ class Manager:
         return store
 
     def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
-        return RecordStore(record_class, capacity)
+        index = SlotIndex(self._rows_by_table) if capacity < MOST_SLOTS else None
+        return RecordStore(record_class, capacity, index=index)
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         """Give `table` another update rule (collective): its records move to a store of the new class.
@@ -313,6 +318,7 @@ class Manager:
         gradients: Sequence[TableGradient],
         groups: Mapping[int, dict[str, object]],
         *,
+        joint: Sequence[JointGradient] = (),
         finished: Sequence[RowPlan] = (),
         optimizer: int = 0,
         vector: np.ndarray | None = None,
@@ -322,13 +328,15 @@ class Manager:
         Args:
             gradients: of the tables that have one on this rank; several of one table are summed.
             groups: the hyperparameters to use, by number of table, of every table that the optimizer holds.
+            joint: of further tables, many in one; a rank that is alone takes them.
             finished: plans of batches that end with this step.
             optimizer: number of the optimizer that steps.
             vector: all its hyperparameters as float64; ranks must agree on them.
         """
         started = time.perf_counter()
         by_table: dict[int, list[TableGradient]] = {}
-        for gradient in gradients:
+        together = [each for each in joint if not apply_joint(each, groups, self._version_after_step())]
+        for gradient in chain(gradients, *map(JointGradient.split, together)):
             by_table.setdefault(gradient.table.number, []).append(gradient)
         for run in runs([parts[0] for parts in by_table.values() if len(parts) == 1], groups):
             if len(run) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,36 @@ if TYPE_CHECKING:
 
 Groups = Mapping[int, Mapping[str, object]]
 """Hyperparameters by number of table; tables of one parameter group have the same object."""
+
+
+@dataclass(frozen=True)
+class JointGradient:
+    """A step's gradients, without a factor, of all tables whose plans were made together.
+
+    Args:
+        tables: in order.
+        plans: of each.
+        rows: of all tables, one after the other, int64 `[U]`.
+        starts: T + 1 places in `rows`, where those of each table begin.
+        sums: the gradients `[U, dim]`.
+    """
+
+    tables: Sequence[Table]
+    plans: Sequence[RowPlan]
+    rows: np.ndarray
+    starts: Sequence[int]
+    sums: np.ndarray
+
+    def split(self) -> list[TableGradient]:
+        """Return the gradient of each table by itself."""
+        return [self.of_table(place) for place in range(len(self.tables))]
+
+    def of_table(self, place: int) -> TableGradient:
+        """Return the gradient of the table at `place` by itself."""
+        part = slice(self.starts[place], self.starts[place + 1])
+        return TableGradient(
+            self.tables[place], self.rows[part], self.sums[part], 1.0, self.plans[place], 0, None, self.sums
+        )
 
 
 def intend_together(
@@ -59,18 +90,51 @@ def intend_together(
     return [manager.intend(table, part, expected) for table, part in zip(tables, parts, strict=True)]
 
 
+def read_expanded(manager: Manager, plans: Sequence[RowPlan], positions: np.ndarray, out: np.ndarray) -> bool:
+    """Write to out[i] (`[n, dim]`) row positions[i] (int64 `[n]`) of those of plans that were made together; return
+    False, having done nothing, if that cannot be done at once.
+
+    Rows that are looked up several times are read from their records as often: it takes less than to copy all twice.
+    """
+    stretch = plans[0].stretch
+    if stretch is None or any(plan.table.store is not stretch.store for plan in plans):
+        return False
+    started = time.perf_counter()
+    stretch.store.values(stretch.slots.take(positions), out)
+    manager.traffic.seconds["gather"] += time.perf_counter() - started
+    return True
+
+
 def read_together(manager: Manager, plans: Sequence[RowPlan], out: np.ndarray) -> None:
     """Write the rows of plans that were made together, one after the other, to `out` `[U, dim]`: see `Manager.read`."""
-    stretch = plans[0].stretch
-    if stretch is not None and all(plan.table.store is stretch.store for plan in plans):
-        started = time.perf_counter()
-        stretch.store.values(stretch.slots, out)
-        manager.traffic.seconds["gather"] += time.perf_counter() - started
-        return
     first = 0
     for plan in plans:
         manager.read(plan, out[first : first + len(plan.rows)])
         first += len(plan.rows)
+
+
+def apply_joint(joint: JointGradient, groups: Groups, version: int) -> bool:
+    """Update the records of all tables at once; return False, having done nothing, where they are not to be updated
+    alike."""
+    stretch, first = joint.plans[0].stretch, joint.tables[0]
+    if stretch is None:
+        return False
+    store, count, rule, group = stretch.store, first.gradient_steps, first.spec.rule, groups[first.number]
+    for table in joint.tables:
+        if (
+            table.store is not store
+            or table.gradient_steps != count
+            or groups[table.number] is not group
+            or type(table.spec.rule) is not type(rule)
+        ):
+            return False
+    for table in joint.tables:
+        table.gradient_steps += 1
+        table.begun = True
+    if len(joint.rows):
+        store.keep(stretch.slots)
+        rule.apply(store, stretch.slots, joint.sums, 1.0, group, count + 1, version)
+    return True
 
 
 def runs(gradients: Sequence[TableGradient], groups: Groups) -> Iterator[list[TableGradient]]:

@@ -3,6 +3,8 @@
 from numba import njit
 
 
+# It keeps the interpreter's lock: it takes less time than to give that to a thread that waits and to get it back.
+@njit(cache=True, error_model="numpy")
 def same_ids(expected, ids):
     """Return whether two vectors of int64 have the same numbers, in the same order.
 
@@ -13,12 +15,6 @@ def same_ids(expected, ids):
         expected: [n] int64, contiguous.
         ids: [m] int64, with any stride.
     """
-    return _same(expected, ids)
-
-
-# It keeps the interpreter's lock: it takes less time than to give that to a thread that waits and to get it back.
-@njit(cache=True, error_model="numpy")
-def _same(expected, ids):
     if expected.size != ids.size:
         return False
     different = 0
