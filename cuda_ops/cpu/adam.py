@@ -85,12 +85,11 @@ def _skip(kind, value, m, v, history, at, stop):
 
 
 @fused_kernel
-def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bounds, scale, version, whole):
+def advance(kind, words, stride, dim, longs, slots, grad, zeros, stepping, history, bounds, scale, version, whole):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     dtype = words.dtype.type
     record_longs = stride * words.itemsize // 8
-    no_grad = np.zeros(dim, words.dtype)
-    zeros, history, bounds = unowned(no_grad), unowned(history), unowned(bounds)
+    zeros, history, bounds = unowned(zeros), unowned(history), unowned(bounds)
     stop = len(history) - 1 if stepping else len(history)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:

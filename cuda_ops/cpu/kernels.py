@@ -50,7 +50,8 @@ def part(typing_context, array, begin, count):
     """A one-dimensional view of `array` (contiguous, of any shape), without a claim to its memory.
 
     Slices count references, with atomic operations, at their birth, at their end, and in each helper that is given one:
-    for a row of a few words that takes longer than all else. A view must not leave the kernel that makes it.
+    for a row of a few words that takes longer than all else. A view must not leave the kernel that makes it, and must
+    be of an array that the kernel was given: what a kernel has made itself is freed after its name's last mention.
     """
     view_type = types.Array(array.dtype, 1, "C")
 

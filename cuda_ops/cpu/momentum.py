@@ -4,8 +4,6 @@ Columns of the history: lr, momentum, 1 - dampening (1 at the step that starts t
 Nesterov's; running sums of: the value's factor without momentum (1 - lr * weight_decay), the buffer's factor.
 """
 
-import numpy as np
-
 from cuda_ops.cpu.gaps import (
     DIES_OUT,
     EXACT_STEPS,
@@ -76,12 +74,13 @@ def _is_over(value, buffer, history, at, bounds):
 
 
 @fused_kernel
-def advance(words, stride, dim, longs, state_parts, slots, grad, stepping, history, bounds, scale, version, whole):
+def advance(
+    words, stride, dim, longs, state_parts, slots, grad, zeros, stepping, history, bounds, scale, version, whole
+):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     dtype = words.dtype.type
     record_longs = stride * words.itemsize // 8
-    no_grad = np.zeros(dim, words.dtype)
-    zeros, history, bounds = unowned(no_grad), unowned(history), unowned(bounds)
+    zeros, history, bounds = unowned(zeros), unowned(history), unowned(bounds)
     stop = len(history) - 1 if stepping else len(history)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
