@@ -22,6 +22,7 @@ from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM, 
 from cuda_ops.cpu.halves import at_random, to_nearest, widen
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, kernel, part, touch, unowned
 from cuda_ops.cpu.philox import fill_words, room_for
+from cuda_ops.cpu.sparse_update import sum_of_squares
 
 
 def widen_rows(rows, out=None):
@@ -218,11 +219,7 @@ def _update(
         first_at = slots[i] * stride + (dim + 1) // 2
         value, row = part(halves, 2 * slots[i] * stride, dim), part(grad, i * dim, dim)
         if optimizer == ROWWISE_ADAGRAD:
-            squares = 0.0
-            for j in range(dim):
-                g = np.float64(scale * row[j])
-                squares += g * g
-            total = words[first_at] + np.float32(squares / dim)
+            total = words[first_at] + np.float32(sum_of_squares(row, np.uint64(0), dim, scale) / dim)
             words[first_at] = total
             for j in range(dim):
                 g = scale * row[j]
