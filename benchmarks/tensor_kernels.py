@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -278,6 +277,15 @@ class TensorTable:
             lambda k: slabs[k].copy_(records[self.unique[k]]),
         ]
 
+    def lookup_copies(self) -> list[Callable[[int], object]]:
+        """Ways to copy the row of each lookup from a slab."""
+        flat, out = self.slab.view(-1), torch.empty_like(self.of_lookups)
+        return [
+            lambda k: torch.index_select(self.slab, 0, self.inverse[k], out=out),
+            lambda k: cuda_ops.gather(flat, self.dim, self.inverse[k], out),
+            lambda k: out.copy_(self.slab[self.inverse[k]]),
+        ]
+
     def byte_copy(self, case: TensorCase) -> Callable[[int], object]:
         """A copy that moves as many bytes as the function does (half of them read, half written)."""
         sizes = [max(1, int(rows * case.moved_bytes / 2)) for rows in case.rows]
@@ -285,11 +293,11 @@ class TensorTable:
         return lambda k: target[: sizes[k]].copy_(source[: sizes[k]])
 
     def nanoseconds(self, function: Callable[[int], object], k: int) -> float:
-        """Time one call: by the host's clock, or between two events where the device is a GPU."""
+        """Time one call: by the thread's clock, or between two events where the device is a GPU."""
         if self.device == "cpu":
-            started = time.perf_counter_ns()
+            started = time.thread_time_ns()
             function(k)
-            return time.perf_counter_ns() - started
+            return time.thread_time_ns() - started
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(200_000)  # some 0.1 ms, in which the host gets ahead: what is timed is then the device's work
         begun.record()
@@ -354,10 +362,9 @@ def measure(table: TensorTable, names: list[str], repeats: int) -> dict[str, dic
             continue
         table.words.fill_(0.5)
         case = make()
-        copies = table.row_copies(case.words)
-        rows_of = [case.rows, case.rows, *[table.a_row] * len(copies), case.rows]
+        copies = table.lookup_copies() if case.rows is table.a_lookup else table.row_copies(case.words)
         functions = [case.kernel, table.byte_copy(case), *copies, *([case.torch] if case.torch else [])]
-        kernel, copy, *rest = in_turns(table, functions, rows_of, repeats)
+        kernel, copy, *rest = in_turns(table, functions, case.rows, repeats)
         rows = min(rest[: len(copies)])
         figures[name] = {
             "kernel_ns": kernel,
@@ -377,17 +384,18 @@ def measure_steps(table: TensorTable, repeats: int) -> dict[str, float]:
     table.words.fill_(0.5)
     functions = {"ours": table.whole_step(), "fbgemm": table.fbgemm_step()}
     there = {name: function for name, function in functions.items() if function}
-    times = in_turns(table, list(there.values()), [table.a_lookup] * len(there), repeats)
+    times = in_turns(table, list(there.values()), table.a_lookup, repeats)
     return dict(zip(there, times, strict=True))
 
 
-def in_turns(table, functions, rows_of, repeats) -> list[float]:
-    """Run the functions in turns over all sets; return the lower quartile of each one's nanoseconds a row."""
+def in_turns(table, functions, rows, repeats) -> list[float]:
+    """Run the functions in turns, each over all sets; return the lower quartile of each one's nanoseconds a row."""
     times = [[] for _ in functions]
     for k in (0, 1 % len(table.a_row)):  # compiles, and makes what is made once
         for function in functions:
             table.nanoseconds(function, k)
-    for _, k in itertools.product(range(repeats), range(len(table.a_row))):
-        for function, taken, rows in zip(functions, times, rows_of, strict=False):
-            taken.append(table.nanoseconds(function, k) / rows[k])
+    for _ in range(repeats):
+        for function, taken in zip(functions, times, strict=True):
+            for k in range(len(table.a_row)):
+                taken.append(table.nanoseconds(function, k) / rows[k])
     return [float(np.quantile(taken, 0.25)) for taken in times]
