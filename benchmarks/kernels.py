@@ -16,10 +16,10 @@ rows of the same table, drawn beforehand, so that each set has left the caches (
 
 "cold" is a table of `--cold` MiB, which no cache holds, with ids that Zipf's law draws (`--zipf`; 0 for uniform) and
 that are then made unique, as a batch's are; "warm" one of `--warm` records and uniform ids; `--rows` makes one like
-"cold". Figures are lower quartiles, on the CPU of processor time, for machines are shared. A row is a unique one, except
-for expand, segment_sum, dedup and bags: there, a lookup. "whole step" is dedup, gather, expand, segment sum and Adagrad,
-against FBGEMM's table-batched embedding where that is installed. On a GPU, times are the device's own; `rows` copies as
-many floats of a record as the function reads.
+"cold". Figures are lower quartiles, on the CPU of processor time, for machines are shared. A row is a unique one,
+except for expand, segment_sum, dedup and bags: there, a lookup. "whole step" is dedup, gather, expand, segment sum and
+Adagrad, against FBGEMM's table-batched embedding where that is installed. On a GPU, times are the device's own; `rows`
+copies as many floats of a record as the function reads.
 """
 
 from __future__ import annotations
