@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py                          dims 1 to 128, tables larger than the caches and small ones
     python benchmarks/kernels.py --dims 16 --only gather
+    python benchmarks/kernels.py --rows 2000000 --dtype float64    one table of that many records
     python benchmarks/kernels.py --device cuda            the CUDA bodies, where there is a GPU
 
 Per kernel and dim the contestants run in turns, in one process bound to one core. A turn goes through `--sets` sets of
@@ -10,14 +11,15 @@ rows of the same table, drawn beforehand, so that each set has left the caches (
 - `kernel`: the function of `cuda_ops`, into memory that it used before, as in a training step;
 - `copy`: a plain copy of as many bytes as the kernel must move, from warm memory to warm memory;
 - `rows`: the same records copied to a slab, in the fastest of three ways (NumPy's `take`, PyTorch's `index_select`, and
-  a loop with prefetch): what the access pattern itself costs;
+  a loop with prefetch): what the access pattern itself costs. Where a row is a lookup, as many rows of the slab;
 - `torch`: what PyTorch offers for the same work.
 
 "cold" is a table of `--cold` MiB, which no cache holds, with ids that Zipf's law draws (`--zipf`; 0 for uniform) and
-that are then made unique, as a batch's are; "warm" one of `--warm` records and uniform ids. Figures are lower
-quartiles, for machines are shared. A row is a unique one, except for expand, segment_sum, dedup and bags: there, a
-lookup. "whole step" is dedup, gather, expand, segment sum and Adagrad, against FBGEMM's table-batched embedding where
-that is installed. On a GPU, times are the device's own; `rows` copies as many floats of a record as the function reads.
+that are then made unique, as a batch's are; "warm" one of `--warm` records and uniform ids; `--rows` makes one like
+"cold". Figures are lower quartiles, on the CPU of processor time, for machines are shared. A row is a unique one,
+except for expand, segment_sum, dedup and bags: there, a lookup. "whole step" is dedup, gather, expand, segment sum and
+Adagrad, against FBGEMM's table-batched embedding where that is installed. On a GPU, times are the device's own; `rows`
+copies as many floats of a record as the function reads.
 """
 
 from __future__ import annotations
@@ -64,13 +66,16 @@ class Table:
         lookups: ids in a set.
         zipf: exponent; 0 for uniform.
         sets: how many sets.
+        dtype: float32 or float64.
     """
 
-    def __init__(self, dim: int, count: int, lookups: int, zipf: float, sets: int, rng: np.random.Generator):
+    def __init__(
+        self, dim: int, count: int, lookups: int, zipf: float, sets: int, rng: np.random.Generator, dtype: str
+    ):
         self.dim = dim
-        self.stride = 2 * dim + 2
+        self.stride = 2 * dim + 8 // np.dtype(dtype).itemsize
         self.count = count
-        self.words = np.full(self.count * self.stride, 0.5, np.float32)
+        self.words = np.full(self.count * self.stride, 0.5, dtype)
         self.steps = self.words.view(np.int64)
         self.records = self.words.reshape(self.count, self.stride)
         self.tensor = torch.from_numpy(self.records)
@@ -80,10 +85,10 @@ class Table:
         self.ids = [row_of[np.minimum(ids, self.count - 1)] for ids in drawn]
         self.unique, self.inverse = zip(*(cuda_ops.dedup(ids) for ids in self.ids), strict=True)
         most = max(map(len, self.unique))
-        self.slab = np.full((most, dim), 0.5, np.float32)
-        self.record_slab = np.empty((most, self.stride), np.float32)
-        self.grad = rng.standard_normal((most, dim)).astype(np.float32)
-        self.lookups = rng.standard_normal((lookups, dim)).astype(np.float32)
+        self.slab = np.full((most, dim), 0.5, dtype)
+        self.record_slab = np.empty((most, self.stride), dtype)
+        self.grad = rng.standard_normal((most, dim)).astype(dtype)
+        self.lookups = rng.standard_normal((lookups, dim)).astype(dtype)
 
     def rows(self, number: int) -> int:
         return len(self.unique[number])
@@ -95,7 +100,7 @@ def make_cases(t: Table) -> dict[str, Case]:
     inverse = [torch.from_numpy(positions) for positions in t.inverse]
     ids = [torch.from_numpy(some) for some in t.ids]
     values, slab, grad, lookups = t.tensor[:, : t.dim], *map(torch.from_numpy, (t.slab, t.grad, t.lookups))
-    plain = torch.full((t.count, t.dim), 0.5)
+    plain = torch.full((t.count, t.dim), 0.5, dtype=values.dtype)
     parameter = torch.nn.Parameter(plain)
     sgd = torch.optim.SGD([parameter], lr=0.01)
     adagrad = torch.optim.Adagrad([parameter], lr=0.01)
@@ -103,7 +108,7 @@ def make_cases(t: Table) -> dict[str, Case]:
     index.add(np.arange(t.count) * 977, np.arange(t.count))
     found = np.empty(len(t.slab), np.int64)
     summed = np.empty_like(t.slab)
-    item, dim, a_lookup = 4, t.dim, [len(t.lookups)] * len(ids)
+    item, dim, a_lookup = t.words.itemsize, t.dim, [len(t.lookups)] * len(ids)
     a_row = [len(rows) for rows in t.unique]
 
     def step(optimizer):
@@ -176,6 +181,17 @@ def row_copies(t: Table) -> list[Callable[[int], object]]:
     ]
 
 
+def lookup_copies(t: Table) -> list[Callable[[int], object]]:
+    """Ways to copy the row of each lookup from a slab."""
+    inverse = [torch.from_numpy(positions) for positions in t.inverse]
+    slab, out = torch.from_numpy(t.slab), torch.from_numpy(np.empty_like(t.lookups))
+    return [
+        lambda k: np.take(t.slab, t.inverse[k], axis=0, out=out.numpy(), mode="clip"),
+        lambda k: torch.index_select(slab, 0, inverse[k], out=out),
+        lambda k: cuda_ops.gather(t.slab.reshape(-1), t.dim, t.inverse[k], out.numpy()),
+    ]
+
+
 def byte_copy(case: Case) -> Callable[[int], object]:
     """A copy that moves as many bytes as the kernel does (half of them read, half written)."""
     sizes = [max(1, int(rows * case.moved_bytes / 2)) for rows in case.rows]
@@ -189,10 +205,10 @@ def nanoseconds_per_row(functions: list[Callable[[int], object]], rows: list[int
     for repeat in range(repeats + 1):
         for function, taken in zip(functions, times, strict=True):
             for k in range(len(rows) if repeat else 1):
-                started = time.perf_counter_ns()
+                started = time.thread_time_ns()
                 function(k)
                 if repeat:  # the first round compiles
-                    taken.append((time.perf_counter_ns() - started) / rows[k])
+                    taken.append((time.thread_time_ns() - started) / rows[k])
     return [float(np.quantile(taken, 0.25)) for taken in times]
 
 
@@ -202,7 +218,7 @@ def measure(t: Table, names: list[str], repeats: int) -> dict[str, dict[str, flo
     for name, case in make_cases(t).items():
         if names and name not in names:
             continue
-        copies = row_copies(t)
+        copies = lookup_copies(t) if case.rows[0] == len(t.lookups) else row_copies(t)
         functions = [case.kernel, byte_copy(case), *copies, *([case.torch] if case.torch else [])]
         kernel, copy, *rest = nanoseconds_per_row(functions, case.rows, repeats)
         unique_share = sum(map(len, t.unique)) / sum(case.rows)
@@ -242,11 +258,15 @@ def main(arguments: list[str] | None = None) -> None:
     rng = np.random.default_rng(args.seed)
     results = []
     for dim in args.dims:
-        for kind, count in (("cold", (args.cold << 20) // (4 * (2 * dim + 2))), ("warm", args.warm)):
-            sets = (count, args.lookups, args.zipf if kind == "cold" else 0.0, args.sets, rng)
-            figures = measure(Table(dim, *sets), args.only, args.repeats) if args.device == "cpu" else {}
-            tensors = tensor_kernels.TensorTable(args.device, dim, *sets)
+        for kind, count in tables(args, dim):
+            sets = (count, args.lookups, 0.0 if kind == "warm" else args.zipf, args.sets, rng)
+            figures = measure(Table(dim, *sets, args.dtype), args.only, args.repeats) if args.device == "cpu" else {}
             of_tensors = [name for name in tensor_kernels.ADDED_ON_CPU if not args.only or name in args.only]
+            if args.dtype == "float64":  # the rest is float32's
+                report(dim, kind, count, figures)
+                results.append({"dim": dim, "table": kind, "records": count, "kernels": figures})
+                continue
+            tensors = tensor_kernels.TensorTable(args.device, dim, *sets)
             if args.device == "cuda":
                 figures = tensor_kernels.measure(tensors, args.only, args.repeats)
             elif of_tensors:
@@ -263,6 +283,13 @@ def main(arguments: list[str] | None = None) -> None:
         Path(args.json).write_text(text + "\n")
 
 
+def tables(args: argparse.Namespace, dim: int) -> list[tuple[str, int]]:
+    """Return the kinds of tables to measure, and how many records each has."""
+    if args.rows:
+        return [("rows", args.rows)]
+    return [("cold", (args.cold << 20) // (4 * (2 * dim + 2))), ("warm", args.warm)]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,6 +297,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dims", type=int, nargs="+", default=[1, 16, 64, 128], help="floats in a row (%(default)s)")
     add("--cold", type=int, default=512, help="MiB of the large table (%(default)s)")
     add("--warm", type=int, default=8192, help="records of the small table (%(default)s)")
+    add("--rows", type=int, help="records of one table, in place of the large and the small")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of the CPU's tables (%(default)s)")
     add("--lookups", type=int, default=26 * 1024, help="ids in a set (%(default)s)")
     add("--zipf", type=float, default=1.05, help="exponent of Zipf's law (%(default)s)")
     add("--sets", type=int, default=48, help="sets of rows to take in turns (%(default)s)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ class TensorCase:
         rows: per set, how many rows it is given.
         moved_bytes: bytes a row that any such function reads and writes.
         words: floats of a record that it reads; the random-row copy copies as many.
+        stride: floats from one record to the next.
     """
 
     kernel: Callable[[int], object]
@@ -59,6 +59,7 @@ class TensorCase:
     rows: list[int]
     moved_bytes: float
     words: int
+    stride: int
 
 
 class TensorTable:
@@ -74,8 +75,9 @@ class TensorTable:
 
     def __init__(self, device: str, dim: int, count: int, lookups: int, zipf: float, sets: int, rng):
         self.device, self.dim, self.count = device, dim, count
-        self.stride = -(-(3 * dim + 4) // 4) * 4
-        self.words = torch.full((count * self.stride,), 0.5, device=device)
+        self.stride = -(-(3 * dim + 4) // 4) * 4  # of the widest record, under Adam
+        # NumPy asks for large pages, as stores do.
+        self.words = torch.from_numpy(np.full(count * self.stride, 0.5, np.float32)).to(device)
         self.steps = self.words.view(torch.int64)
         self.records = self.words.view(count, self.stride)
         cumulative = np.cumsum(np.arange(1, count + 1) ** -zipf)
@@ -99,7 +101,13 @@ class TensorTable:
         return {**self._copies(), **self._updates(), **self._halves(), **self._others()}
 
     def _case(self, kernel, reference, rows, moved_bytes, words=None):
-        return lambda: TensorCase(kernel, reference, rows, moved_bytes, words or self.dim)
+        return lambda: TensorCase(kernel, reference, rows, moved_bytes, words or self.dim, self.stride)
+
+    def _store(self, value_words, state_words, step_words=1):
+        """Return (words, stride, steps) of as many records, of no more than an optimizer needs, 16-byte aligned."""
+        stride = -(-(value_words + state_words + 2 * step_words) // 4) * 4
+        words = self.words[: self.count * stride]
+        return words, stride, words.view(torch.int64)
 
     def _copies(self):
         dim, stride, words, unique, a_row = self.dim, self.stride, self.words, self.unique, self.a_row
@@ -140,34 +148,37 @@ class TensorTable:
         }
 
     def _updates(self):
-        def update(function, *numbers):
-            return lambda k: function(
-                self.words, self.stride, dim, self.steps, self.unique[k], self.grad[: self.a_row[k]], *numbers, 1.0, 7
-            )
-
         dim = self.dim
         history = torch.zeros(1, cuda_ops.history_columns("adam")[1], dtype=torch.float64)
         history[0, :8] = torch.tensor([0.1, 0.999, 1e-3, EPS, 0.0, 1.0, -1e-3, 1.0])
         bounds = torch.tensor([[torch.inf, 0.0, 1.0, 0.0]], dtype=torch.float64)
         scalars = history.to(self.device), bounds.to(self.device)
 
-        def adam(k):
-            where = (self.words, self.stride, dim, self.steps, self.unique[k], self.grad[: self.a_row[k]])
-            cuda_ops.advance("adam", *where, *scalars, 1.0, 7)
+        def update(function, *numbers):
+            return lambda store, rows: function(*store, *rows, *numbers, 1.0, 7)
+
+        def adam(store, rows):
+            cuda_ops.advance("adam", *store, *rows, *scalars, 1.0, 7)
 
         cases = {
-            "sgd": (update(cuda_ops.sgd_update, 0.01), torch.optim.SGD, 1),
-            "adagrad": (update(cuda_ops.adagrad_update, 0.01, EPS), torch.optim.Adagrad, 2),
-            "sparse_adam": (update(cuda_ops.sparse_adam_update, BETAS, 1e-3, EPS), torch.optim.SparseAdam, 3),
-            "rowwise_adagrad": (update(cuda_ops.rowwise_adagrad_update, 0.01, EPS), None, 1),
-            "adam": (adam, None, 3),  # of rows that missed no step
+            "sgd": (update(cuda_ops.sgd_update, 0.01), torch.optim.SGD, 0, 1),
+            "adagrad": (update(cuda_ops.adagrad_update, 0.01, EPS), torch.optim.Adagrad, dim, 1),
+            "sparse_adam": (update(cuda_ops.sparse_adam_update, BETAS, 1e-3, EPS), torch.optim.SparseAdam, 2 * dim, 1),
+            "rowwise_adagrad": (update(cuda_ops.rowwise_adagrad_update, 0.01, EPS), None, 1, 1),
+            "adam": (adam, None, 2 * dim, 2),  # of rows that missed no step
         }
 
-        def make(kernel, optimizer, parts):
+        def make(run, optimizer, state_words, step_words):
+            words, stride, steps = self._store(dim, state_words, step_words)
+            kernel = self._run_on((words, stride, dim, steps), run)
             reference = self._sparse_step(optimizer) if optimizer else None
-            return TensorCase(kernel, reference, self.a_row, (2 * parts + 1) * 4 * dim + 16, parts * dim)
+            moved_bytes = 4 * (3 * dim + 2 * state_words) + 8 * (step_words + 1)
+            return TensorCase(kernel, reference, self.a_row, moved_bytes, stride, stride)
 
         return {name: lambda arguments=arguments: make(*arguments) for name, arguments in cases.items()}
+
+    def _run_on(self, store, run):
+        return lambda k: run(store, (self.unique[k], self.grad[: self.a_row[k]]))
 
     def _sparse_step(self, optimizer):
         """PyTorch's step with sparse gradients, which it sums first: of lookups, where ours gets rows."""
@@ -185,26 +196,23 @@ class TensorTable:
     def _halves(self):
         dim, a_row = self.dim, self.a_row
         narrow = torch.empty(len(self.grad), dim, dtype=torch.bfloat16, device=self.device)
-        halves = self.words.view(torch.bfloat16)
 
-        def update(function, *numbers, seed=None):
-            where = (halves, self.words, self.stride, dim, self.steps)
-            return lambda k: function(*where, self.unique[k], self.grad[: a_row[k]], *numbers, 1.0, 7, seed=seed)
+        def update(function, *numbers, state_words=0, seed=None):
+            words, stride, steps = self._store((dim + 1) // 2, state_words)
+            store = (words.view(torch.bfloat16), words, stride, dim, steps)
+            kernel = self._run_on(store, lambda store, rows: function(*store, *rows, *numbers, 1.0, 7, seed=seed))
+            return lambda: TensorCase(kernel, None, a_row, 8 * dim + 8 * state_words + 16, stride, stride)
 
-        half_words = (dim + 1) // 2
-        adagrad = (12 * dim + 4 * dim + 16, half_words + dim)
         return {
-            "half_sgd": self._case(update(cuda_ops.half_sgd_update, 0.01), None, a_row, 8 * dim + 16, half_words),
-            "half_adagrad": self._case(update(cuda_ops.half_adagrad_update, 0.01, EPS), None, a_row, *adagrad),
-            "half_adagrad_random": self._case(
-                update(cuda_ops.half_adagrad_update, 0.01, EPS, seed=5), None, a_row, *adagrad
-            ),
+            "half_sgd": update(cuda_ops.half_sgd_update, 0.01),
+            "half_adagrad": update(cuda_ops.half_adagrad_update, 0.01, EPS, state_words=dim),
+            "half_adagrad_random": update(cuda_ops.half_adagrad_update, 0.01, EPS, state_words=dim, seed=5),
             "narrow_rows": self._case(
                 lambda k: cuda_ops.narrow_rows(self.grad[: a_row[k]], narrow[: a_row[k]]),
                 lambda k: self.grad[: a_row[k]].to(torch.bfloat16),
                 a_row,
                 6 * dim,
-                half_words,
+                (dim + 1) // 2,
             ),
         }
 
@@ -226,6 +234,7 @@ class TensorTable:
                 self.a_lookup,
                 4 * dim * (share + 2) + 8,
                 dim,
+                self.stride,
             )
 
         def found(k):
@@ -268,14 +277,24 @@ class TensorTable:
         index.add(keys, keys)
         return index
 
-    def row_copies(self, words: int) -> list[Callable[[int], object]]:
-        """Ways to copy the first `words` floats of the records of a set to a slab."""
+    def row_copies(self, words: int, stride: int) -> list[Callable[[int], object]]:
+        """Ways to copy the first `words` floats of the records of a set, which are `stride` floats apart, to a slab."""
         slabs = [self.copied[: rows * words].view(rows, words) for rows in self.a_row]
-        records = self.records[:, :words]
+        store = self.words[: self.count * stride]
+        records = store.view(self.count, stride)[:, :words]
         return [
             lambda k: torch.index_select(records, 0, self.unique[k], out=slabs[k]),
-            lambda k: cuda_ops.gather(self.words, self.stride, self.unique[k], slabs[k]),
+            lambda k: cuda_ops.gather(store, stride, self.unique[k], slabs[k]),
             lambda k: slabs[k].copy_(records[self.unique[k]]),
+        ]
+
+    def lookup_copies(self) -> list[Callable[[int], object]]:
+        """Ways to copy the row of each lookup from a slab."""
+        flat, out = self.slab.view(-1), torch.empty_like(self.of_lookups)
+        return [
+            lambda k: torch.index_select(self.slab, 0, self.inverse[k], out=out),
+            lambda k: cuda_ops.gather(flat, self.dim, self.inverse[k], out),
+            lambda k: out.copy_(self.slab[self.inverse[k]]),
         ]
 
     def byte_copy(self, case: TensorCase) -> Callable[[int], object]:
@@ -285,11 +304,11 @@ class TensorTable:
         return lambda k: target[: sizes[k]].copy_(source[: sizes[k]])
 
     def nanoseconds(self, function: Callable[[int], object], k: int) -> float:
-        """Time one call: by the host's clock, or between two events where the device is a GPU."""
+        """Time one call: by the thread's clock, or between two events where the device is a GPU."""
         if self.device == "cpu":
-            started = time.perf_counter_ns()
+            started = time.thread_time_ns()
             function(k)
-            return time.perf_counter_ns() - started
+            return time.thread_time_ns() - started
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(200_000)  # some 0.1 ms, in which the host gets ahead: what is timed is then the device's work
         begun.record()
@@ -354,10 +373,9 @@ def measure(table: TensorTable, names: list[str], repeats: int) -> dict[str, dic
             continue
         table.words.fill_(0.5)
         case = make()
-        copies = table.row_copies(case.words)
-        rows_of = [case.rows, case.rows, *[table.a_row] * len(copies), case.rows]
+        copies = table.lookup_copies() if case.rows is table.a_lookup else table.row_copies(case.words, case.stride)
         functions = [case.kernel, table.byte_copy(case), *copies, *([case.torch] if case.torch else [])]
-        kernel, copy, *rest = in_turns(table, functions, rows_of, repeats)
+        kernel, copy, *rest = in_turns(table, functions, case.rows, repeats)
         rows = min(rest[: len(copies)])
         figures[name] = {
             "kernel_ns": kernel,
@@ -377,17 +395,18 @@ def measure_steps(table: TensorTable, repeats: int) -> dict[str, float]:
     table.words.fill_(0.5)
     functions = {"ours": table.whole_step(), "fbgemm": table.fbgemm_step()}
     there = {name: function for name, function in functions.items() if function}
-    times = in_turns(table, list(there.values()), [table.a_lookup] * len(there), repeats)
+    times = in_turns(table, list(there.values()), table.a_lookup, repeats)
     return dict(zip(there, times, strict=True))
 
 
-def in_turns(table, functions, rows_of, repeats) -> list[float]:
-    """Run the functions in turns over all sets; return the lower quartile of each one's nanoseconds a row."""
+def in_turns(table, functions, rows, repeats) -> list[float]:
+    """Run the functions in turns, each over all sets; return the lower quartile of each one's nanoseconds a row."""
     times = [[] for _ in functions]
     for k in (0, 1 % len(table.a_row)):  # compiles, and makes what is made once
         for function in functions:
             table.nanoseconds(function, k)
-    for _, k in itertools.product(range(repeats), range(len(table.a_row))):
-        for function, taken, rows in zip(functions, times, rows_of, strict=False):
-            taken.append(table.nanoseconds(function, k) / rows[k])
+    for _ in range(repeats):
+        for function, taken in zip(functions, times, strict=True):
+            for k in range(len(table.a_row)):
+                taken.append(table.nanoseconds(function, k) / rows[k])
     return [float(np.quantile(taken, 0.25)) for taken in times]

@@ -18,14 +18,10 @@ import math
 
 import numpy as np
 
-from cuda_ops.cpu.kernels import kernel
+from cuda_ops.cpu.kernels import inlined, kernel, part
+from cuda_ops.cpu.philox import fill_words, room_for
 from cuda_ops.dispatch import by_device
 
-_MASK32 = np.uint64(0xFFFFFFFF)
-_MULTIPLIER_0 = np.uint64(0xD2511F53)
-_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
-_WEYL_0 = np.uint64(0x9E3779B9)
-_WEYL_1 = np.uint64(0xBB67AE85)
 _SHIFT32 = np.uint64(32)
 _SHIFT24 = np.uint64(8)  # 32 bits to 24, the width of a float32 mantissa
 _SHIFT53 = np.uint64(11)
@@ -42,7 +38,8 @@ def fill_normal(out_ND, rows_N, key0: int, key1: int, mean: float, std: float) -
 
     `key0`, `key1`: the two 32-bit words of the key.
     """
-    _fill_normal(out_ND, rows_N, np.uint64(key0), np.uint64(key1), 0.0, 1.0, mean, std, -np.inf, np.inf)
+    numbers = 0.0, 1.0, mean, std, -np.inf, np.inf
+    _fill_normal(out_ND, rows_N, np.uint64(key0), np.uint64(key1), *numbers, *_room(out_ND))
 
 
 @by_device
@@ -57,7 +54,7 @@ def fill_trunc_normal(out_ND, rows_N, key0: int, key1: int, mean: float, std: fl
     if isinstance(numbers, float):
         out_ND[:] = numbers
     else:
-        _fill_normal(out_ND, rows_N, np.uint64(key0), np.uint64(key1), *numbers)
+        _fill_normal(out_ND, rows_N, np.uint64(key0), np.uint64(key1), *numbers, *_room(out_ND))
 
 
 def truncation(mean, std, low, high, kind):
@@ -90,7 +87,7 @@ def fill_uniform(out_ND, rows_N, key0: int, key1: int, low: float, high: float) 
 
     `low` is a possible value; `high` only by rounding, as in PyTorch.
     """
-    _fill_uniform(out_ND, rows_N, np.uint64(key0), np.uint64(key1), low, high)
+    _fill_uniform(out_ND, rows_N, np.uint64(key0), np.uint64(key1), low, high, *_room(out_ND))
 
 
 def erfinv(values_ND) -> None:
@@ -103,33 +100,9 @@ def _normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / _SQRT_TWO)
 
 
-@kernel
-def _philox_row(words, row, key0, key1):
-    """Write the 32-bit words of `row` to `words` (uint64, a multiple of four of them)."""
-    row_low = row & _MASK32
-    row_high = row >> _SHIFT32
-    for block in range(len(words) // 4):
-        c0, c1, c2, c3 = row_low, row_high, np.uint64(block), np.uint64(0)
-        k0, k1 = key0, key1
-        for _ in range(10):
-            product_0 = _MULTIPLIER_0 * c0
-            product_1 = _MULTIPLIER_1 * c2
-            c0 = (product_1 >> _SHIFT32) ^ c1 ^ k0
-            c1 = product_1 & _MASK32
-            c2 = (product_0 >> _SHIFT32) ^ c3 ^ k1
-            c3 = product_0 & _MASK32
-            k0 = (k0 + _WEYL_0) & _MASK32
-            k1 = (k1 + _WEYL_1) & _MASK32
-        words[4 * block] = c0
-        words[4 * block + 1] = c1
-        words[4 * block + 2] = c2
-        words[4 * block + 3] = c3
-
-
-@kernel
-def _word_buffer(out_ND):
-    words_needed = out_ND.shape[1] * (out_ND.itemsize // 4)
-    return np.empty((words_needed + 3) // 4 * 4, np.uint64)
+def _room(out_ND):
+    """Return what a fill needs of blocks of four words, of 32 bits each."""
+    return room_for((out_ND.shape[1] * out_ND.itemsize // 4 + 3) // 4)
 
 
 @kernel
@@ -224,7 +197,13 @@ def _tail_quantile(p):
     return -above / below
 
 
-@kernel
+@inlined
+def _bits_of_two(words, j):
+    """Element j's 64 random bits."""
+    return np.uint64(words[2 * j]) | (np.uint64(words[2 * j + 1]) << _SHIFT32)
+
+
+@inlined
 def _open_uniforms(words, uniforms, itemsize):
     """Turn words into uniforms strictly inside (0, 1), exact in float64 and symmetric about one half."""
     if itemsize == 4:
@@ -232,21 +211,23 @@ def _open_uniforms(words, uniforms, itemsize):
             uniforms[j] = (np.float64(np.int64(words[j])) + 0.5) * 2.0**-32
     else:
         for j in range(len(uniforms)):
-            bits = (words[2 * j] | (words[2 * j + 1] << _SHIFT32)) >> _SHIFT52
-            uniforms[j] = (np.float64(np.int64(bits)) + 0.5) * 2.0**-52
+            uniforms[j] = (np.float64(np.int64(_bits_of_two(words, j) >> _SHIFT52)) + 0.5) * 2.0**-52
 
 
 @kernel
-def _fill_normal(out_ND, rows_N, key0, key1, start, width, mean, scale, low, high):
+def _fill_normal(out_ND, rows_N, key0, key1, start, width, mean, scale, low, high, random, counters):
     """Fill with mean + scale * (normal quantile of a uniform on [start, start + width]), cut to [low,
     high]."""
     dim = out_ND.shape[1]
-    words = _word_buffer(out_ND)
+    blocks = (dim * (out_ND.itemsize // 4) + 3) // 4
     p_D = np.empty(dim, np.float64)
     z_D = np.empty(dim, np.float64)
+    drawn = first = 0
     for i in range(len(rows_N)):
-        _philox_row(words, np.uint64(rows_N[i]), key0, key1)
-        _open_uniforms(words, p_D, out_ND.itemsize)
+        if i == drawn:
+            first = i
+            drawn += fill_words(random, counters, rows_N, i, blocks, np.uint64(0), key0, key1)
+        _open_uniforms(part(random, 4 * (i - first) * blocks, 4 * blocks), p_D, out_ND.itemsize)
         # Two passes: the first, for most elements, has no branch and vectorises; the second mends the tails.
         for j in range(dim):
             p_D[j] = start + width * p_D[j]
@@ -261,19 +242,22 @@ def _fill_normal(out_ND, rows_N, key0, key1, start, width, mean, scale, low, hig
 
 
 @kernel
-def _fill_uniform(out_ND, rows_N, key0, key1, low, high):
+def _fill_uniform(out_ND, rows_N, key0, key1, low, high, random, counters):
     dim = out_ND.shape[1]
-    words = _word_buffer(out_ND)
+    blocks = (dim * (out_ND.itemsize // 4) + 3) // 4
     width = high - low
+    drawn = first = 0
     for i in range(len(rows_N)):
-        _philox_row(words, np.uint64(rows_N[i]), key0, key1)
+        if i == drawn:
+            first = i
+            drawn += fill_words(random, counters, rows_N, i, blocks, np.uint64(0), key0, key1)
+        words = part(random, 4 * (i - first) * blocks, 4 * blocks)
         if out_ND.itemsize == 4:
             for j in range(dim):
-                out_ND[i, j] = low + width * (np.float64(np.int64(words[j] >> _SHIFT24)) * 2.0**-24)
+                out_ND[i, j] = low + width * (np.float64(np.int32(words[j] >> _SHIFT24)) * 2.0**-24)
         else:
             for j in range(dim):
-                bits = (words[2 * j] | (words[2 * j + 1] << _SHIFT32)) >> _SHIFT53
-                out_ND[i, j] = low + width * (np.float64(np.int64(bits)) * 2.0**-53)
+                out_ND[i, j] = low + width * (np.float64(np.int64(_bits_of_two(words, j) >> _SHIFT53)) * 2.0**-53)
 
 
 @kernel

@@ -31,13 +31,13 @@ from cuda_ops.cpu.gaps import (
     value_step,
     word_of,
 )
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, touch
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch, unowned
 
 COLUMNS = 10 + LOGS + 1
 _VALUE_LOG, _FIRST_LOG, _SECOND_LOG = 10, 11, 12
 
 
-@helper
+@inlined
 def _step(kind, value, m, v, largest, grad, scale, history, start, stop):
     if kind == NADAM:
         nadam(value, m, v, grad, scale, history, start, stop)
@@ -49,7 +49,7 @@ def _step(kind, value, m, v, largest, grad, scale, history, start, stop):
         adam(value, m, v, largest, grad, scale, history, start, stop, kind == AMSGRAD)
 
 
-@helper
+@inlined
 def _is_over(kind, value, m, denominator, history, at, bounds):
     """Whether no later step can do more to a value than let it decay."""
     if at % LOOK_EVERY != 0:
@@ -73,7 +73,7 @@ def _is_over(kind, value, m, denominator, history, at, bounds):
     return True
 
 
-@helper
+@inlined
 def _skip(kind, value, m, v, history, at, stop):
     """Make the steps from `at` to `stop` in one, as far as the state is concerned."""
     scale_by(m, factor_between(history, _FIRST_LOG, at, stop))
@@ -85,21 +85,21 @@ def _skip(kind, value, m, v, history, at, stop):
 
 
 @fused_kernel
-def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bounds, scale, version, whole):
+def advance(kind, words, stride, dim, longs, slots, grad, zeros, stepping, history, bounds, scale, version, whole):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     dtype = words.dtype.type
     record_longs = stride * words.itemsize // 8
-    zeros = np.zeros(dim, words.dtype)
+    zeros, history, bounds = unowned(zeros), unowned(history), unowned(bounds)
     stop = len(history) - 1 if stepping else len(history)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
         begin = slots[i] * stride
         last = (slots[i] + 1) * record_longs - 1
-        value = words[begin : begin + dim]
-        m = words[begin + dim : begin + 2 * dim]
-        v = words[begin + 2 * dim : begin + 3 * dim]
-        largest = words[begin + 3 * dim : begin + 4 * dim] if kind == AMSGRAD else v
+        value = part(words, begin, dim)
+        m = part(words, begin + dim, dim)
+        v = part(words, begin + 2 * dim, dim)
+        largest = part(words, begin + (3 if kind == AMSGRAD else 2) * dim, dim)
         at, caught = state_step(longs[last - 1]), value_step(longs[last - 1])
         while at < stop:
             if caught > at or _is_over(kind, value, m, largest, history, at, bounds):
@@ -117,7 +117,7 @@ def advance(kind, words, stride, dim, longs, slots, grad, stepping, history, bou
                 _step(kind, value, m, v, largest, zeros, dtype(0), history, at, until)
                 at = until
         if stepping:
-            _step(kind, value, m, v, largest, grad[i], dtype(scale), history, stop, stop + 1)
+            _step(kind, value, m, v, largest, part(grad, i * dim, dim), dtype(scale), history, stop, stop + 1)
             longs[last] = version
             at = caught = len(history)
         longs[last - 1] = word_of(at, max(at, caught))

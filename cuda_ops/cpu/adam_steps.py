@@ -13,19 +13,19 @@ up to three numbers of the optimizer's own.
 
 import numpy as np
 
-from cuda_ops.cpu.kernels import helper
+from cuda_ops.cpu.kernels import inlined
 
 FIRST_WEIGHT, BETA2, SECOND_WEIGHT, EPS, WEIGHT_DECAY, VALUE_FACTOR, FIRST_FACTOR, OWN, OWN_2, OWN_3 = range(10)
 ADAM, AMSGRAD, NADAM, RADAM, ADAMAX = range(5)
 
 
-@helper
+@inlined
 def first_moment(m, g, weight, rest):
     """As torch.lerp(m, g, weight), which is written so that it ends at g; `rest` is 1 - weight."""
     return m + weight * (g - m) if weight < 0.5 else g - (g - m) * rest
 
 
-@helper
+@inlined
 def adam(value, m, v, largest, grad, scale, history, start, stop, keeps_largest):
     """Own number: the root of the second bias correction."""
     dtype = value.dtype.type
@@ -40,7 +40,9 @@ def adam(value, m, v, largest, grad, scale, history, start, stop, keeps_largest)
         rest = dtype(1) - weight
         for j in range(value.size):
             x = value[j] * kept
-            g = scale * grad[j] + decay * x
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * x
             first = first_moment(m[j], g, weight, rest)
             second = v[j] * beta2 + weight2 * g * g
             m[j] = first
@@ -51,7 +53,7 @@ def adam(value, m, v, largest, grad, scale, history, start, stop, keeps_largest)
             value[j] = x + factor * first / (np.sqrt(second) / correction + eps)
 
 
-@helper
+@inlined
 def nadam(value, m, v, grad, scale, history, start, stop):
     """Own numbers: the second bias correction; the factor of the gradient in the update."""
     dtype = value.dtype.type
@@ -70,7 +72,9 @@ def nadam(value, m, v, grad, scale, history, start, stop):
         rest = dtype(1) - weight
         for j in range(value.size):
             x = value[j] * kept
-            g = scale * grad[j] + decay * x
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * x
             first = first_moment(m[j], g, weight, rest)
             second = v[j] * beta2 + weight2 * g * g
             m[j] = first
@@ -80,7 +84,7 @@ def nadam(value, m, v, grad, scale, history, start, stop):
             value[j] = x + factor * first / root
 
 
-@helper
+@inlined
 def radam(value, m, v, grad, scale, history, start, stop):
     """Own numbers: the first bias correction; the root of the second; the rectification, 0 for none.
 
@@ -104,7 +108,9 @@ def radam(value, m, v, grad, scale, history, start, stop):
         rest = dtype(1) - weight
         for j in range(value.size):
             x = value[j] * kept
-            g = scale * grad[j] + decay * x
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * x
             first = first_moment(m[j], g, weight, rest)
             second = v[j] * beta2 + weight2 * g * g
             m[j] = first
@@ -115,7 +121,7 @@ def radam(value, m, v, grad, scale, history, start, stop):
             value[j] = x - move
 
 
-@helper
+@inlined
 def adamax(value, m, largest, grad, scale, history, start, stop):
     """`largest` is the exponentially weighted infinity norm."""
     dtype = value.dtype.type
@@ -124,7 +130,9 @@ def adamax(value, m, largest, grad, scale, history, start, stop):
         eps, decay, factor = dtype(history[at, EPS]), dtype(history[at, WEIGHT_DECAY]), dtype(history[at, FIRST_FACTOR])
         rest = dtype(1) - weight
         for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * value[j]
             first = first_moment(m[j], g, weight, rest)
             norm = max(largest[j] * beta2, abs(g) + eps)
             m[j] = first

@@ -95,7 +95,8 @@ def advance(kind, words, stride, dim, steps, slots, grad, history, bounds, scale
         grad = np.empty((0, dim), words.dtype)
     if bounds.dtype != np.float64 or bounds.ndim != 2 or bounds.shape[1] != 4:
         raise ValueError(f"bounds must be float64 [regimes, 4], got {bounds.dtype} {list(bounds.shape)}")
-    rest = (slots, grad, stepping, history, bounds, float(scale), int(version), bool(stepping or states))
+    zeros = np.zeros(dim, words.dtype)
+    rest = (slots, grad, zeros, stepping, history, bounds, float(scale), int(version), bool(stepping or states))
     if kind in ADAM_KINDS:
         adam.advance(ADAM_KINDS[kind], words, stride, dim, steps, *rest)
     elif kind.startswith("sgd"):

@@ -20,7 +20,7 @@ before it are running sums of the logarithms of the factors by which a step with
 
 import numpy as np
 
-from cuda_ops.cpu.kernels import helper
+from cuda_ops.cpu.kernels import inlined
 
 LOGS = 4
 """Columns of running sums in each row of a history: of the value, and of three parts of the state."""
@@ -39,35 +39,35 @@ LOOK_EVERY = 32
 """Whether a row has died out is looked at where its step is a multiple of this."""
 
 
-@helper
+@inlined
 def next_look(at):
     return at + LOOK_EVERY - at % LOOK_EVERY
 
 
-@helper
+@inlined
 def state_step(word):
     """Up to which step the state of a record is caught up."""
     return word & 0xFFFFFFFF
 
 
-@helper
+@inlined
 def value_step(word):
     """Up to which step the value of a record is caught up: beyond that of its state, it is over."""
     return word >> 32
 
 
-@helper
+@inlined
 def word_of(of_state, of_value):
     return of_value << 32 | of_state
 
 
-@helper
+@inlined
 def bound_at(history, bounds, at, which):
     """One of the bounds of all steps up to `at`."""
     return bounds[np.int64(history[at, history.shape[1] + REGIME]), which]
 
 
-@helper
+@inlined
 def regime_end(history, at, stop):
     """First step in (at, stop) of another regime than that of step `at`, or `stop`."""
     column = history.shape[1] + REGIME
@@ -84,7 +84,7 @@ def regime_end(history, at, stop):
     return other
 
 
-@helper
+@inlined
 def factor_between(history, column, start, stop):
     """Product of the factors of `column` over steps [start, stop)."""
     total = history[stop - 1, column]
@@ -93,14 +93,14 @@ def factor_between(history, column, start, stop):
     return np.exp(total)
 
 
-@helper
+@inlined
 def scale_by(row, factor):
     f = row.dtype.type(factor)
     for j in range(row.size):
         row[j] *= f
 
 
-@helper
+@inlined
 def decay_value(value, history, factors, logs, start, stop):
     """Multiply by the decoupled decay of steps [start, stop): `factors` is its column, `logs` that of its sums."""
     if factor_between(history, logs, start, stop) == 1.0:
@@ -114,13 +114,13 @@ def decay_value(value, history, factors, logs, start, stop):
         scale_by(value, factor_between(history, logs, exact, stop))
 
 
-@helper
+@inlined
 def rounding(value):
     """A quarter of half the last place, relative to a value: adding less than this to one leaves its bits."""
     return 0.125 * np.finfo(value.dtype).eps
 
 
-@helper
+@inlined
 def all_zero(row):
     for j in range(row.size):
         if row[j] != 0:
@@ -128,7 +128,7 @@ def all_zero(row):
     return True
 
 
-@helper
+@inlined
 def linear_part_is_over(value, moving, history, at, bounds):
     """Whether a momentum buffer's updates, coefficient * `moving`, are below rounding from step `at` on."""
     most_decay = bound_at(history, bounds, at, MOST_DECAY)

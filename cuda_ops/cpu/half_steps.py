@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from cuda_ops.cpu.kernels import helper
+from cuda_ops.cpu.kernels import inlined
 
 SGD, ADAGRAD, SPARSE_ADAM, ROWWISE_ADAGRAD = range(4)
 STATE_PARTS = (0, 1, 2, 0)
 """State words per word of value; the rowwise Adagrad has one word a row."""
 
 
-@helper
+@inlined
 def element_step(optimizer, value, first, second, g, minus_lr, eps, weight, weight2):
     """Return (value, first, second) after a step, all float32.
 

@@ -18,9 +18,11 @@ from cuda_ops.cpu.checks import (
     word_range,
     writable,
 )
-from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM, STATE_PARTS, element_step
-from cuda_ops.cpu.halves import TO_NEAREST, narrow, random_words, widen, word_at
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, kernel, touch
+from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM, element_step
+from cuda_ops.cpu.halves import at_random, to_nearest, widen
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, kernel, part, touch, unowned
+from cuda_ops.cpu.philox import fill_words, room_for
+from cuda_ops.cpu.sparse_update import sum_of_squares
 
 
 def widen_rows(rows, out=None):
@@ -35,7 +37,7 @@ def widen_rows(rows, out=None):
     """
     rows = _half_matrix(rows, "rows")
     out = np.empty(rows.shape, np.float32) if out is None else writable(out, "out", np.float32, rows.shape)
-    _widen_rows(rows.view(np.int16), rows.dtype == BFLOAT16, out)
+    _widen_rows(rows.view(np.int16).reshape(-1), rows.dtype == BFLOAT16, out.reshape(-1))
     return out
 
 
@@ -64,8 +66,13 @@ def narrow_rows(rows, out, keys=None, version=0, seed=None):
     keys = np.arange(len(rows)) if keys is None else int_vector(keys, "keys")
     if keys.size != len(rows):
         raise ValueError(f"{keys.size} keys given for {len(rows)} rows")
-    at_random = seed is not None
-    _narrow_rows(rows, out.view(np.int16), out.dtype == BFLOAT16, keys, *seed_and_version(seed, version), at_random)
+    halves, bfloat = out.view(np.int16), out.dtype == BFLOAT16
+    if seed is None:
+        _narrow_rows(rows.reshape(-1), halves.reshape(-1), bfloat)
+    else:
+        _narrow_rows_at_random(
+            rows, halves, bfloat, keys, *seed_and_version(seed, version), *room_for((rows.shape[1] + 3) // 4)
+        )
     return out
 
 
@@ -162,74 +169,91 @@ def _half_update(
         raise ValueError(f"{keys.size} keys given for {slots.size} slots")
     in_range(slots, count, "slots")
     numbers = tuple(np.float32(number) for number in (-lr, eps, weight, weight2, scale))
-    arrays = (halves.view(np.int16), words, steps, slots, grad, keys)
-    rounding = (halves.dtype == BFLOAT16, seed is not None, seed_and_version(seed, version)[0], int(version))
-    _update(optimizer, STATE_PARTS[optimizer], *arrays, stride, numbers, *rounding)
+    arrays = (halves.view(np.int16), words, steps, slots, grad, keys, np.empty(dim, np.float32))
+    rounding = (halves.dtype == BFLOAT16, seed_and_version(seed, version)[0], int(version))
+    _update(optimizer, *arrays, stride, numbers, *rounding, *room_for((dim + 3) // 4 if seed is not None else 0))
 
 
 @kernel
-def _widen_rows(rows, bfloat, out):
-    for i in range(len(rows)):
-        for j in range(rows.shape[1]):
-            out[i, j] = widen(rows[i, j], bfloat)
+def _widen_rows(halves, bfloat, out):
+    for j in range(halves.size):
+        out[j] = widen(halves[j], bfloat)
 
 
 @kernel
-def _narrow_rows(rows, out, bfloat, keys, seed, version, at_random):
-    if not at_random:
-        for i in range(len(rows)):
-            for j in range(rows.shape[1]):
-                out[i, j] = narrow(rows[i, j], bfloat, TO_NEAREST)
-        return
+def _narrow_rows(values, out, bfloat):
+    for j in range(values.size):
+        out[j] = to_nearest(values[j], bfloat)
+
+
+@kernel
+def _narrow_rows_at_random(rows, out, bfloat, keys, seed, version, random, counters):
+    dim = rows.shape[1]
+    blocks = (dim + 3) // 4
+    numbers = np.uint64(version), np.uint64(seed), np.uint64(seed) >> np.uint64(32)
+    drawn = first = 0
     for i in range(len(rows)):
-        for block in range((rows.shape[1] + 3) // 4):
-            random = random_words(keys[i], block, version, seed)
-            for j in range(4 * block, min(4 * block + 4, rows.shape[1])):
-                out[i, j] = narrow(rows[i, j], bfloat, word_at(random, j % 4))
+        if i == drawn:
+            first = i
+            drawn += fill_words(random, counters, keys, first, blocks, *numbers)
+        of_row = part(random, 4 * (i - first) * blocks, dim)
+        row, rounded = part(rows, i * dim, dim), part(out, i * dim, dim)
+        for j in range(dim):
+            rounded[j] = at_random(row[j], bfloat, of_row[j])
 
 
 @fused_kernel
 def _update(
-    optimizer, parts, halves, words, steps, slots, grad, keys, stride, numbers, bfloat, at_random, seed, version
+    optimizer, halves, words, steps, slots, grad, keys, values, stride, numbers, bfloat, seed, version, random, counters
 ):
+    """To the nearest where there is no room for random words."""
     minus_lr, eps, weight, weight2, scale = numbers
     dim = grad.shape[1]
-    values = np.empty(dim, np.float32)  # loops of one kind of work each, for the compiler to vectorise
+    values = unowned(values)  # steps and roundings in loops of their own, for the compiler to vectorise
+    blocks = (dim + 3) // 4
+    words_of = np.uint64(version), np.uint64(seed), np.uint64(seed) >> np.uint64(32)
+    drawn = first_drawn = 0
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
-        value_at = 2 * slots[i] * stride
         first_at = slots[i] * stride + (dim + 1) // 2
-        for j in range(dim):
-            values[j] = widen(halves[value_at + j], bfloat)
-        total = np.float32(0)
+        value, row = part(halves, 2 * slots[i] * stride, dim), part(grad, i * dim, dim)
         if optimizer == ROWWISE_ADAGRAD:
-            squares = 0.0
-            for j in range(dim):
-                g = np.float64(scale * grad[i, j])
-                squares += g * g
-            total = words[first_at] + np.float32(squares / dim)
+            total = words[first_at] + np.float32(sum_of_squares(row, np.uint64(0), dim, scale) / dim)
             words[first_at] = total
-        if parts == 0:
             for j in range(dim):
-                g = scale * grad[i, j]
-                values[j] = element_step(optimizer, values[j], total, total, g, minus_lr, eps, weight, weight2)[0]
-        else:
-            second_at = first_at + dim * (parts - 1)
-            for j in range(dim):
-                g, first, second = scale * grad[i, j], words[first_at + j], words[second_at + j]
-                values[j], first, second = element_step(
-                    optimizer, values[j], first, second, g, minus_lr, eps, weight, weight2
+                g = scale * row[j]
+                values[j], _, _ = element_step(
+                    ROWWISE_ADAGRAD, widen(value[j], bfloat), total, total, g, minus_lr, eps, weight, weight2
                 )
-                words[first_at + j] = first
-                if parts > 1:
-                    words[second_at + j] = second
-        if at_random:
-            for block in range((dim + 3) // 4):
-                random = random_words(keys[i], block, version, seed)
-                for j in range(4 * block, min(4 * block + 4, dim)):
-                    halves[value_at + j] = narrow(values[j], bfloat, word_at(random, j % 4))
+        elif optimizer == SGD:
+            for j in range(dim):
+                g = scale * row[j]
+                values[j], _, _ = element_step(
+                    SGD, widen(value[j], bfloat), scale, scale, g, minus_lr, eps, weight, weight2
+                )
+        elif optimizer == ADAGRAD:
+            first = part(words, first_at, dim)
+            for j in range(dim):
+                g = scale * row[j]
+                values[j], first[j], _ = element_step(
+                    ADAGRAD, widen(value[j], bfloat), first[j], scale, g, minus_lr, eps, weight, weight2
+                )
+        else:
+            first, second = part(words, first_at, dim), part(words, first_at + dim, dim)
+            for j in range(dim):
+                g = scale * row[j]
+                values[j], first[j], second[j] = element_step(
+                    SPARSE_ADAM, widen(value[j], bfloat), first[j], second[j], g, minus_lr, eps, weight, weight2
+                )
+        if random.size:
+            if i == drawn:
+                first_drawn = i
+                drawn += fill_words(random, counters, keys, i, blocks, *words_of)
+            of_row = part(random, 4 * (i - first_drawn) * blocks, dim)
+            for j in range(dim):
+                value[j] = at_random(values[j], bfloat, of_row[j])
         else:
             for j in range(dim):
-                halves[value_at + j] = narrow(values[j], bfloat, TO_NEAREST)
+                value[j] = to_nearest(values[j], bfloat)
         steps[(slots[i] + 1) * (stride // 2) - 1] = version

@@ -13,6 +13,8 @@ kernel = njit(cache=True, nogil=True, error_model="numpy")
 fused_kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 # For small helpers that exist only inside kernels: they are compiled into each, and not kept on their own.
 helper = njit(nogil=True, error_model="numpy")
+# The same for helpers of many arguments, which LLVM would call: an array has seven words and a count of references.
+inlined = njit(nogil=True, error_model="numpy", forceinline=True)
 
 _CACHE_LINE_BYTES = 64
 # How many records ahead of the one in work memory is asked for the next: enough to cover a miss of the page
@@ -41,6 +43,40 @@ def prefetch(typing_context, array, index):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def part(typing_context, array, begin, count):
+    """A one-dimensional view of `array` (contiguous, of any shape), without a claim to its memory.
+
+    Slices count references, with atomic operations, at their birth, at their end, and in each helper that is given one:
+    for a row of a few words that takes longer than all else. A view must not leave the kernel that makes it, and must
+    be of an array that the kernel was given: what a kernel has made itself is freed after its name's last mention.
+    """
+    view_type = types.Array(array.dtype, 1, "C")
+
+    def generate(context, builder, signature, args):
+        source = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        view = context.make_array(view_type)(context, builder)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(array.dtype)))
+        data = builder.gep(source.data, [args[1]])
+        context.populate_array(view, data=data, shape=[args[2]], strides=[itemsize], itemsize=itemsize, meminfo=None)
+        return view._getvalue()
+
+    return view_type(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def unowned(typing_context, array):
+    """The same array without a claim to its memory, as `part`."""
+
+    def generate(context, builder, signature, args):
+        view = context.make_array(signature.return_type)(context, builder, args[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return array(array), generate
 
 
 @helper

@@ -23,7 +23,7 @@ from cuda_ops.cpu.gaps import (
     value_step,
     word_of,
 )
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, helper, touch
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch, unowned
 
 LR, KEPT, WEIGHT, EPS, WEIGHT_DECAY, MOMENTUM = range(6)
 COLUMNS = 6 + LOGS + 1
@@ -31,7 +31,7 @@ _BUFFER_LOG, _SQUARES_LOG, _AVERAGE_LOG = 7, 8, 9
 RMSPROP, ADADELTA, ADAGRAD = range(3)
 
 
-@helper
+@inlined
 def _rmsprop(value, squares, buffer, average, grad, scale, history, start, stop):
     """`buffer` and `average` are empty where the optimizer has none."""
     dtype = value.dtype.type
@@ -41,7 +41,9 @@ def _rmsprop(value, squares, buffer, average, grad, scale, history, start, stop)
         rest = dtype(1) - weight
         has_buffer = buffer.size > 0 and history[at, MOMENTUM] > 0
         for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * value[j]
             square = squares[j] * alpha + weight * g * g
             squares[j] = square
             if average.size:
@@ -58,14 +60,16 @@ def _rmsprop(value, squares, buffer, average, grad, scale, history, start, stop)
                 value[j] += minus_lr * g / root
 
 
-@helper
+@inlined
 def _adadelta(value, squares, deltas, grad, scale, history, start, stop):
     dtype = value.dtype.type
     for at in range(start, stop):
         minus_lr, rho, weight = dtype(-history[at, LR]), dtype(history[at, KEPT]), dtype(history[at, WEIGHT])
         eps, decay = dtype(history[at, EPS]), dtype(history[at, WEIGHT_DECAY])
         for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * value[j]
             square = squares[j] * rho + weight * g * g
             squares[j] = square
             delta = np.sqrt(deltas[j] + eps) / np.sqrt(square + eps) * g
@@ -73,19 +77,21 @@ def _adadelta(value, squares, deltas, grad, scale, history, start, stop):
             value[j] += minus_lr * delta
 
 
-@helper
+@inlined
 def _adagrad(value, total, grad, scale, history, start, stop):
     dtype = value.dtype.type
     for at in range(start, stop):
         minus_lr, eps, decay = dtype(-history[at, LR]), dtype(history[at, EPS]), dtype(history[at, WEIGHT_DECAY])
         for j in range(value.size):
-            g = scale * grad[j] + decay * value[j]
+            g = scale * grad[j]
+            if decay != 0:
+                g += decay * value[j]
             square = total[j] + g * g
             total[j] = square
             value[j] += minus_lr * g / (np.sqrt(square) + eps)
 
 
-@helper
+@inlined
 def _step(kind, value, squares, second, third, grad, scale, history, start, stop):
     if kind == RMSPROP:
         _rmsprop(value, squares, second, third, grad, scale, history, start, stop)
@@ -95,7 +101,7 @@ def _step(kind, value, squares, second, third, grad, scale, history, start, stop
         _adagrad(value, squares, grad, scale, history, start, stop)
 
 
-@helper
+@inlined
 def _is_over(kind, value, buffer, history, at, bounds):
     """Whether no later step can move a value: without gradient only momentum and weight decay do."""
     if bound_at(history, bounds, at, LEAST_EPS) == 0:  # 0 / 0 may be to come, as in PyTorch
@@ -105,7 +111,7 @@ def _is_over(kind, value, buffer, history, at, bounds):
     return bound_at(history, bounds, at, MOST_DECAY) == 0 or (at % LOOK_EVERY == 0 and all_zero(value))
 
 
-@helper
+@inlined
 def _skip(kind, squares, second, third, history, at, stop):
     """Make the steps from `at` to `stop` in one."""
     if kind == ADAGRAD:
@@ -120,24 +126,26 @@ def _skip(kind, squares, second, third, history, at, stop):
 
 
 @fused_kernel
-def advance(kind, words, stride, dim, longs, parts, slots, grad, stepping, history, bounds, scale, version, whole):
+def advance(
+    kind, words, stride, dim, longs, parts, slots, grad, zeros, stepping, history, bounds, scale, version, whole
+):
     """Catch records up; with `stepping`, to the step before the last, and then take that one with `grad`."""
     buffered, centered = parts
     dtype = words.dtype.type
     record_longs = stride * words.itemsize // 8
-    zeros = np.zeros(dim, words.dtype)
+    zeros, history, bounds = unowned(zeros), unowned(history), unowned(bounds)
     stop = len(history) - 1 if stepping else len(history)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
         begin = slots[i] * stride
         last = (slots[i] + 1) * record_longs - 1
-        value = words[begin : begin + dim]
-        squares = words[begin + dim : begin + 2 * dim]
+        value = part(words, begin, dim)
+        squares = part(words, begin + dim, dim)
         begin += 2 * dim
-        second = words[begin : begin + dim * (buffered or kind == ADADELTA)]
-        begin += dim * (buffered or kind == ADADELTA)
-        third = words[begin : begin + dim * centered]
+        second = part(words, begin, dim * (buffered or kind == ADADELTA))
+        begin += second.size
+        third = part(words, begin, dim * centered)
         at, caught = state_step(longs[last - 1]), value_step(longs[last - 1])
         while at < stop:
             if caught > at or _is_over(kind, value, second, history, at, bounds):
@@ -151,7 +159,7 @@ def advance(kind, words, stride, dim, longs, parts, slots, grad, stepping, histo
                 _step(kind, value, squares, second, third, zeros, dtype(0), history, at, until)
                 at = until
         if stepping:
-            _step(kind, value, squares, second, third, grad[i], dtype(scale), history, stop, stop + 1)
+            _step(kind, value, squares, second, third, part(grad, i * dim, dim), dtype(scale), history, stop, stop + 1)
             longs[last] = version
             at = caught = len(history)
         longs[last - 1] = word_of(at, max(at, caught))

@@ -16,6 +16,7 @@ from numba import cuda
 from cuda_ops.cpu import half_steps, halves
 from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM, STATE_PARTS
 from cuda_ops.cpu.half_update import seed_and_version
+from cuda_ops.cpu.philox import philox
 from cuda_ops.cuda.checks import (
     HALF_DTYPES,
     float_matrix,
@@ -32,8 +33,18 @@ from cuda_ops.cuda.words import move, pieces, widest
 _bits_of = helper_from(halves.bits_of)
 _float_of = helper_from(halves.float_of)
 _widen = helper_from(halves.widen, bits_of=_bits_of, float_of=_float_of)
-_narrow = helper_from(halves.narrow, bits_of=_bits_of)
-_random_words = helper_from(halves.random_words)
+_rounding = {
+    "bits_of": _bits_of,
+    "float_of": _float_of,
+    "_up_or_down": helper_from(halves._up_or_down),
+    "_with_sign": helper_from(halves._with_sign),
+}
+_narrow = helper_from(
+    halves.narrow,
+    to_nearest=helper_from(halves.to_nearest, **_rounding),
+    at_random=helper_from(halves.at_random, **_rounding),
+)
+_random_words = helper_from(halves.random_words, philox=helper_from(philox))
 _word_at = helper_from(halves.word_at)
 _element_step = helper_from(half_steps.element_step)
 _TO_NEAREST = halves.TO_NEAREST

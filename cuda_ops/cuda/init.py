@@ -15,21 +15,13 @@ import torch
 from numba import cuda
 
 from cuda_ops import init as host
+from cuda_ops.cpu.philox import philox
 from cuda_ops.cuda.checks import int_vector, writable
-from cuda_ops.cuda.launch import helper, helper_from, kernel, launch
+from cuda_ops.cuda.launch import helper_from, kernel, launch
 from cuda_ops.cuda.update import kind_of
-from cuda_ops.init import (
-    _MASK32,
-    _MULTIPLIER_0,
-    _MULTIPLIER_1,
-    _SHIFT24,
-    _SHIFT32,
-    _SHIFT52,
-    _SHIFT53,
-    _WEYL_0,
-    _WEYL_1,
-)
+from cuda_ops.init import _SHIFT24, _SHIFT32, _SHIFT52, _SHIFT53
 
+_philox = helper_from(philox)
 _log = helper_from(host._log)
 _central_quantile = helper_from(host._central_quantile)
 _tail_quantile = helper_from(host._tail_quantile, _log=_log)
@@ -66,23 +58,6 @@ def _fill(out_ND, rows_N, key0, key1, numbers, *, uniform):
     launch(body, len(rows_N), blocks, out_ND.detach().view(-1), rows_N, dim, *keys, *map(np.float64, numbers))
 
 
-@helper
-def _philox(row, block, key0, key1):
-    """The four 32-bit words (uint64) of a block of a row: Philox 4x32-10, as cuda_ops.init._philox_row."""
-    c0, c1, c2, c3 = row & _MASK32, row >> _SHIFT32, np.uint64(block), np.uint64(0)
-    k0, k1 = key0, key1
-    for _ in range(10):
-        product_0 = _MULTIPLIER_0 * c0
-        product_1 = _MULTIPLIER_1 * c2
-        c0 = (product_1 >> _SHIFT32) ^ c1 ^ k0
-        c1 = product_1 & _MASK32
-        c2 = (product_0 >> _SHIFT32) ^ c3 ^ k1
-        c3 = product_0 & _MASK32
-        k0 = (k0 + _WEYL_0) & _MASK32
-        k1 = (k1 + _WEYL_1) & _MASK32
-    return c0, c1, c2, c3
-
-
 @functools.lru_cache(None)
 def _normal(kind):
     single = kind is np.float32
@@ -95,7 +70,9 @@ def _normal(kind):
             cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y, rows.size, cuda.gridDim.x * cuda.blockDim.y
         ):
             for block in range(cuda.threadIdx.x, (dim + count - 1) // count, cuda.blockDim.x):
-                words[0], words[1], words[2], words[3] = _philox(np.uint64(rows[i]), block, key0, key1)
+                words[0], words[1], words[2], words[3] = _philox(
+                    np.uint64(rows[i]), np.uint64(block), np.uint64(0), key0, key1
+                )
                 for k in range(count):
                     if single:
                         p = (np.float64(np.int64(words[k])) + 0.5) * 2.0**-32
@@ -129,7 +106,9 @@ def _uniform(kind):
             cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y, rows.size, cuda.gridDim.x * cuda.blockDim.y
         ):
             for block in range(cuda.threadIdx.x, (dim + count - 1) // count, cuda.blockDim.x):
-                words[0], words[1], words[2], words[3] = _philox(np.uint64(rows[i]), block, key0, key1)
+                words[0], words[1], words[2], words[3] = _philox(
+                    np.uint64(rows[i]), np.uint64(block), np.uint64(0), key0, key1
+                )
                 for k in range(count):
                     if single:
                         unit = np.float64(np.int64(words[k] >> _SHIFT24)) * 2.0**-24

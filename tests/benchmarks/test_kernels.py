@@ -29,6 +29,16 @@ def test_each_function_has_its_figures(tmp_path):
         assert results["steps_ns_per_lookup"]["ours"] > 0
 
 
+def test_one_table_of_a_number_of_rows_in_double_precision(tmp_path):
+    path = tmp_path / "figures.json"
+    options = ["--rows", "70", "--dtype", "float64", "--only", "gather", "adagrad_update", "expand"]
+    result = launch(0, ROOT / "benchmarks" / "kernels.py", *SMALL, *options, "--json", str(path))
+    assert result.returncode == 0, result.stderr
+    (results,) = json.loads(path.read_text())["results"]
+    assert results["records"] == 70 and set(results["kernels"]) == {"gather", "adagrad_update", "expand"}
+    assert all(figure["kernel_ns"] > 0 for figure in results["kernels"].values())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_reason_is_said():
     result = launch(0, ROOT / "benchmarks" / "kernels.py", "--device", "cuda")

@@ -1,5 +1,7 @@
 """Dense optimizers on records, step by step, against torch.optim on whole tables; `tests/pm` has the long gaps."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,23 @@ def test_rows_touched_now_and_then_equal_all_rows_under_torch(kind, seed, dtype,
     before = words.copy()
     cuda_ops.advance(kind, words, stride, dim, steps, np.arange(count), None, history, NEVER_CUT_SHORT, 1.0, 0)
     np.testing.assert_array_equal(words, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_are_neither_kept_nor_let_go_of(kind):
+    names, scalars = KINDS[kind][2:]
+    words, stride, steps = zero_state_store(np.random.default_rng(), 40, 3, len(names), np.float32)
+    history = np.zeros((50, cuda_ops.history_columns(kind)[1]))
+    for t in range(1, 51):
+        history[t - 1, : len(scalars(t))] = scalars(t)
+    slots, grad, bounds = np.arange(40), np.ones((40, 3), np.float32), NEVER_CUT_SHORT.copy()
+    arrays = words, steps, slots, grad, history, bounds
+    before = [sys.getrefcount(array) for array in arrays]
+    for stop in range(1, 51, 7):
+        cuda_ops.advance(kind, words, stride, 3, steps, slots[:stop], None, history[:stop], bounds, 1.0, 0)
+        cuda_ops.advance(kind, words, stride, 3, steps, slots, grad, history, bounds, 1.0, stop)
+        steps.reshape(40, -1)[:, -2:] = 0
+    assert [sys.getrefcount(array) for array in arrays] == before
 
 
 def test_what_does_not_fit_is_an_error_before_anything_is_written():

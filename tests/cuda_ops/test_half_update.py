@@ -1,5 +1,8 @@
 """Half values with float32 state: conversions and steps against torch, rounding at random against its mean."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 import cuda_ops
 from tests.cuda_ops.half_stores import HalfStore, assert_half_neighbours, half_dtypes, torch_step
 from tests.cuda_ops.records import dims, seeds
+from tests.cuda_ops.test_init import philox
 
 HALVES = [torch.float16, torch.bfloat16]
 OPTIMIZERS = ["sgd", "adagrad", "sparse_adam", "rowwise_adagrad"]
@@ -75,6 +79,48 @@ def test_what_the_nearest_rounding_keeps_finite_stays_finite():
         assert rounded[:, 2].isinf().any()
         assert (rounded[:, 3] == float("inf")).all() and (rounded[:, 4] == float("-inf")).all()
         assert rounded[:, 5].isnan().all()
+
+
+def rounded_by_definition(value, dtype, word):
+    """The half (as a float) that halves.py describes for a finite float32 and 32 random bits, in whole numbers."""
+    mantissa_bits, least_exponent = (10, -14) if dtype == torch.float16 else (7, -126)
+    numerator, denominator = abs(float(value)).as_integer_ratio()
+    exponent = max(math.frexp(abs(float(value)))[1] - 1, least_exponent) - mantissa_bits  # of the last place
+    places = Fraction(numerator, denominator) / Fraction(2) ** exponent
+    down = int(places)
+    up = down + (int((places - down) * 2**32) + word >= 2**32)
+    largest = torch.finfo(dtype).max
+    if up * 2.0**exponent > largest and places - down < Fraction(1, 2):
+        up = down
+    return math.copysign(up * 2.0**exponent if up * 2.0**exponent <= largest else math.inf, value)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.integers(1, 70))
+def test_rounding_at_random_is_what_is_described_to_the_bit(dtype, seed, dim):
+    rng = np.random.default_rng(seed)
+    count, version, number = int(rng.integers(1, 8)), int(rng.integers(0, 2**40)), int(rng.integers(-(2**63), 2**63))
+    bits = rng.integers(0, 2**32, (count, dim), dtype=np.uint32)
+    if rng.integers(2):  # the exponents of float16 and of its subnormals
+        bits = bits & 0x807FFFFF | (rng.integers(95, 144, bits.shape, dtype=np.uint32) << 23)
+    rows = np.where(np.isfinite(bits.view(np.float32)), bits.view(np.float32), np.float32(0.3))
+    keys = rng.integers(-(2**63), 2**63, count)
+    out = torch.empty(count, dim, dtype=dtype)
+    cuda_ops.narrow_rows(torch.from_numpy(rows), out, torch.from_numpy(keys), version, number)
+    for i in range(count):
+        for j in range(dim):
+            counter = [int(keys[i]) % 2**32, int(keys[i]) % 2**64 >> 32, j // 4, version % 2**32]
+            word = philox(counter, (number % 2**32, number % 2**64 >> 32))[j % 4]
+            assert float(out[i, j]) == rounded_by_definition(rows[i, j], dtype, word)
+
+
+def test_rows_of_no_words_and_no_rows_are_rounded_to_none():
+    for shape in ((0, 3), (4, 0)):
+        for seed in (None, 1):
+            out = torch.empty(shape, dtype=torch.float16)
+            assert cuda_ops.narrow_rows(torch.empty(shape), out, seed=seed).shape == shape
+        assert cuda_ops.widen_rows(out).shape == shape
 
 
 @given(seeds, half_dtypes, dims)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_ops import init
+from cuda_ops.cpu.philox import fill_words, room_for
 
 DTYPES = ("float32", "float64")
 FILLS = {
@@ -54,13 +55,26 @@ def test_reference_gives_the_published_vectors():
     assert philox((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-@given(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(1, 9))
+@given(
+    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=30),
+    *[st.integers(0, 2**32 - 1)] * 3,
+    st.one_of(st.integers(1, 9), st.integers(60, 300)),
+)
 @settings(deadline=None, max_examples=50)
-def test_words_are_philox_of_row_and_block(row, key0, key1, blocks):
-    words = np.zeros(4 * blocks, np.uint64)
-    init._philox_row(words, np.uint64(row), np.uint64(key0), np.uint64(key1))
-    expected = [philox((row & 0xFFFFFFFF, row >> 32, block, 0), (key0, key1)) for block in range(blocks)]
-    assert words.reshape(blocks, 4).tolist() == expected
+def test_words_are_philox_of_row_and_block(rows, version, key0, key1, blocks):
+    keys = np.array(rows, np.int64)
+    words, counters = room_for(blocks)
+    first = 0
+    while first < len(rows):
+        numbers = np.uint64(version), np.uint64(key0), np.uint64(key1)
+        count = fill_words(words, counters, keys, first, blocks, *numbers)
+        assert 1 <= count <= len(rows) - first
+        made = words.reshape(-1, blocks, 4)
+        for i in range(count):
+            low, high = rows[first + i] % 2**32, rows[first + i] % 2**64 >> 32
+            for block in {0, 1, blocks - 1} & set(range(blocks)):
+                assert made[i, block].tolist() == philox((low, high, block, version), (key0, key1))
+        first += count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
