@@ -108,7 +108,7 @@ class Program:
         newest = other._evidence[-1]
         newest = replace(newest, sites=[copies[site] for site in newest.sites])
         evidence = [*self._evidence, *other._evidence[:-1], newest]
-        return Program(self._recipe, evidence, list(copies.values()))
+        return Program(self._recipe.joined(other._recipe), evidence, list(copies.values()))
 
     def foretells(self, other: Program) -> bool:
         """Whether this program, as it is, gives what ``other`` was recorded from."""

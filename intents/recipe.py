@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,7 +79,10 @@ class Recipe:
     listed: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def same_operations(self, other: Recipe) -> bool:
-        """Whether both came from the same code running the same way: all but integers and constants are equal."""
+        """Whether both came from the same code running the same way: all but integers and constants are equal.
+
+        Which lists were used is told by their integers, so that one recording may show more of them, by chance.
+        """
         return (
             self.structure == other.structure
             and self.steps == other.steps
@@ -88,8 +91,11 @@ class Recipe:
             and self.scratch == other.scratch
             and self.found == other.found
             and self.implied == other.implied
-            and self.listed == other.listed
         )
+
+    def joined(self, other: Recipe) -> Recipe:
+        """What both, of the same operations, may refer to."""
+        return self if self.listed == other.listed else replace(self, listed=self.listed | other.listed)
 
     @cached_property
     def makers(self) -> dict[int, int]:

@@ -338,7 +338,7 @@ def split_by_a_list(net, batch):
     return sum(net.item((part * 3 + 1) % ROWS).square().sum() for part in parts)
 
 
-@case(jagged, sizes=(8, 8, 7), warm_up=8)
+@case(jagged, sizes=(8, 8, 7), warm_up=25)
 def bounds_from_a_list(net, batch):
     ends = [0, *batch["lengths"].sum(1).cumsum(0).tolist()]
     parts = [batch["values"][ends[at] : ends[at + 1]] for at in range(3)]

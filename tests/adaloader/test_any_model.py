@@ -8,12 +8,13 @@ import itertools
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 
 from adaloader import AdaLoader
 from tests.adaloader.against_plain import assert_same_as_plain
-from tests.adaloader.any_model import CASES, UNDERIVED, Draw, Net, named
+from tests.adaloader.any_model import CASES, ROWS, UNDERIVED, Draw, Net, named
 
 LATER = 10
 
@@ -58,6 +59,21 @@ def test_derived_keys_are_the_used_ones(name, seed):
     before, after = stats[-LATER - 1], stats[-1]
     assert after["lookups"] > before["lookups"]
     assert after["on_demand"] == before["on_demand"], "not all rows of ten later batches were intended"
+
+
+def test_lists_that_fit_by_chance_do_not_set_a_batch_apart(seed):
+    """In the first batch two of the sums are bounds too, as in none later: it was taken to be of a kind of its own."""
+    draw = np.random.default_rng(seed)
+
+    def batch(*sizes):
+        lengths = torch.tensor([[size - size // 2, size // 2] for size in sizes])
+        return {"lengths": lengths, "values": torch.from_numpy(draw.integers(0, ROWS, sum(sizes)))}
+
+    later = [batch(*draw.permutation([6, 10, 12])) for _ in range(6)]  # of the same total, and other bounds
+    stats = run(
+        CASES["bounds_from_a_list"].loss, [batch(5, 9, 14), *(batch(3 + n, 17, 20 - n) for n in range(5)), *later]
+    )
+    assert stats[-1]["on_demand"] == stats[-len(later) - 1]["on_demand"]
 
 
 def test_there_are_enough_cases():

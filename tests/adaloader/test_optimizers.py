@@ -429,7 +429,8 @@ def test_a_closure_that_is_called_more_than_once_by_another_optimizer(seed):
     """L-BFGS for the dense parameters, SGD for the tables."""
 
     def loop(model, optimizer, loader):
-        dense = torch.optim.LBFGS(model.linear.parameters(), lr=0.1, max_iter=3)
+        # With larger steps three batches in a hundred send it to infinity, and rounding decides what is NaN there.
+        dense = torch.optim.LBFGS(model.linear.parameters(), lr=1e-3, max_iter=3)
         losses = []
         for batch in loader:
 
