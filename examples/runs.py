@@ -56,7 +56,7 @@ class Meter:
         self._loader, self._number, self._show = loader, number, show
         self._loss = self._seconds = 0.0
         self._samples = 0
-        self._from = self._waited_from = stats_of(loader)
+        self._from = self._waited_from = self._to = stats_of(loader)
 
     def __iter__(self) -> Iterator:
         started = time.perf_counter()
@@ -64,6 +64,7 @@ class Meter:
             self._loader, desc=f"epoch {self._number}", disable=not self._show, leave=False, mininterval=0.5
         )
         self._seconds = time.perf_counter() - started
+        self._to = stats_of(self._loader)  # an evaluation that follows looks rows up, and waits for them, too
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         """A step is over: its loss, a mean over so many samples."""
@@ -74,9 +75,9 @@ class Meter:
 
     def sums(self) -> np.ndarray:
         """This rank's loss over samples, samples, lookups, those that had been intended, seconds of waiting, and
-        seconds: float64 [6].
+        seconds: float64 [6]. Of the epoch that has ended.
         """
-        after = stats_of(self._loader)
+        after = self._to
         lookups = after["lookups"] - self._from["lookups"]
         intended = intended_lookups(after) - intended_lookups(self._from)
         waited = after["wait_seconds"] - self._waited_from["wait_seconds"]
