@@ -67,7 +67,7 @@ class CommonRows:
 
     # The owner
 
-    def send(self, copies: Sequence[Copies]) -> None:
+    def send_copies(self, copies: Sequence[Copies]) -> None:
         """Send rows to ranks of one machine: those that are in several of `copies` once."""
         by_table: dict[int, list[Copies]] = defaultdict(list)
         for each in copies:

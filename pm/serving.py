@@ -384,7 +384,7 @@ class Serving:
             for plan in some:
                 self._send_rows(peer, plan, early=early, later=later)
         if later:
-            self._manager.common_rows.send(later)
+            self._manager.common_rows.send_copies(later)
 
     # Steps
 
