@@ -26,11 +26,8 @@ from pm.syncing import Syncing
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 
-# The order of a parcel's messages. Changes to copies come first, as whatever the others bring about knows of them. Of
-# one key there is at most, in this order: where it went, a copy, what changed since, its record, a question about it.
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
-_IN_PARCEL = (Kind.MOVED, Kind.COPIES, Kind.REFRESH, Kind.PROMOTED, Kind.RECORDS, Kind.REQUEST)
-_PLACE_IN_PARCEL = dict.fromkeys(_CHANGES, -1) | {kind: place for place, kind in enumerate(_IN_PARCEL)}
+_JOINED = (Kind.REQUEST, Kind.MOVED, Kind.COPIES, Kind.REFRESH, Kind.RECORDS, Kind.PROMOTED)
 
 
 class Node:
@@ -162,7 +159,10 @@ class Node:
         return any([self._flush_to(peer) for peer in self.peers])
 
     def _flush_to(self, peer: int) -> bool:
-        """Send a parcel, with one message for all that is alike."""
+        """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them.
+
+        All else stays in its order: who has read a value must not get an older copy after it.
+        """
         messages = self._out[peer]
         if not messages:
             return False
@@ -170,8 +170,7 @@ class Node:
         self._sent[peer] += 1
         self._told[peer] = self._received[peer]
         self._deliver(peer, Message(Kind.PARCEL, (int(self._sent[peer]), int(self._received[peer]))))
-        messages.sort(key=lambda message: _PLACE_IN_PARCEL.get(message.kind, len(_IN_PARCEL)))
-        for message in joined(messages, _IN_PARCEL):
+        for message in joined(sorted(messages, key=lambda message: message.kind not in _CHANGES), _JOINED):
             self._deliver(peer, message)
         return True
 
