@@ -422,8 +422,7 @@ class ManagedTable:
         gradient.changed()
         reducer = owner.reducer
         if not keep_zero:
-            self.has_gradient = False
-            self.settled_at = 0 if reducer is None else reducer.reductions
+            self.settle_gradient(False)
         self.clears += 1
         self.cleared_after = 0 if reducer is None else reducer.deferred
 

@@ -26,6 +26,7 @@ from pm.machine_sums import MachineSums
 from pm.machines import Machines, machines_of
 from pm.manager import Manager
 from pm.messages import Kind, Message, narrow
+from pm.missing import Missing
 from pm.moving import Moving
 from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
@@ -96,7 +97,8 @@ class SynchronousManager(Manager):
         self._shut = False
         self._waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
         self._summing = Summing(alike=True)
-        self._stalled: list[deque[Message]] = [deque() for _ in range(self.ranks)]
+        self.stalled: list[deque[Message]] = [deque() for _ in range(self.ranks)]
+        self.missing = Missing(self)
         self.asking = Asking(self)
         self.serving = Serving(self)
         self.requests = Requests(self)
@@ -117,7 +119,7 @@ class SynchronousManager(Manager):
             on_failure=self._fail,
             while_collective=self._check_collective,
             after_receiving=self._after_receiving,
-            held_up=lambda: bool(self._passing_on()),
+            held_up=lambda: bool(self.missing.passing_on()),
             describe_peers=lambda: self.describe_peers(),
         )
         self.transport.start()
@@ -370,54 +372,14 @@ class SynchronousManager(Manager):
 
     def settle(self) -> None:
         self._check_open()
-        self._waiting.until(self._is_settled, self._describe_missing_step, self._why_step_cannot_come)
+        self._waiting.until(self._is_settled, self.missing.describe_step, self.missing.why_no_step)
 
     def _is_settled(self) -> bool:
         return self.applied >= self.steps and self.others.all_ready(self.steps)
 
-    def _describe_missing_step(self) -> str:
-        behind = self._behind()
-        not_stepped = self.others.not_stepped(self.serving.round_of(self.applied)) or self._summing_for(self.applied)
-        names = [p for p in not_stepped if p in behind] or behind
-        return self.others.missing(names, f"take step {self.applied}")
-
-    def _why_step_cannot_come(self) -> str | None:
-        others, step = self.others, self.applied
-        cannot = others.gone.intersection(self._behind())
-        if step < self.steps:
-            cannot |= others.ended.intersection(others.not_stepped(self.serving.round_of(step)))
-        return others.closed(cannot, f"step {step}") if cannot else None
-
-    def _behind(self) -> list[int]:
-        """Return the ranks of which something is missing: a READY, a sum, or rows that they have to pass on first."""
-        summing = self._summing_for(self.applied) if self.applied < self.steps else ()
-        return sorted({*self.others.behind(self.steps), *summing, *self._passing_on()})
-
-    def _summing_for(self, step: int) -> set[int]:
-        """Return the ranks whose sums of their machines' gradients are missing here, if all ranks took the step."""
-        arrived = self.serving.round_of(step)
-        all_stepped = arrived is not None and not self.others.not_stepped(arrived)
-        return self.machine_sums.missing_ranks(arrived.sums) if all_stepped else set()
-
-    def _passing_on(self) -> set[int]:
-        """Return the ranks that have yet to pass on rows of others, for which what came later waits."""
-        found = set()
-        for source, stalled in enumerate(self._stalled):
-            try:
-                first = stalled[0]
-            except IndexError:  # the background thread has handled it
-                continue
-            if first.kind == Kind.COMMON_ROWS:
-                found.add(self.machines.agent(self.machines.of(self.rank), source))
-        return found - {self.rank}
-
     def wait_for_rows(self, reached: Callable[[], bool], asked: Sequence[int]) -> None:
-        others = self.others
-        self._waiting.until(
-            reached,
-            lambda: others.missing({*asked, *self._passing_on()}, "send rows"),
-            lambda: others.why_gone({*asked, *self._passing_on()}, "rows"),
-        )
+        missing = self.missing
+        self._waiting.until(reached, lambda: missing.describe_rows(asked), lambda: missing.why_no_rows(asked))
 
     def wait_for_others(self, missing: Callable[[], Sequence[int]], action: str) -> None:
         """Block until no rank is `missing()`; `action` says what those that are have not done."""
@@ -459,8 +421,8 @@ class SynchronousManager(Manager):
         if message.kind in _AT_ONCE:
             self._handle(source, message)
             self.resume()
-        elif self._stalled[source] or self._is_early(source, message):
-            self._stalled[source].append(message)
+        elif self.stalled[source] or self._is_early(source, message):
+            self.stalled[source].append(message)
         else:
             self._handle(source, message)
         self._waiting.notify()
@@ -472,7 +434,7 @@ class SynchronousManager(Manager):
 
     def resume(self) -> None:
         """A step has been applied, or rows were passed on: handle what has waited. On the background thread."""
-        for source, stalled in enumerate(self._stalled):
+        for source, stalled in enumerate(self.stalled):
             while stalled and not self._is_early(source, stalled[0]):
                 self._handle(source, stalled.popleft())
 

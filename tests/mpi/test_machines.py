@@ -225,17 +225,9 @@ def test_a_number_that_is_none(comm):
 
 def test_nothing_is_left_of_what_was_summed_and_passed_on(managers, seed):
     manager = managers(**PAIRS)
-    world = World(manager, np.random.default_rng(seed))
-    world.run()
-    for plans in (world.kept, *world.plans.values()):
-        for plan in plans:
-            manager.release(plan)
-    manager.flush_intents()
-    manager.submit([], {})
-    manager.settle()
-    manager.barrier()
+    World(manager, np.random.default_rng(seed)).run_to_the_end()
     assert not manager.machine_sums._portions and not manager.common_rows.under_way
-    assert not manager.serving._rounds and not any(manager._stalled)
+    assert not manager.serving._rounds and not any(manager.stalled)
     assert_nothing_is_held(manager)
 
 
@@ -278,7 +270,7 @@ def test_a_collective_operation_is_over_when_what_was_sent_before_has_had_its_tu
         manager.release(plan)
     manager.settle()
     manager.barrier()
-    assert not any(manager._stalled)
+    assert not any(manager.stalled)
     assert bool(late) == (manager.rank == manager.machines.agent([0, 1], 2))
 
 
@@ -306,7 +298,7 @@ def test_a_rank_that_does_not_deal_for_its_machine_is_named(managers, comm, what
     manager.submit([gradient], {0: dict(GROUPS["sgd"])}, finished=[plans[0]])
     if manager.rank == (other if what == "rows" else 2):
         deadline = time.monotonic() + TIMEOUT
-        while not (manager._passing_on() if what == "rows" else manager._summing_for(0)):
+        while not (manager.missing.passing_on() if what == "rows" else manager.missing.summing_for(0)):
             assert time.monotonic() < deadline, "all else is here"
             time.sleep(1e-3)
         manager._waiting.timeout_seconds = 0.1

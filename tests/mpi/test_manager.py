@@ -37,19 +37,11 @@ def test_a_program_repeats_bit_by_bit(managers, seed, shared_memory):
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_nothing_is_left_of_what_is_done(managers, seed, shared_memory):
     manager = managers(shared_memory=shared_memory)
-    world = World(manager, np.random.default_rng(seed))
-    world.run()
-    for plans in (world.kept, *world.plans.values()):
-        for plan in plans:
-            manager.release(plan)
-    manager.flush_intents()
-    manager.submit([], {})
-    manager.settle()
-    manager.barrier()
+    World(manager, np.random.default_rng(seed)).run_to_the_end()
     serving, asking = manager.serving, manager.asking
     assert not any(asked.plans or asked.overtaken for asked in serving._asked)
     assert not asking._plans and not asking._released and not any(asking._promised)
-    assert not manager._on_demand.under_way and not manager.requests._kept and not any(manager._stalled)
+    assert not manager._on_demand.under_way and not manager.requests._kept and not any(manager.stalled)
     assert not serving._rounds and not serving.groups
     assert_nothing_is_held(manager)
 

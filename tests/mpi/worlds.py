@@ -128,6 +128,17 @@ class World:
                 self.declare(1)
         return self.finish()
 
+    def run_to_the_end(self) -> None:
+        """As `run`; then release what is still planned, and wait until all ranks have done so."""
+        self.run()
+        for plans in (self.kept, *self.plans.values()):
+            for plan in plans:
+                self.manager.release(plan)
+        self.manager.flush_intents()
+        self.manager.submit([], {})
+        self.manager.settle()
+        self.manager.barrier()
+
     def declare(self, count: int) -> None:
         specs = []
         for number in range(len(self.tables), len(self.tables) + count):
