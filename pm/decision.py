@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+_FREE_MOVES = 2
+_CLOCKS_PER_MOVE = 32
+
 TECHNIQUES = ("all", "relocation", "replication", "none")
 
 
@@ -15,6 +18,15 @@ def check_techniques(techniques: object) -> None:
     """Raise ValueError unless `techniques` is one of `TECHNIQUES`."""
     if techniques not in TECHNIQUES:
         raise ValueError(f"techniques must be one of {', '.join(map(repr, TECHNIQUES))}; got {techniques!r}")
+
+
+def are_restless(moves: np.ndarray, clock: int) -> np.ndarray:
+    """Return which keys, that have moved so often (int `[n]`) by this clock, do not move for now (bool `[n]`).
+
+    Ranks take turns at these. Each move makes what the others know of the key wrong, and their questions run after it;
+    a copy costs more bytes, but one question and one answer. (AdaPM moves them each time.)
+    """
+    return moves >= _FREE_MOVES + clock // _CLOCKS_PER_MOVE
 
 
 def moves_to_asker(techniques: str, owner_is_live: np.ndarray, others: np.ndarray) -> np.ndarray:

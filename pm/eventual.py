@@ -71,7 +71,7 @@ class EventualManager(SynchronousManager):
             comm.rank,
             comm.size,
             [],
-            lambda peer, message: self.transport.send(peer, message),
+            lambda peer, messages: self.transport.send(peer, *messages),
             techniques=techniques,
             acts_late=acts_late,
             update_threshold=update_threshold,
@@ -204,7 +204,7 @@ class EventualManager(SynchronousManager):
         with self.structure:
             self.node.claims.is_paused = False
             self.node.operations.run(operation)
-            sent = self.node.flush()
+            sent = self.node.flush(at_once=True)
         if sent or operation.remaining:
             self.transport.wake()
 

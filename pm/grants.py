@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pm import masks
-from pm.decision import copies_are_made, moves_to_asker, moves_to_last
+from pm.decision import are_restless, copies_are_made, moves_to_asker, moves_to_last
 from pm.holdings import Holdings
 from pm.messages import Kind, Message, narrow, widen
 from pm.partition import each_rank
@@ -28,15 +28,21 @@ class Grants:
 
     def __init__(self, node: Node):
         self._node = node
+        self._questions: list[tuple[int, Message]] = []
         self._early: list[tuple[int, Message]] = []
         self.mine = masks.only(node.rank, node.ranks)
         self.everyone = masks.everyone(node.ranks)
 
     @property
     def has_work(self) -> bool:
-        early = self._early and not self._node.claims.is_paused
-        changed = any(holdings.owned.changed for holdings in self._node.holdings)
-        return bool(early) or (changed and self._node.exchange_is_due)
+        if self._early or (self._questions and not self._node.claims.is_paused):
+            return True
+        return any(holdings.owned.changed for holdings in self._node.holdings) and self._node.exchange_is_due
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether there are questions that wait for records, or for a pause to end."""
+        return bool(self._questions or self._early)
 
     def find_or_make(self, holdings: Holdings, keys: np.ndarray) -> np.ndarray:
         """Return the slots of distinct keys that this rank owns, -1 for others; make what was never touched."""
@@ -66,12 +72,11 @@ class Grants:
 
     def on_request(self, source: int, message: Message) -> None:
         """REQUEST(group, origin; keys): `origin` has a live intent for keys that it does not have."""
-        if self._node.claims.is_paused:
-            self._early.append((source, message))
-            return
-        number, origin = message.numbers
+        self._questions.append((source, message))
+
+    def _answer(self, source: int, number: int, origin: int, keys: np.ndarray) -> None:
+        """Answer questions of `origin`, which `source` has sent here, about distinct keys of a group."""
         holdings = self._node.holdings[number]
-        keys = widen(message.arrays[0])
         slots = self.find_or_make(holdings, keys)
         mine = slots >= 0
         others = keys[~mine]
@@ -94,22 +99,36 @@ class Grants:
         for peer, some in each_rank(target, node.ranks):
             message = message_of(some)
             if peer == node.rank:
-                self._early.append((source, message))
+                early = self._questions if message.kind == Kind.REQUEST else self._early
+                early.append((source, message))
             else:
                 node.counts["hops"] += len(some)
                 node.emit(peer, message)
 
-    def retry(self) -> None:
-        """Look again at questions that came before the records that they are about."""
+    def answer(self) -> None:
+        """Look again at messages that came before the records that they are about, and answer intents.
+
+        Intents of several messages that differ in their keys alone are answered together. They are last: a rank may ask
+        again for what it has dropped, but it drops nothing that it has asked for and not got.
+        """
         early, self._early = self._early, []
         for source, message in early:
-            self._node.handle(source, message)
+            self._node.handle_again(source, message)
+        if self._node.claims.is_paused:
+            return
+        questions, self._questions = self._questions, []
+        alike: dict[tuple[int, int, int], list[np.ndarray]] = {}
+        for source, message in questions:
+            alike.setdefault((source, *message.numbers), []).append(widen(message.arrays[0]))
+        for (source, number, origin), keys in alike.items():
+            self._answer(source, number, origin, keys[0] if len(keys) == 1 else np.concatenate(keys))
 
     def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray) -> None:
         owned, node = holdings.owned, self._node
         asker = masks.only(origin, node.ranks)
         others = masks.count(owned.holders[slots] & ~asker)
         moves = moves_to_asker(self._techniques(holdings), owned.live[slots] > 0, others)
+        moves &= ~self._stay(holdings, slots)
         self._give_away(holdings, slots[moves], origin)
         stay = slots[~moves]
         if not len(stay):
@@ -121,6 +140,12 @@ class Grants:
             node.emit(origin, Message(Kind.COPIES, (holdings.group.number,), (keys, owned.values(stay))))
         else:
             node.emit(origin, Message(Kind.REFUSED, (holdings.group.number,), (keys,)))
+
+    def _stay(self, holdings: Holdings, slots: np.ndarray) -> np.ndarray:
+        """Return which of `slots` do not move now, whoever needs them (bool `[n]`)."""
+        if not copies_are_made(self._node.techniques):
+            return np.zeros(len(slots), bool)
+        return are_restless(holdings.owned.counters[slots], self._node.claims.fastest)
 
     def _techniques(self, holdings: Holdings) -> str:
         """Return the techniques for a group: records of some never move."""
@@ -139,6 +164,7 @@ class Grants:
             return
         holders = owned.holders[slots]
         moves = moves_to_last(self._techniques(holdings), owned.live[slots] > 0, masks.count(holders))
+        moves &= ~self._stay(holdings, slots)
         target = masks.first(holders[moves])
         moving = slots[moves]
         for peer, some in each_rank(target, node.ranks):
@@ -236,8 +262,6 @@ class Grants:
                 gone,
                 lambda some: Message(Kind.DROPS, (number, origin), (narrow(gone[some]), narrow(gone[:0]), none)),
             )
-        if source == origin:
-            self._node.hurry(source)
         slots = slots[mine]
         holdings.owned.holders[slots] &= ~masks.only(origin, self._node.ranks)
         self.intents_ended(holdings, slots)

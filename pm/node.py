@@ -10,7 +10,7 @@ travel over different ranks may overtake each other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,11 +35,13 @@ class Node:
 
     Messages to a peer leave in parcels, which are numbered; each parcel, and TAKEN where there is nothing else to send,
     says how many of the other side's have been taken in. By that a rank knows what an owner has merged of its changes.
+    What a peer would have to take in before it has answered the last parcel is held back until it has, and leaves as
+    one parcel then (as in Nagle's algorithm, RFC 896): the busier the ranks, the fewer and larger are their messages.
 
     Args:
         rank, ranks: of this node.
         groups: the groups of keys, the same on all ranks.
-        send: called with (peer, message) for what leaves.
+        send: called with (peer, messages) for each parcel that leaves; they must arrive together.
         techniques: "all", "relocation", "replication" or "none".
         acts_late: whether intents are acted on as late as is safe (`intents.timing`); False: at once.
         cache_keys: size of the location cache of each group.
@@ -55,7 +57,7 @@ class Node:
         rank: int,
         ranks: int,
         groups: Sequence[Group],
-        send: Callable[[int, Message], None],
+        send: Callable[[int, list[Message]], None],
         *,
         techniques: str = "all",
         acts_late: bool = True,
@@ -73,7 +75,6 @@ class Node:
         self.staleness = staleness
         self.exchange_is_overdue = False
         self.events = 0  # messages, operations and flushes: what a round may have to answer
-        self._hurried: set[int] = set()
         self._clocks_per_exchange = clocks_per_exchange
         self._exchanged_at = 0
         self._seconds = self._exchanged_seconds = 0.0
@@ -154,9 +155,15 @@ class Node:
         """Return, by rank, the number of the parcel that has, or will have, what was emitted last: int64 `[ranks]`."""
         return self._sent + np.array([bool(messages) for messages in self._out])
 
-    def flush(self) -> bool:
-        """Send off what has been emitted; return whether there was anything."""
-        return any([self._flush_to(peer) for peer in self.peers])
+    def flush(self, *, at_once: bool = False) -> bool:
+        """Send off what has been emitted, but what is held back (unless it is to go `at_once`, since somebody waits for
+        it); return whether anything left."""
+        return any([self._flush_to(peer) for peer in self.peers if at_once or not self._is_held_back(peer)])
+
+    def _is_held_back(self, peer: int) -> bool:
+        """Whether `peer` has a parcel to answer first. Not while it waits for an answer itself."""
+        owes = self._received[peer] > self._told[peer]
+        return bool(self._sent[peer] > self.acknowledged[peer] and not owes)
 
     def _flush_to(self, peer: int) -> bool:
         """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them.
@@ -169,20 +176,22 @@ class Node:
         self._out[peer] = []
         self._sent[peer] += 1
         self._told[peer] = self._received[peer]
-        self._deliver(peer, Message(Kind.PARCEL, (int(self._sent[peer]), int(self._received[peer]))))
-        for message in joined(sorted(messages, key=lambda message: message.kind not in _CHANGES), _JOINED):
-            self._deliver(peer, message)
+        head = Message(Kind.PARCEL, (int(self._sent[peer]), int(self._received[peer])))
+        ordered = sorted(messages, key=lambda message: message.kind not in _CHANGES)
+        self._deliver(peer, [head, *joined(ordered, _JOINED)])
         return True
 
-    def _deliver(self, peer: int, message: Message) -> None:
-        self.bytes_by_kind[message.kind.name] += message_bytes(message)
-        self._send(peer, message)
+    def _deliver(self, peer: int, messages: list[Message]) -> None:
+        for message in messages:
+            self.bytes_by_kind[message.kind.name] += message_bytes(message)
+        self._send(peer, messages)
 
-    def _acknowledge(self, peers: Iterable[int]) -> None:
-        for peer in peers:
+    def _acknowledge(self) -> None:
+        """Tell peers that their parcels are taken in, where nothing else does: they may hold back more until then."""
+        for peer in self.peers:
             if self._received[peer] > self._told[peer] and not self._out[peer]:
                 self._told[peer] = self._received[peer]
-                self._deliver(peer, Message(Kind.TAKEN, (int(self._received[peer]),)))
+                self._deliver(peer, [Message(Kind.TAKEN, (int(self._received[peer]),))])
 
     def _on_parcel(self, source: int, message: Message) -> None:
         """PARCEL(number, taken in): what follows from `source` is its parcel of this number."""
@@ -210,29 +219,30 @@ class Node:
             handler(source, message)
         return handler is not None
 
+    def handle_again(self, source: int, message: Message) -> None:
+        """Take in a message that could not be dealt with before; it brings no changes (`source` may be nobody)."""
+        self.events += 1
+        self._handlers[message.kind](source, message)
+
     def after_messages(self) -> None:
         """Go on with what may have become possible, and answer (call it when some messages have been handled)."""
         self._received[:] = self._arrived
         self.claims.settle_leaving()
-        self.grants.retry()
+        self.grants.answer()
         self.operations.retry()
         self.syncing.go_on()
         self.flush()
-        self._acknowledge(self._hurried)
-        self._hurried.clear()
-
-    def hurry(self, peer: int) -> None:
-        """`peer` cannot ask for keys again before it knows that this rank has taken in its parcel."""
-        self._hurried.add(peer)
+        self._acknowledge()
 
     def round(self) -> None:
         """Exchange what has come together since the last round: intents, changes, and what they lead to."""
         self.counts["rounds"] += 1
-        self.grants.retry()  # before pointers go that a question here may need
-        for locations in self.locations:
-            locations.confirm(self.acknowledged)
+        self.grants.answer()  # before pointers go that a question here may need
+        if not self.grants.has_questions:
+            for locations in self.locations:
+                locations.confirm(self.acknowledged)
         self.claims.round()
-        self.grants.retry()
+        self.grants.answer()
         self.operations.retry()
         self.grants.round()
         if self.exchange_is_due:
@@ -242,7 +252,7 @@ class Node:
             self.exchange_is_overdue = False
         self.syncing.round_ends()
         self.flush()
-        self._acknowledge(self.peers)
+        self._acknowledge()
 
     def tell_time(self, seconds: float) -> None:
         """Say what time it is: changes do not wait for long for clocks to advance."""
@@ -264,7 +274,6 @@ class Node:
             or self.grants.has_work
             or self.syncing.has_work
             or bool(self.operations.waiting)
-            or bool((self._received > self._told).any())
             or any(locations.waits_for_homes for locations in self.locations)
         )
 

@@ -123,7 +123,7 @@ class Runtime:
         with self.lock:
             for operation in operations:
                 self.node.operations.run(operation)
-            sent = self.node.flush()
+            sent = self.node.flush(at_once=True)
         if sent:
             self.wake()
 
@@ -214,8 +214,8 @@ class Runtime:
 
     # The background thread
 
-    def _send(self, peer: int, message: Message) -> None:
-        self.transport.send(peer, message)
+    def _send(self, peer: int, messages: Sequence[Message]) -> None:
+        self.transport.send(peer, *messages)
 
     def _receive(self, source: int, message: Message) -> None:
         if message.kind == Kind.LAST:

@@ -97,7 +97,7 @@ class Simulation:
             rank,
             s.ranks,
             self.groups,
-            lambda peer, message: self._outbox[rank].append((peer, message)),
+            lambda peer, messages: self._outbox[rank].extend((peer, message) for message in messages),
             techniques=s.techniques,
             acts_late=s.acts_late,
             cache_keys=s.cache_keys,

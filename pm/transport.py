@@ -99,9 +99,10 @@ class Transport:
     def start(self) -> None:
         self._thread.start()
 
-    def send(self, peer: int, message: Message) -> None:
-        """Queue `message` for `peer`; messages queued close together leave in one buffer. Any thread."""
-        self._outbox[peer].append(message)
+    def send(self, peer: int, *messages: Message) -> None:
+        """Queue messages for `peer`; those queued close together, and those of one call in any case, leave in one
+        buffer. Any thread."""
+        self._outbox[peer].extend(messages)  # in one step: the thread may be taking from it
 
     def wake(self) -> None:
         """Make the thread look at its queues now. Any thread."""
