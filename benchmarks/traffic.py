@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from workloads import WORKLOADS
 
+from pm.node import CLOCKS_PER_MOVE_OF_LOADERS
 from pm.schedules import Recording
 from pm.simulated_network import Setting
 from pm.simulator import Simulation
@@ -74,6 +75,7 @@ def simulate(recording: Recording, args: argparse.Namespace, ranks: int, techniq
         round_seconds=1.0 / args.rounds_per_step,
         think_seconds=0.25,
         rounds_when_needed=True,
+        clocks_per_move=args.clocks_per_move or None,
         most_turns=sys.maxsize,
     )
     simulation = Simulation(setting, recording.schedule(args.lookahead), checks=False)
@@ -285,6 +287,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds-per-step", type=float, default=1.0)
     parser.add_argument("--step-seconds", type=float, default=0.02, help="of computing, with --mpi")
     parser.add_argument("--act-at-once", action="store_true", help="act on intents without timing, for comparison")
+    parser.add_argument(
+        "--clocks-per-move",
+        type=int,
+        default=CLOCKS_PER_MOVE_OF_LOADERS,
+        help="simulated, with staleness: how often a row may move (as in loaders; 0: whenever AdaPM would move it)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the figures; printed without")
     args = parser.parse_args(arguments)

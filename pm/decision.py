@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 _FREE_MOVES = 2
-_CLOCKS_PER_MOVE = 32
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
 
@@ -20,13 +19,16 @@ def check_techniques(techniques: object) -> None:
         raise ValueError(f"techniques must be one of {', '.join(map(repr, TECHNIQUES))}; got {techniques!r}")
 
 
-def are_restless(moves: np.ndarray, clock: int) -> np.ndarray:
-    """Return which keys, that have moved so often (int `[n]`) by this clock, do not move for now (bool `[n]`).
+def are_restless(moves: np.ndarray, clock: int, clocks_per_move: int | None) -> np.ndarray:
+    """Return which keys, that have moved so often (int `[n]`) by this clock, do not move for now (bool `[n]`): those
+    with more than two moves, and more than one in so many clocks. None, as in AdaPM: none of them.
 
     Ranks take turns at these. Each move makes what the others know of the key wrong, and their questions run after it;
-    a copy costs more bytes, but one question and one answer. (AdaPM moves them each time.)
+    a copy costs more bytes, but one question and one answer.
     """
-    return moves >= _FREE_MOVES + clock // _CLOCKS_PER_MOVE
+    if clocks_per_move is None:
+        return np.zeros(len(moves), bool)
+    return moves >= _FREE_MOVES + clock // clocks_per_move
 
 
 def moves_to_asker(techniques: str, owner_is_live: np.ndarray, others: np.ndarray) -> np.ndarray:

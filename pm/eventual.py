@@ -26,7 +26,7 @@ from pm.holdings import Group, Holdings
 from pm.manager import Traffic
 from pm.messages import Kind, Message
 from pm.moves import Moves
-from pm.node import Node
+from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, Node
 from pm.operations import Action, Operation
 from pm.pace import Pace
 from pm.passes import Passes
@@ -76,6 +76,7 @@ class EventualManager(SynchronousManager):
             acts_late=acts_late,
             update_threshold=update_threshold,
             staleness=staleness,
+            clocks_per_move=CLOCKS_PER_MOVE_OF_LOADERS,
         )
         self._clock = self.node.claims.add_clock()
         self._pace = Pace(self.node, max_rounds_per_second)

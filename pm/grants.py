@@ -143,9 +143,8 @@ class Grants:
 
     def _stay(self, holdings: Holdings, slots: np.ndarray) -> np.ndarray:
         """Return which of `slots` do not move now, whoever needs them (bool `[n]`)."""
-        if not copies_are_made(self._node.techniques):
-            return np.zeros(len(slots), bool)
-        return are_restless(holdings.owned.counters[slots], self._node.claims.fastest)
+        clocks_per_move = self._node.clocks_per_move if copies_are_made(self._node.techniques) else None
+        return are_restless(holdings.owned.counters[slots], self._node.claims.fastest, clocks_per_move)
 
     def _techniques(self, holdings: Holdings) -> str:
         """Return the techniques for a group: records of some never move."""

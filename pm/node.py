@@ -24,6 +24,7 @@ from pm.operations import Operations
 from pm.syncing import Syncing
 
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
+CLOCKS_PER_MOVE_OF_LOADERS = 32
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
@@ -50,6 +51,8 @@ class Node:
         clocks_per_exchange: changes to copies travel once in so many clocks of the fastest worker, or when somebody
             waits for them, or `exchange_is_overdue`. One exchange of a row that each of R ranks changes costs 2 (R - 1)
             messages of it, whatever the number of changes that it carries.
+        clocks_per_move: a key that has moved more often than that stays with its owner (`pm.decision.are_restless`);
+            None: AdaPM's rule, whatever the number of moves.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Node:
         update_threshold: float = 0.0,
         staleness: int | None = None,
         clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE,
+        clocks_per_move: int | None = None,
     ):
         check_techniques(techniques)
         self.rank, self.ranks = rank, ranks
@@ -73,6 +77,7 @@ class Node:
         self.acts_late = acts_late
         self.update_threshold = update_threshold
         self.staleness = staleness
+        self.clocks_per_move = clocks_per_move
         self.exchange_is_overdue = False
         self.events = 0  # messages, operations and flushes: what a round may have to answer
         self._clocks_per_exchange = clocks_per_exchange

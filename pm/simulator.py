@@ -104,6 +104,7 @@ class Simulation:
             update_threshold=s.update_threshold,
             staleness=s.staleness,
             clocks_per_exchange=s.clocks_per_exchange,
+            clocks_per_move=s.clocks_per_move,
         )
 
     # Time

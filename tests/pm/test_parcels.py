@@ -88,4 +88,5 @@ def test_a_parcel_leaves_in_one_call():
 @pytest.mark.parametrize("clock, moving", [(0, 2), (31, 2), (32, 3), (320, 12)])
 def test_a_key_may_move_now_and_then(clock, moving):
     moves = np.arange(20, dtype=np.int32)
-    np.testing.assert_array_equal(are_restless(moves, clock), moves >= moving)
+    np.testing.assert_array_equal(are_restless(moves, clock, 32), moves >= moving)
+    assert not are_restless(moves, clock, None).any()
