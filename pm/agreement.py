@@ -29,7 +29,10 @@ def check_same_step(
         stepped = ", ".join(f"rank {r}: optimizer {o}" for r, o in sorted(optimizers.items()))
         raise PeerError(f"step {step}: ranks stepped different optimizers: {stepped}")
     mine = vectors[rank]
+    as_bytes = mine.tobytes()
     for other, vector in sorted(vectors.items()):
+        if vector.tobytes() == as_bytes:  # nearly always, in a sixth of the time
+            continue
         if np.array_equal(vector, mine, equal_nan=True):
             continue
         if len(vector) != len(mine):

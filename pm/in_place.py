@@ -32,7 +32,7 @@ class InPlace:
     def __init__(self, manager: SynchronousManager, cached_keys: int):
         self._manager = manager
         self._cached_keys = cached_keys
-        self._slots = cuda_ops.KeyIndex()
+        self.forget()
 
     def takes(self, table: Table) -> bool:
         """Return whether plans of `table` are of this kind: not where steps move rows that they do not touch, for
@@ -65,9 +65,11 @@ class InPlace:
         """Ask homes where rows of a plan are that this rank has never used."""
         tickets = np.flatnonzero(plan.slots_there < 0)
         plan.unknown = len(tickets)
-        homes = plan.where[tickets]
-        for peer in np.unique(homes).tolist():
-            some = tickets[homes == peer]
+        ends = np.searchsorted(plan.where[tickets], np.arange(self._manager.ranks + 1)).tolist()
+        for peer in self._manager.peers:
+            some = tickets[ends[peer] : ends[peer + 1]]  # tickets are in the order of homes
+            if not len(some):
+                continue
             arrays = narrow(some), narrow(plan.rows[plan.order[some]])
             self._manager.transport.send(peer, Message(Kind.SEEK, (plan.number, plan.table.number), arrays))
 
@@ -94,7 +96,8 @@ class InPlace:
         with manager.structure:
             new = self._slots.find(keys) < 0  # another plan may have heard of them meanwhile
             if len(self._slots) + len(keys) > max(self._cached_keys, len(plan.table.store)):
-                self._slots, new = cuda_ops.KeyIndex(), np.arange(min(len(keys), self._cached_keys))
+                self.forget()
+                new = np.arange(min(len(keys), self._cached_keys))
             self._slots.add(keys[new], slots[new])
         plan.slots_there[tickets] = slots
         plan.unknown -= len(tickets)
@@ -102,4 +105,4 @@ class InPlace:
     def forget(self) -> None:
         """Records of a table are in other stores."""
         with self._manager.structure:
-            self._slots = cuda_ops.KeyIndex()
+            self._slots = self._manager.new_index(0)

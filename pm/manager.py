@@ -23,6 +23,8 @@ from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.together import JointGradient, apply_joint, apply_together, runs
 
+# Tables of so many rows together have an array of slots on each of several ranks: 16 MB.
+_ARRAY_ROWS = 1 << 22
 # A store reserves this many times the rows declared when it is made, so that tables added later find room in it.
 _RESERVE_FACTOR = 2
 _CHUNK_ROWS = 1 << 16
@@ -113,8 +115,12 @@ class Manager:
         return store
 
     def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
-        index = SlotIndex(self._rows_by_table) if capacity < MOST_SLOTS else None
-        return RecordStore(record_class, capacity, index=index)
+        return RecordStore(record_class, capacity, index=self.new_index(capacity))
+
+    def new_index(self, capacity: int) -> SlotIndex | None:
+        """Return an index of keys for a store of so many slots; None if they are too many for one of this kind."""
+        array_rows = _ARRAY_ROWS if self.ranks > 1 else 0
+        return SlotIndex(self._rows_by_table, array_rows) if capacity < MOST_SLOTS else None
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         """Give `table` another update rule (collective): its records move to a store of the new class.

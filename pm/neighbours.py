@@ -85,7 +85,7 @@ class Neighbours:
                 self._serial_of[block] = next(self._serials)
             except OSError as error:
                 log.warning("rank %d sends rows of some tables by message: %s", self._manager.rank, error)
-        return RecordStore(record_class, capacity, block)
+        return RecordStore(record_class, capacity, block, self._manager.new_index(capacity))
 
     def share(self, tables: Sequence[Table]) -> None:
         """Have the neighbours map the records of `tables` (collective); one that cannot goes on getting messages.

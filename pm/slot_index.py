@@ -1,7 +1,8 @@
 """Where records are, by key: for tables of which many rows are held an array by row, for others a `KeyIndex`.
 
 An array is read at one place per row, a quarter of a cache line or less where an index has a line of its own for each
-key; and from a fifth of a table's rows on it is not larger. Tables with random rows among billions have no array.
+key; and from a fifth of a table's rows on it is not larger. Tables with random rows among billions have no array. Of
+several ranks each holds a part of a table: they may have arrays of tables of few rows, whatever they hold of them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class SlotIndex:
 
     Args:
         rows_by_table: by number of table, how many rows it has; more may be added to it.
+        array_rows: tables with so many rows together have arrays at once, each of 4 bytes a row.
     """
 
-    def __init__(self, rows_by_table: Sequence[int]):
+    def __init__(self, rows_by_table: Sequence[int], array_rows: int = 0):
         self._rows_by_table = rows_by_table
+        self._array_rows = array_rows
         self._others = cuda_ops.KeyIndex()
         self._arrays: dict[int, np.ndarray] = {}
         self._held = np.zeros(0, np.int64)
@@ -86,8 +89,7 @@ class SlotIndex:
             self._arrays[number][rows_of(keys[mine])] = slots[mine] + 1
         self._count(counts)
         for number in np.flatnonzero(counts).tolist():
-            is_much = self._held[number] * _HELD_FOR_ARRAY >= self._rows_by_table[number]
-            if is_much and number not in self._arrays:
+            if number not in self._arrays and self._is_worth_an_array(number):
                 self._make_array(number)
 
     def remove(self, keys: np.ndarray) -> np.ndarray:
@@ -122,7 +124,7 @@ class SlotIndex:
 
     def copy(self) -> SlotIndex:
         """Return an index of the same keys and slots."""
-        made = SlotIndex(self._rows_by_table)
+        made = SlotIndex(self._rows_by_table, self._array_rows)
         made._others, made._held = self._others.copy(), self._held.copy()
         made._addresses, made._bounds = self._addresses.copy(), self._bounds.copy()
         for number, array in self._arrays.items():
@@ -130,6 +132,11 @@ class SlotIndex:
         return made
 
     # Within
+
+    def _is_worth_an_array(self, number: int) -> bool:
+        rows = self._rows_by_table[number]
+        in_all = rows + sum(map(len, self._arrays.values()))
+        return self._held[number] * _HELD_FOR_ARRAY >= rows or in_all <= self._array_rows
 
     def _check_absent(self, number: int, rows: np.ndarray) -> None:
         """Raise unless `rows` (int64 `[n]`) are rows of the table that are not there, and distinct."""

@@ -138,7 +138,11 @@ def _select_moves(book, latest, before, runs, slots, rank, version, needed, move
     looked, known, repeated = 0, 0, 0
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
-            prefetch(book, 4 * slots[i + ROWS_AHEAD])
+            ahead = slots[i + ROWS_AHEAD]
+            prefetch(book, 4 * ahead)
+            prefetch(latest, ahead)
+            prefetch(before, ahead)
+            prefetch(runs, 2 * ahead)
         slot = slots[i]
         moves[i] = False
         if not _is_held_by_one(book, 4 * slot, rank):

@@ -54,6 +54,9 @@ def select_due(steps, stride_bytes, slots, sent_at, due, version, always):
 def _note_touches(latest, before, slots, version, due):
     mark = np.int32(version + 1)
     for i in range(slots.size):
+        if i + ROWS_AHEAD < slots.size:
+            prefetch(latest, slots[i + ROWS_AHEAD])
+            prefetch(before, slots[i + ROWS_AHEAD])
         slot = slots[i]
         if latest[slot] < mark:
             due[i] = latest[slot]

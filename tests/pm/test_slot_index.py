@@ -103,3 +103,22 @@ def test_a_table_held_whole_takes_fewer_bytes_than_an_index_would():
     assert index.memory_bytes < 5 * rows
     index.remove(make_keys(3, np.arange(rows)))
     assert index.memory_bytes < 1 << 14
+
+
+def test_tables_of_few_rows_have_arrays_from_their_first_key_on_while_there_is_room(rng):
+    index = SlotIndex([1000, 500, 600], array_rows=1600)
+    expected = {}
+    for number in (0, 1, 2):
+        keys = make_keys(number, np.array([499, 3]))
+        index.add(keys, np.array([2 * number, 2 * number + 1]))
+        expected |= dict(zip(keys.tolist(), (2 * number, 2 * number + 1), strict=True))
+        check(index, expected)
+    assert list(index._arrays) == [0, 1]
+    assert index.memory_bytes >= 4 * 1500
+    index.remove(make_keys(0, np.array([499, 3])))
+    index.add(make_keys(2, np.array([7])), np.array([9]))
+    assert list(index._arrays) == [1, 2]
+    copy = index.copy()
+    copy.remove(make_keys(1, np.array([499, 3])))
+    copy.add(make_keys(0, np.array([1])), np.array([0]))
+    assert list(copy._arrays) == [2, 0]
