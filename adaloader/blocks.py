@@ -230,18 +230,20 @@ class _Delivery:
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
         """Return the gradients `[U, dim]` of the block's rows."""
-        addresses, steps = [0] * self._lookups, [0] * self._lookups
+        addresses, layouts = [0] * self._lookups, [(0, 0, 0)] * self._lookups
         kept = []
         for given in reached.values():
             for at, grad in given:
                 strides = grad.stride()
-                if len(strides) != 2 or strides[1] != 1 or grad.is_neg():
+                if len(strides) not in (2, 3) or strides[-1] != 1 or grad.is_neg():
                     grad = grad.resolve_neg().contiguous()
-                    strides = grad.stride() if grad.ndim == 2 else (self._dim, 1)
+                    strides = self._dim, 1
                 kept.append(grad)  # until the kernel has read it
-                addresses[at], steps[at] = grad.data_ptr(), strides[0]
+                addresses[at] = grad.data_ptr()
+                # A part of a wider tensor, as the backward of `cat` gives it, is summed where it is.
+                layouts[at] = (strides[0], 0, 0) if len(strides) == 2 else (strides[1], grad.shape[1], strides[0])
         sums = model.buffers.take(len(self._rows), self._dim, self._tables[0].table.spec.dtype)
-        lookups = np.array(addresses, np.int64), np.array(steps, np.int64)
+        lookups = np.array(addresses, np.int64), np.array(layouts, np.int64)
         cuda_ops.sum_segments(*lookups, self._ends, self._positions, self._skips, sums)
         return sums
 

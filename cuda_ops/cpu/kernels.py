@@ -46,6 +46,22 @@ def prefetch(typing_context, array, index):
 
 
 @intrinsic
+def prefetch_address(typing_context, address):
+    """Ask for the cache line at `address` (int64) without waiting for it; it need not be one that can be read."""
+    signature = types.void(types.int64)
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        builder.call(function, [pointer, word(0), word(3), word(1)])  # read, at every level, of the data cache
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def part(typing_context, array, begin, count):
     """A one-dimensional view of `array` (contiguous, of any shape), without a claim to its memory.
 

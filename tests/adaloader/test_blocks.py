@@ -120,6 +120,15 @@ def _sequences(model, ids):
     return sum(weigh(rows) for rows in looked_up)
 
 
+def _beside_others(model, ids):
+    """Matrices of ids, whose gradients are parts of wider tensors."""
+    rows = model.rows(ids)
+    first, second = model.embeddings[5](ids[:, :4]), model.embeddings[6](ids[:, 2:5])
+    flat = torch.cat([first.flatten(1), rows[1], second.flatten(1)], dim=1)
+    deep = torch.cat([rows[3].unsqueeze(1), second], dim=1)
+    return weigh(torch.tanh(flat)) + weigh(deep * 2.0)
+
+
 def _checkpointed(model, ids):
     return weigh(checkpoint(model, ids, use_reentrant=False))
 
@@ -158,6 +167,7 @@ LOSSES = [
     _no_grad_between,
     _expanded_gradient,
     _sequences,
+    _beside_others,
     _checkpointed,
     _checkpointed_reentrant,
     _frozen_at_times,

@@ -47,22 +47,40 @@ def test_sums_are_those_of_all_segments_in_order(seed, dtype, dim, sizes, rows):
                 if positions[i] != skips[s]:
                     expected[positions[i]] += wide[i, 1 : dim + 1]
     out = np.full((rows, dim), np.nan, dtype)
-    strides = np.full(len(sizes), dim + 3)
-    cuda_ops.sum_segments(addresses, strides, ends, positions, skips, out)
+    layouts = np.tile([dim + 3, 0, 0], (len(sizes), 1))
+    cuda_ops.sum_segments(addresses, layouts, ends, positions, skips, out)
     np.testing.assert_array_equal(out, expected)
+
+
+@settings(deadline=None)
+@given(seeds, dtypes, dims, lengths, st.integers(1, 40), st.integers(1, 30))
+def test_gradients_may_lie_in_groups(seed, dtype, dim, groups, group, rows):
+    rng = np.random.default_rng(seed)
+    sizes = [count * group for count in groups]
+    positions = rng.integers(0, rows, sum(sizes))
+    wide = [rng.standard_normal((count, group * dim + 5)).astype(dtype) for count in groups]
+    flat = np.concatenate([np.empty((0, dim), dtype), *(w[:, 2 : 2 + group * dim].reshape(-1, dim) for w in wide)])
+    addresses = np.array([w.ctypes.data + 2 * w.itemsize for w in wide], np.int64)
+    layouts = np.tile([dim, group, group * dim + 5], (len(groups), 1))
+    out = np.full((rows, dim), np.nan, dtype)
+    ends = np.cumsum(np.array(sizes, np.int64))
+    cuda_ops.sum_segments(addresses, layouts, ends, positions, np.full(len(groups), -1), out)
+    np.testing.assert_array_equal(out, cuda_ops.segment_sum(flat, positions, np.empty((rows, dim), dtype)))
 
 
 def test_what_does_not_fit_is_an_error():
     one, out = np.array([1]), np.zeros((2, 3), np.float32)
     grad = np.ones((1, 3), np.float32)
-    address = np.array([grad.ctypes.data])
+    address, layout = np.array([grad.ctypes.data]), np.array([[3, 0, 0]])
     with pytest.raises(ValueError, match="ends must ascend from 0 or more to 1"):
-        cuda_ops.sum_segments(address, one, np.array([2]), np.array([0]), -one, out)
+        cuda_ops.sum_segments(address, layout, np.array([2]), np.array([0]), -one, out)
     with pytest.raises(ValueError, match="2 segments with"):
-        cuda_ops.sum_segments(address, one, np.array([1, 1]), np.array([0]), -one, out)
+        cuda_ops.sum_segments(address, layout, np.array([1, 1]), np.array([0]), -one, out)
+    with pytest.raises(ValueError, match="1 segments with 1 numbers of layouts"):
+        cuda_ops.sum_segments(address, one, one, np.array([0]), -one, out)
     with pytest.raises(IndexError, match=r"positions\[0\] is 2, which is not in \[0, 2\)"):
-        cuda_ops.sum_segments(address, one, one, np.array([2]), -one, out)
+        cuda_ops.sum_segments(address, layout, one, np.array([2]), -one, out)
     with pytest.raises(TypeError, match="out must be float32 or float64"):
-        cuda_ops.sum_segments(address, one, one, np.array([0]), -one, np.zeros((2, 3), np.int64))
+        cuda_ops.sum_segments(address, layout, one, np.array([0]), -one, np.zeros((2, 3), np.int64))
     with pytest.raises(ValueError, match="1 segments with 2 bases"):
         cuda_ops.keys_of_segments(one, one, np.array([0, 1]), one, one.copy())
