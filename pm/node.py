@@ -36,8 +36,9 @@ class Node:
 
     Messages to a peer leave in parcels, which are numbered; each parcel, and TAKEN where there is nothing else to send,
     says how many of the other side's have been taken in. By that a rank knows what an owner has merged of its changes.
-    What a peer would have to take in before it has answered the last parcel is held back until it has, and leaves as
-    one parcel then (as in Nagle's algorithm, RFC 896): the busier the ranks, the fewer and larger are their messages.
+    With more than two ranks, what a peer would have to take in before it has answered the last parcel is held back
+    until it has, and leaves as one parcel then (as in Nagle's algorithm, RFC 896): the busier the ranks, the fewer and
+    larger are their messages.
 
     Args:
         rank, ranks: of this node.
@@ -77,7 +78,8 @@ class Node:
         self.acts_late = acts_late
         self.update_threshold = update_threshold
         self.staleness = staleness
-        self.clocks_per_move = clocks_per_move
+        self._passes_questions_on = ranks > 2  # of two, whoever does not own a key knows who does: messages are few
+        self.clocks_per_move = clocks_per_move if self._passes_questions_on else None
         self.exchange_is_overdue = False
         self.events = 0  # messages, operations and flushes: what a round may have to answer
         self._clocks_per_exchange = clocks_per_exchange
@@ -168,7 +170,7 @@ class Node:
     def _is_held_back(self, peer: int) -> bool:
         """Whether `peer` has a parcel to answer first. Not while it waits for an answer itself."""
         owes = self._received[peer] > self._told[peer]
-        return bool(self._sent[peer] > self.acknowledged[peer] and not owes)
+        return bool(self._passes_questions_on and self._sent[peer] > self.acknowledged[peer] and not owes)
 
     def _flush_to(self, peer: int) -> bool:
         """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them.

@@ -11,11 +11,11 @@ from pm.node import Node
 
 
 class Pair:
-    """Two nodes without groups; `sent[rank]` are the parcels that have left it and not arrived."""
+    """Two nodes of three, without groups; `sent[rank]` are the parcels that have left it and not arrived."""
 
     def __init__(self):
         self.sent: list[list[list[Message]]] = [[], []]
-        self.nodes = [Node(rank, 2, [], self._sender(rank)) for rank in range(2)]
+        self.nodes = [Node(rank, 3, [], self._sender(rank)) for rank in range(2)]
 
     def _sender(self, rank: int):
         return lambda peer, messages: self.sent[rank].append(messages)
