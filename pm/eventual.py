@@ -316,7 +316,7 @@ class EventualManager(SynchronousManager):
         if not self._shut and self.node.staleness is not None:
             with self.structure:  # nobody need wait for the steps of a rank that takes no more
                 self.node.syncing.clock_advanced(_NEVER)
-                self.node.flush()
+                self.node.flush(at_once=True)
         super().close(linger=linger)
 
     # Coming to rest

@@ -56,11 +56,7 @@ class Missing:
     def passing_on(self) -> set[int]:
         """Return the ranks that have yet to pass on rows of others, for which what came later waits."""
         manager, found = self._manager, set()
-        for source, stalled in enumerate(manager.stalled):
-            try:
-                first = stalled[0]
-            except IndexError:  # the background thread has handled it
-                continue
+        for source, first in manager.inbox.first_waiting():
             if first.kind == Kind.COMMON_ROWS:
                 found.add(manager.machines.agent(manager.machines.of(manager.rank), source))
         return found - {manager.rank}

@@ -434,7 +434,7 @@ class Serving:
         """Apply the steps of which everything is here."""
         while (arrived := self._rounds.get(self.applied)) is not None and self._is_complete(arrived):
             self._apply_round(arrived)
-            self._manager.resume()
+            self._manager.inbox.resume()
 
     def _is_complete(self, arrived: Round) -> bool:
         return len(arrived.stepped) == self._manager.ranks and not arrived.sums.missing

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from pm.common_rows import CommonRows
 from pm.directory import Directory
 from pm.handover import Handover, by_rank
 from pm.in_place import InPlace
+from pm.inbox import Inbox
 from pm.keys import rows_of, table_of
 from pm.machine_sums import MachineSums
 from pm.machines import Machines, machines_of
@@ -46,9 +46,6 @@ CACHED_LOCATIONS = 1 << 18
 
 
 _MOST_NAMED = 16
-
-_AT_ONCE = frozenset({Kind.SUM, Kind.ROWS_TO_PASS_ON, Kind.PASSED_ON})
-"""Messages that others wait for, and that need wait for nothing that their senders have sent before."""
 
 
 class SynchronousManager(Manager):
@@ -93,11 +90,9 @@ class SynchronousManager(Manager):
         self.on_failure: Callable[[BaseException], None] | None = None
         self.describe_hyperparameter: Callable[[], Callable[[int, int], str] | None] = lambda: None
         self.who: Sequence[str] = ()
-        self._heard = [time.monotonic()] * self.ranks
         self._shut = False
         self._waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
         self._summing = Summing(alike=True)
-        self.stalled: list[deque[Message]] = [deque() for _ in range(self.ranks)]
         self.missing = Missing(self)
         self.asking = Asking(self)
         self.serving = Serving(self)
@@ -111,7 +106,7 @@ class SynchronousManager(Manager):
         self.machine_sums = MachineSums(self)
         self.common_rows = CommonRows(self)
         self.in_place = InPlace(self, cached_locations)
-        self._handlers = self._message_handlers()
+        self.inbox = Inbox(self, self._message_handlers())
         self.transport = self._connect(
             comm,
             on_message=self._receive,
@@ -364,7 +359,7 @@ class SynchronousManager(Manager):
 
     def seconds_since(self, peer: int) -> float:
         """Return how long ago the last message of a rank came."""
-        return time.monotonic() - self._heard[peer]
+        return self.inbox.seconds_since(peer)
 
     def wait_until(self, reached: Callable[[], bool], describe: Callable[[], str]) -> None:
         """Block until `reached()` is true; `describe()` says what for, if the time limit passes."""
@@ -416,34 +411,8 @@ class SynchronousManager(Manager):
     # The background thread: answers
 
     def _receive(self, source: int, message: Message) -> None:
-        """Handle a message; records of a later version, and what the same rank sent after them, wait for that."""
-        self._heard[source] = time.monotonic()
-        if message.kind in _AT_ONCE:
-            self._handle(source, message)
-            self.resume()
-        elif self.stalled[source] or self._is_early(source, message):
-            self.stalled[source].append(message)
-        else:
-            self._handle(source, message)
+        self.inbox.receive(source, message)
         self._waiting.notify()
-
-    def _is_early(self, source: int, message: Message) -> bool:
-        if message.kind == Kind.RECORDS:
-            return message.numbers[2] > self.applied
-        return self.common_rows.is_on_its_way(source, message)
-
-    def resume(self) -> None:
-        """A step has been applied, or rows were passed on: handle what has waited. On the background thread."""
-        for source, stalled in enumerate(self.stalled):
-            while stalled and not self._is_early(source, stalled[0]):
-                self._handle(source, stalled.popleft())
-
-    def _handle(self, source: int, message: Message) -> None:
-        handler = self._handlers.get(message.kind)
-        if handler is not None:
-            handler(source, message)
-        elif self.on_control is not None:
-            self.on_control(source, message)
 
     def _message_handlers(self) -> dict[Kind, Callable[[int, Message], None]]:
         serving = self.serving
@@ -562,7 +531,7 @@ class SynchronousManager(Manager):
 
     def _wait_for_no_rows(self) -> None:
         self.common_rows.wait_for_none()
-        self.resume()
+        self.inbox.resume()
 
     def _end_with_the_last(self) -> None:
         if self._shut and self.others.ended.issuperset(self.peers):

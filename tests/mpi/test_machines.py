@@ -227,7 +227,7 @@ def test_nothing_is_left_of_what_was_summed_and_passed_on(managers, seed):
     manager = managers(**PAIRS)
     World(manager, np.random.default_rng(seed)).run_to_the_end()
     assert not manager.machine_sums._portions and not manager.common_rows.under_way
-    assert not manager.serving._rounds and not any(manager.stalled)
+    assert not manager.serving._rounds and not manager.inbox.first_waiting()
     assert_nothing_is_held(manager)
 
 
@@ -255,22 +255,22 @@ def test_a_collective_operation_is_over_when_what_was_sent_before_has_had_its_tu
 
     def in_its_turn(source, message):
         pass_on(source, message)
-        manager.resume()
+        manager.inbox.resume()
 
     def pass_on_late(source, message):
         late.append(message)
         threading.Timer(0.2, lambda: manager.transport.post(lambda: in_its_turn(source, message))).start()
 
-    pass_on = manager._handlers[Kind.ROWS_TO_PASS_ON]
+    pass_on = manager.inbox._handlers[Kind.ROWS_TO_PASS_ON]
     if manager.rank == manager.machines.agent([0, 1], 2):
-        manager._handlers[Kind.ROWS_TO_PASS_ON] = pass_on_late
+        manager.inbox._handlers[Kind.ROWS_TO_PASS_ON] = pass_on_late
     meet(comm)
     rows = np.arange(80, dtype=np.int64)
     for plan in train(manager, table, DenseTable(0, table.spec), lambda step, rank: rows, 3, 2, meets=False):
         manager.release(plan)
     manager.settle()
     manager.barrier()
-    assert not any(manager.stalled)
+    assert not manager.inbox.first_waiting()
     assert bool(late) == (manager.rank == manager.machines.agent([0, 1], 2))
 
 
@@ -284,7 +284,7 @@ def test_a_rank_that_does_not_deal_for_its_machine_is_named(managers, comm, what
     other = 1 - idle
     if manager.rank == idle:
         name = Kind.ROWS_TO_PASS_ON if what == "rows" else Kind.SUM
-        send, handlers = manager.transport.send, manager._handlers
+        send, handlers = manager.transport.send, manager.inbox._handlers
         if what == "rows":
             handlers[name] = lambda source, message: None
         else:

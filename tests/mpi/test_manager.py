@@ -41,7 +41,7 @@ def test_nothing_is_left_of_what_is_done(managers, seed, shared_memory):
     serving, asking = manager.serving, manager.asking
     assert not any(asked.plans or asked.overtaken for asked in serving._asked)
     assert not asking._plans and not asking._released and not any(asking._promised)
-    assert not manager._on_demand.under_way and not manager.requests._kept and not any(manager.stalled)
+    assert not manager._on_demand.under_way and not manager.requests._kept and not manager.inbox.first_waiting()
     assert not serving._rounds and not serving.groups
     assert_nothing_is_held(manager)
 
@@ -55,7 +55,7 @@ class Tap:
     def __init__(self, manager: pm.SynchronousManager):
         self.rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.arrived: list[tuple[int, int]] = []
-        send, on_rows = manager.transport.send, manager._handlers[Kind.ROWS]
+        send, on_rows = manager.transport.send, manager.inbox._handlers[Kind.ROWS]
 
         def tapped(peer, message):
             if message.kind == Kind.ROWS:
@@ -68,7 +68,7 @@ class Tap:
             on_rows(source, message)
 
         manager.transport.send = tapped
-        manager._handlers[Kind.ROWS] = arriving
+        manager.inbox._handlers[Kind.ROWS] = arriving
         manager.barrier()  # nothing is sent before every rank counts
 
     def total(self) -> int:

@@ -50,14 +50,14 @@ def check_one_owner(manager: pm.SynchronousManager, comm, table: pm.Table) -> np
 
 def delay_messages(manager: pm.SynchronousManager, seed: int) -> None:
     """Have this rank handle some messages late, so that what two ranks send to a third overtakes each other."""
-    rng, handle = np.random.default_rng([seed, manager.rank]), manager._handle
+    rng, handle = np.random.default_rng([seed, manager.rank]), manager.inbox._handle
 
     def late(source, message):
         if rng.random() < 0.1:
             time.sleep(rng.exponential(0.002))
         handle(source, message)
 
-    manager._handle = late
+    manager.inbox._handle = late
 
 
 # --- random programs ---
