@@ -47,6 +47,7 @@ class Ranks:
         torch.manual_seed(seed)
         self.weight: tuple[float, float | None] = (1.0, float(self.size))
         self.scales: list[float] = []
+        self.reducers: list[DenseReducer] = []
 
     def batch(self, empty_rank=None):
         """One batch: a share per rank, ragged."""
@@ -57,7 +58,7 @@ class Ranks:
 
     def reducer(self, model, bucket_bytes=ONE_BUCKET, **options):
         named = model.named_parameters() if isinstance(model, nn.Module) else model
-        return DenseReducer(
+        made = DenseReducer(
             named,
             self.group,
             weights=lambda: self.weight,
@@ -67,6 +68,8 @@ class Ranks:
             timeout_seconds=300,  # the harness ends a test before, and shows what every rank was doing
             **options,
         )
+        self.reducers.append(made)  # what nobody holds ends when a rank's garbage is collected, and not on all at once
+        return made
 
     def weigh(self, batch, known=True):
         total = float(sum(len(share) for share in batch))
