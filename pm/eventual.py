@@ -205,7 +205,7 @@ class EventualManager(SynchronousManager):
         with self.structure:
             self.node.claims.is_paused = False
             self.node.operations.run(operation)
-            sent = self.node.flush(at_once=True)
+            sent = self.node.flush()
         if sent or operation.remaining:
             self.transport.wake()
 
@@ -316,7 +316,7 @@ class EventualManager(SynchronousManager):
         if not self._shut and self.node.staleness is not None:
             with self.structure:  # nobody need wait for the steps of a rank that takes no more
                 self.node.syncing.clock_advanced(_NEVER)
-                self.node.flush(at_once=True)
+                self.node.flush()
         super().close(linger=linger)
 
     # Coming to rest

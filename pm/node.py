@@ -36,9 +36,6 @@ class Node:
 
     Messages to a peer leave in parcels, which are numbered; each parcel, and TAKEN where there is nothing else to send,
     says how many of the other side's have been taken in. By that a rank knows what an owner has merged of its changes.
-    With more than two ranks, what a peer would have to take in before it has answered the last parcel is held back
-    until it has, and leaves as one parcel then (as in Nagle's algorithm, RFC 896): the busier the ranks, the fewer and
-    larger are their messages.
 
     Args:
         rank, ranks: of this node.
@@ -78,8 +75,7 @@ class Node:
         self.acts_late = acts_late
         self.update_threshold = update_threshold
         self.staleness = staleness
-        self._passes_questions_on = ranks > 2  # of two, whoever does not own a key knows who does: messages are few
-        self.clocks_per_move = clocks_per_move if self._passes_questions_on else None
+        self.clocks_per_move = clocks_per_move if ranks > 2 else None  # of two, who does not own a key knows who does
         self.exchange_is_overdue = False
         self.events = 0  # messages, operations and flushes: what a round may have to answer
         self._clocks_per_exchange = clocks_per_exchange
@@ -162,15 +158,9 @@ class Node:
         """Return, by rank, the number of the parcel that has, or will have, what was emitted last: int64 `[ranks]`."""
         return self._sent + np.array([bool(messages) for messages in self._out])
 
-    def flush(self, *, at_once: bool = False) -> bool:
-        """Send off what has been emitted, but what is held back (unless it is to go `at_once`, since somebody waits for
-        it); return whether anything left."""
-        return any([self._flush_to(peer) for peer in self.peers if at_once or not self._is_held_back(peer)])
-
-    def _is_held_back(self, peer: int) -> bool:
-        """Whether `peer` has a parcel to answer first. Not while it waits for an answer itself."""
-        owes = self._received[peer] > self._told[peer]
-        return bool(self._passes_questions_on and self._sent[peer] > self.acknowledged[peer] and not owes)
+    def flush(self) -> bool:
+        """Send off what has been emitted; return whether there was anything."""
+        return any([self._flush_to(peer) for peer in self.peers])
 
     def _flush_to(self, peer: int) -> bool:
         """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them.
@@ -194,7 +184,7 @@ class Node:
         self._send(peer, messages)
 
     def _acknowledge(self) -> None:
-        """Tell peers that their parcels are taken in, where nothing else does: they may hold back more until then."""
+        """Tell peers that their parcels are taken in, where nothing else does: they may wait for it to ask again."""
         for peer in self.peers:
             if self._received[peer] > self._told[peer] and not self._out[peer]:
                 self._told[peer] = self._received[peer]

@@ -123,7 +123,7 @@ class Runtime:
         with self.lock:
             for operation in operations:
                 self.node.operations.run(operation)
-            sent = self.node.flush(at_once=True)
+            sent = self.node.flush()
         if sent:
             self.wake()
 

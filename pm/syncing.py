@@ -28,7 +28,8 @@ class Flush:
 
     Args:
         unsent: by group, slots of copies whose changes have not left.
-        parcels: the last parcels sent to each rank when the flush began: what leaves in later ones has left since.
+        parcels: the last parcels to each rank, with what was emitted, when the flush began: what leaves in later ones
+            has left since.
         pushes: numbers of operations that change keys elsewhere.
         then: called at the end.
         target: once all has left, by rank, the parcel that must have been taken in.
@@ -105,7 +106,7 @@ class Syncing:
     def _flush(self, then: Callable[[], None]) -> None:
         node = self._node
         node.events += 1
-        self._flushes.append(Flush(self._unsent(), node.parcels_sent, node.operations.pushes_under_way, then))
+        self._flushes.append(Flush(self._unsent(), node.last_parcels(), node.operations.pushes_under_way, then))
         self.go_on()
 
     def _unsent(self) -> list[tuple[Copies, np.ndarray]]:
@@ -129,7 +130,7 @@ class Syncing:
             if flush.pushes:
                 return False
             flush.unsent += self._unsent()  # what waited may have gone into copies
-            flush.parcels = node.parcels_sent
+            flush.parcels = node.last_parcels()
         left = []
         for copies, slots in flush.unsent:
             waits = copies.dirty[slots] & (copies.states[slots] == Copy.ACTIVE)
