@@ -149,11 +149,6 @@ class Node:
         """Return the number of the parcel that takes what is emitted now."""
         return self._sent[peer] + 1
 
-    @property
-    def parcels_sent(self) -> np.ndarray:
-        """Return, by rank, the number of the last parcel sent: int64 `[ranks]`, a copy."""
-        return self._sent.copy()
-
     def last_parcels(self) -> np.ndarray:
         """Return, by rank, the number of the parcel that has, or will have, what was emitted last: int64 `[ranks]`."""
         return self._sent + np.array([bool(messages) for messages in self._out])

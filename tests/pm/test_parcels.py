@@ -45,7 +45,7 @@ def test_a_parcel_is_answered_at_once():
     assert clocks(pair.arrive(1)) == [1, 2]
     (answer,) = pair.arrive(0)
     assert answer.kind == Kind.TAKEN and answer.numbers == (2,)
-    np.testing.assert_array_equal(pair.nodes[0].acknowledged, pair.nodes[0].parcels_sent)
+    np.testing.assert_array_equal(pair.nodes[0].acknowledged, pair.nodes[0].last_parcels())
 
 
 def test_an_answer_does_not_ask_for_another():
