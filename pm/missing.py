@@ -35,7 +35,9 @@ class Missing:
         manager, others, step = self._manager, self._manager.others, self._manager.applied
         cannot = others.gone.intersection(self._behind())
         if step < manager.steps:
-            cannot |= others.ended.intersection(others.not_stepped(manager.serving.round_of(step)))
+            not_stepped = others.ended.intersection(others.not_stepped(manager.serving.round_of(step)))
+            if manager.applied == step:  # else it has been applied meanwhile, and what had arrived for it is gone
+                cannot |= not_stepped
         return others.closed(cannot, f"step {step}") if cannot else None
 
     def describe_rows(self, asked: Collection[int]) -> str:

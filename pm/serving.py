@@ -58,7 +58,8 @@ class Serving:
     """Answers the messages that ask this rank, as an owner, for something.
 
     Invariant: `applied` steps are in the records; before READY(version, number) a rank is sent every row that its plans
-    up to `number` use at `version` and that it does not have in that version. Rounds below `applied` are gone.
+    up to `number` use at `version` and that it does not have in that version. A round is gone once `applied` is past it,
+    and not before: other threads tell by that whether something is missing.
 
     Args:
         manager: whose rows these are; it brings tables, records and transport.
@@ -451,13 +452,13 @@ class Serving:
         for number in sorted(arrived.pieces):
             pieces = manager.machine_sums.pieces(number, arrived.pieces[number], arrived.sums)
             manager.apply(manager.tables[number], pieces, groups[number])
-        del self._rounds[step]
         with manager.structure:
             for notes, slots in arrived.pinned:
                 notes.pin(slots, -1)
         for rank, plan in arrived.released:
             self._let_go(rank, plan)
         self.applied = step + 1
+        del self._rounds[step]
         manager.traffic.seconds["update"] += time.perf_counter() - started
         for peers in manager.machines.together:
             self._send_to_machine({peer: self._asked[peer].due_by(self.applied) for peer in peers})
