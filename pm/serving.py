@@ -58,8 +58,8 @@ class Serving:
     """Answers the messages that ask this rank, as an owner, for something.
 
     Invariant: `applied` steps are in the records; before READY(version, number) a rank is sent every row that its plans
-    up to `number` use at `version` and that it does not have in that version. A round is gone once `applied` is past it,
-    and not before: other threads tell by that whether something is missing.
+    up to `number` use at `version` and that it does not have in that version. A round is there until `applied` is past
+    it: by that other threads tell whether something is missing.
 
     Args:
         manager: whose rows these are; it brings tables, records and transport.
