@@ -139,6 +139,11 @@ class Operations:
         return mine | (holdings.copies.find(keys)[1] == Copy.ACTIVE)
 
     @property
+    def are_waited_for(self) -> bool:
+        """Whether there are operations that are not done."""
+        return bool(self._open or self.waiting)
+
+    @property
     def pushes_under_way(self) -> set[int]:
         """Return the numbers of operations that change keys elsewhere and are not done."""
         return {number for number, operation in self._open.items() if operation.action != Action.PULL} | {
@@ -281,11 +286,21 @@ class Operations:
             self._answer(origin, Message(Kind.FETCHED, (group, number), arrays))
 
     def on_fetched(self, source: int, message: Message) -> None:
-        """FETCHED(group, operation; keys, values): the owner's answer."""
+        """FETCHED(group, operation; keys, values): the owner's answer.
+
+        Where a copy has come here meanwhile, which others of this rank read, the copy is what is read: it has all that
+        the operation must see, and the answer may be newer than what is read here next.
+        """
         group, number = message.numbers
         keys, values = widen(message.arrays[0]), message.arrays[1]
         operation = self._open[number]
-        operation.values[operation.positions(keys)] = values
+        positions = operation.positions(keys)
+        operation.values[positions] = values
+        copies = self._node.holdings[group].copies
+        at, states = copies.find(keys)
+        active = states == Copy.ACTIVE
+        if active.any():
+            copies.values(at[active], operation.values, positions[active])
         self._done(operation, source, keys)
 
     def on_push(self, source: int, message: Message) -> None:
