@@ -72,6 +72,20 @@ def random_schedule(rng: np.random.Generator, ranks: int, workers: int, capaciti
     }
 
 
+def common_keys_schedule(rng: np.random.Generator, ranks: int, capacity: int, clocks: int) -> Schedule:
+    """Return a schedule in which one worker of each rank intends, pulls and pushes all keys of a group at every clock:
+    what one rank changes, every other looks for in the clocks that follow.
+
+    Args:
+        rng, ranks, clocks: as in `random_schedule`; all workers make as many clocks.
+        capacity: how many keys the group has.
+    """
+    keys = np.arange(capacity, dtype=np.int64)
+    entries = [(clock, keys) for clock in range(clocks)]
+    lookahead = int(rng.integers(1, 5))
+    return {(rank, 0): _training(entries, lookahead, pushes=True, waits=rng.random() < 0.5) for rank in range(ranks)}
+
+
 class _Draws:
     """Draws groups and sets of keys, of which low ones are drawn more often."""
 
@@ -219,7 +233,7 @@ def _intents_in(path: Path) -> tuple[int, list[tuple[int, int, np.ndarray]]]:
     return rank, found
 
 
-def _training(entries: list[tuple[int, np.ndarray]], lookahead: int, pushes: bool) -> list[Event]:
+def _training(entries: list[tuple[int, np.ndarray]], lookahead: int, pushes: bool, waits: bool = False) -> list[Event]:
     events, intended, accessed = [], 0, 0
     for now in range(entries[-1][0] + 1):
         while intended < len(entries) and entries[intended][0] <= now + lookahead:
@@ -230,7 +244,7 @@ def _training(entries: list[tuple[int, np.ndarray]], lookahead: int, pushes: boo
             keys = entries[accessed][1]
             events.append(Event(Does.PULL, 0, keys))
             if pushes:
-                events.append(Event(Does.PUSH, 0, keys, waits=False))
+                events.append(Event(Does.PUSH, 0, keys, waits=waits))
             accessed += 1
         events.append(Event(Does.ADVANCE))
     return events

@@ -6,6 +6,7 @@ stall now and then. Everything follows from a seed, so a schedule that fails, fa
 
     python -m pm.simulator --seeds 0:5000              many random schedules; prints the seeds that break a promise
     python -m pm.simulator --seeds 0:5000 --techniques replication --staleness 1
+    python -m pm.simulator --seeds 0:1000 --common-keys --staleness 1
     python -m pm.simulator --seed 17 --trace           one of them again, with every message
     python -m pm.simulator --replay lookups.npz        a recording (`pm.schedules.Recording`), with bytes by kind
     python -m pm.simulator --replay moves-*.jsonl      what the ranks of a run intended: the files of its `record=`
@@ -34,7 +35,7 @@ from pm.ledger import Ledger, Violation
 from pm.messages import Message, pack, unpack
 from pm.node import Node
 from pm.operations import Action, Operation
-from pm.schedules import Does, Event, Recording, Schedule, random_schedule
+from pm.schedules import Does, Event, Recording, Schedule, common_keys_schedule, random_schedule
 from pm.simulated_network import Network, Setting
 from pm.store import RecordClass
 
@@ -373,17 +374,23 @@ def _line(message: Message) -> str:
     return f"{message.kind.name} {message.numbers} {arrays}"
 
 
-def setting_of(seed: int, **fixed: object) -> tuple[Setting, Schedule]:
-    """Return what a seed stands for; `fixed` replaces parts of the setting."""
+def setting_of(seed: int, *, common_keys: bool = False, **fixed: object) -> tuple[Setting, Schedule]:
+    """Return what a seed stands for; `fixed` replaces parts of the setting. With `common_keys` all ranks use the same
+    few keys at every clock.
+    """
     rng = np.random.default_rng([seed, 0])
     setting = replace(Setting.random(rng, seed), **fixed)
+    if common_keys:
+        width = setting.ranks
+        setting = replace(setting, capacities=(int(rng.integers(1, 4)),), widths=(width,), dtypes=("float64",))
+        return setting, common_keys_schedule(rng, setting.ranks, *setting.capacities, clocks=20)
     clocks = int(rng.choice([1, 3, 6, 12]))
     schedule = random_schedule(rng, setting.ranks, int(rng.integers(1, 4)), list(setting.capacities), clocks)
     return setting, schedule
 
 
 def run_seed(seed: int, *, trace: Callable[[str], None] | None = None, **fixed: object) -> Simulation:
-    """Run the random schedule of a seed and return the simulation.
+    """Run the random schedule of a seed (`setting_of`) and return the simulation.
 
     Raises:
         Violation: if a promise is broken.
@@ -402,6 +409,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--techniques", choices=TECHNIQUES)
     parser.add_argument("--staleness", type=lambda text: None if text == "None" else int(text), default=...)
     parser.add_argument("--cache-keys", type=int)
+    parser.add_argument("--common-keys", action="store_true", help="all ranks use the same few keys at every clock")
     parser.add_argument("--width", type=int, default=32, help="words of a record (with --replay)")
     parser.add_argument("--lookahead", type=int, default=10, help="clocks (with --replay)")
     args = parser.parse_args(arguments)
@@ -422,6 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.replay is not None:
         return _replay(args, fixed)
     seeds = range(args.first, args.end) if args.seeds is not None else [args.seed]
+    fixed["common_keys"] = args.common_keys
     failed, counts = 0, Counter()
     for seed in seeds:
         try:

@@ -13,6 +13,7 @@ from pm.recorder import Recorder, path_of_rank
 from pm.schedules import Does, Event, Recording, random_schedule
 from pm.simulated_network import Setting
 from pm.simulator import Simulation, main, run_seed
+from pm.syncing import Syncing
 
 MOST_SEEDS = 100
 
@@ -23,6 +24,23 @@ def test_random_schedules_keep_all_promises(techniques, staleness):
     first = 100 * ["all", "relocation", "replication", "none"].index(techniques)
     for seed in range(first, first + 2):
         run_seed(seed, techniques=techniques, staleness=staleness)
+
+
+COMMON_KEYS = {"common_keys": True, "techniques": "replication", "ranks": 3, "update_threshold": 0.0}
+"""All ranks change the same few keys at every clock."""
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_no_rank_is_further_behind_than_it_may_be(staleness):
+    for seed in range(100 * staleness, 100 * staleness + 12):
+        run_seed(seed, staleness=staleness, **COMMON_KEYS)
+
+
+def test_a_clock_that_overtakes_changes_is_found(monkeypatch):
+    monkeypatch.setattr(Syncing, "_unsent", lambda self: [])
+    with pytest.raises(Violation, match="read too little"):
+        for seed in range(MOST_SEEDS):
+            run_seed(seed, staleness=1, **COMMON_KEYS)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
