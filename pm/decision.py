@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 _FREE_MOVES = 2
+_CLOCKS_PER_COPY, _SHARED_CLOCKS, _MOST_CLOCKS = 16, 40, 128  # three copies that follow each other fast, then one in 16
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
 
@@ -19,16 +20,29 @@ def check_techniques(techniques: object) -> None:
         raise ValueError(f"techniques must be one of {', '.join(map(repr, TECHNIQUES))}; got {techniques!r}")
 
 
-def are_restless(moves: np.ndarray, clock: int, clocks_per_move: int | None) -> np.ndarray:
-    """Return which keys, that have moved so often (int `[n]`) by this clock, do not move for now (bool `[n]`): those
-    with more than two moves, and more than one in so many clocks. None, as in AdaPM: none of them.
+def are_restless(moves: np.ndarray, shared_until: np.ndarray, clock: int, clocks_per_move: int | None) -> np.ndarray:
+    """Return which keys do not move for now, whoever needs them (bool `[n]`): those that have moved more than twice,
+    and more than once in `clocks_per_move`, and those that have been copied again and again. None, as in AdaPM: none.
 
     Ranks take turns at these. Each move makes what the others know of the key wrong, and their questions run after it;
     a copy costs more bytes, but one question and one answer.
+
+    Args:
+        moves: how often each has moved, int `[n]`.
+        shared_until: what `shared_longer` has made of the copies of each, int `[n]`.
+        clock: of the owner's fastest worker.
+        clocks_per_move: see above.
     """
     if clocks_per_move is None:
         return np.zeros(len(moves), bool)
-    return moves >= _FREE_MOVES + clock // clocks_per_move
+    return (moves >= _FREE_MOVES + clock // clocks_per_move) | (shared_until > clock + _SHARED_CLOCKS)
+
+
+def shared_longer(shared_until: np.ndarray, clock: int) -> np.ndarray:
+    """Return `shared_until` of keys that are copied to one more rank at this clock: a bucket that each copy fills and
+    each clock empties, as the clock at which it will be empty (int `[n]`).
+    """
+    return np.minimum(np.maximum(shared_until, clock) + _CLOCKS_PER_COPY, clock + _MOST_CLOCKS)
 
 
 def moves_to_asker(techniques: str, owner_is_live: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -205,7 +205,7 @@ class EventualManager(SynchronousManager):
         with self.structure:
             self.node.claims.is_paused = False
             self.node.operations.run(operation)
-            sent = self.node.flush()
+            sent = self.node.flush_urgent()
         if sent or operation.remaining:
             self.transport.wake()
 
@@ -266,7 +266,7 @@ class EventualManager(SynchronousManager):
                 self.release(plan)
             if self.node.staleness is not None:
                 self.node.syncing.clock_advanced(self.steps)
-                self.node.flush()
+                self.node.flush_urgent()
         self._say_step(optimizer, np.empty(0) if vector is None else vector)
         self.traffic.seconds["update"] += time.perf_counter() - started
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pm import masks
-from pm.decision import are_restless, copies_are_made, moves_to_asker, moves_to_last
+from pm.decision import are_restless, copies_are_made, moves_to_asker, moves_to_last, shared_longer
 from pm.holdings import Holdings
 from pm.messages import Kind, Message, narrow, widen
 from pm.partition import each_rank
@@ -105,15 +105,19 @@ class Grants:
                 node.counts["hops"] += len(some)
                 node.emit(peer, message)
 
+    def retry(self) -> None:
+        """Look again at messages that came before the records that they are about."""
+        early, self._early = self._early, []
+        for source, message in early:
+            self._node.handle_again(source, message)
+
     def answer(self) -> None:
-        """Look again at messages that came before the records that they are about, and answer intents.
+        """Do so, and answer intents.
 
         Intents of several messages that differ in their keys alone are answered together. They are last: a rank may ask
         again for what it has dropped, but it drops nothing that it has asked for and not got.
         """
-        early, self._early = self._early, []
-        for source, message in early:
-            self._node.handle_again(source, message)
+        self.retry()
         if self._node.claims.is_paused:
             return
         questions, self._questions = self._questions, []
@@ -137,6 +141,7 @@ class Grants:
         keys = narrow(owned.keys[stay])
         if copies_are_made(node.techniques):
             node.count("replications", holdings.group.number, len(stay))
+            owned.shared_until[stay] = shared_longer(owned.shared_until[stay], node.claims.fastest)
             node.emit(origin, Message(Kind.COPIES, (holdings.group.number,), (keys, owned.values(stay))))
         else:
             node.emit(origin, Message(Kind.REFUSED, (holdings.group.number,), (keys,)))
@@ -144,7 +149,8 @@ class Grants:
     def _stay(self, holdings: Holdings, slots: np.ndarray) -> np.ndarray:
         """Return which of `slots` do not move now, whoever needs them (bool `[n]`)."""
         clocks_per_move = self._node.clocks_per_move if copies_are_made(self._node.techniques) else None
-        return are_restless(holdings.owned.counters[slots], self._node.claims.fastest, clocks_per_move)
+        owned, clock = holdings.owned, self._node.claims.fastest
+        return are_restless(owned.counters[slots], owned.shared_until[slots], clock, clocks_per_move)
 
     def _techniques(self, holdings: Holdings) -> str:
         """Return the techniques for a group: records of some never move."""

@@ -70,7 +70,8 @@ class Owned:
 
     By slot: `keys`; `live` counts the intents of this rank's workers; `holders` is the set of ranks with a live intent
     (which hold a copy, where copies are made); `counters` how often the key has moved; `changed_by` the set of ranks
-    whose changes the holders have not been sent, with `changed` the slots where it is not empty.
+    whose changes the holders have not been sent, with `changed` the slots where it is not empty; `shared_until` the
+    clock that `pm.decision.shared_longer` has counted copies up to.
     """
 
     def __init__(self, group: Group, ranks: int, places: PlaceIndex):
@@ -82,7 +83,8 @@ class Owned:
         self.live, self.counters = (notes.view(np.int32)[:, column] for column in (2, 3))
         self.holders = notes.view(np.uint64)[:, 2 : 2 + words]
         self.changed_by = notes.view(np.uint64)[:, 2 + words :]
-        self.notes_bytes = notes.strides[0]
+        self.shared_until = reserve_zeros(group.capacity, np.int32)
+        self.notes_bytes = notes.strides[0] + self.shared_until.itemsize
         self.changed: list[np.ndarray] = []
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -105,7 +107,7 @@ class Owned:
         slots = self.store.allocate(len(keys))
         self.store.put(slots, values)
         self.keys[slots], self.live[slots], self.counters[slots] = keys, 0, counters
-        self.holders[slots], self.changed_by[slots] = 0, 0
+        self.holders[slots], self.changed_by[slots], self.shared_until[slots] = 0, 0, 0
         self.store.index.put(keys, slots)
         return slots
 

@@ -28,6 +28,9 @@ CLOCKS_PER_MOVE_OF_LOADERS = 32
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
+_WAITED_FOR = frozenset(
+    (Kind.FETCH, Kind.FETCHED, Kind.PUSH, Kind.PUSHED, Kind.SYNC, Kind.SYNCED, Kind.CLOCK, Kind.REFRESHED)
+)
 _JOINED = (Kind.REQUEST, Kind.MOVED, Kind.COPIES, Kind.REFRESH, Kind.RECORDS, Kind.PROMOTED)
 
 
@@ -36,6 +39,8 @@ class Node:
 
     Messages to a peer leave in parcels, which are numbered; each parcel, and TAKEN where there is nothing else to send,
     says how many of the other side's have been taken in. By that a rank knows what an owner has merged of its changes.
+    Parcels leave with rounds, so that ranks exchange few and large messages; but what somebody waits for leaves at once
+    with all that comes before it, and a rank whose own workers wait answers the others at once too.
 
     Args:
         rank, ranks: of this node.
@@ -88,6 +93,10 @@ class Node:
         self._send = send
         self._cache_keys = cache_keys
         self._out: list[list[Message]] = [[] for _ in range(ranks)]
+        self._urgent: set[int] = set()  # peers for whom there is something that somebody waits for
+        self._knew: dict[
+            int, tuple[int, int]
+        ] = {}  # by peer: its parcels that what waits for it knows of, first and last
         self._sent = np.zeros(ranks, np.int64)
         self._arrived = np.zeros(ranks, np.int64)
         self._received = np.zeros(ranks, np.int64)
@@ -144,6 +153,8 @@ class Node:
     def emit(self, peer: int, message: Message) -> None:
         """Put a message into the next parcel for `peer`."""
         self._out[peer].append(message)
+        if message.kind in _WAITED_FOR:
+            self._urgent.add(peer)
 
     def next_parcel(self, peer: int | np.ndarray) -> int | np.ndarray:
         """Return the number of the parcel that takes what is emitted now."""
@@ -157,18 +168,27 @@ class Node:
         """Send off what has been emitted; return whether there was anything."""
         return any([self._flush_to(peer) for peer in self.peers])
 
+    def flush_urgent(self) -> bool:
+        """Send off what somebody waits for, and what is in its way; return whether there was anything."""
+        return any([self._flush_to(peer) for peer in tuple(self._urgent)])
+
     def _flush_to(self, peer: int) -> bool:
         """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them.
 
         All else stays in its order: who has read a value must not get an older copy after it.
         """
+        self._urgent.discard(peer)
         messages = self._out[peer]
         if not messages:
             return False
         self._out[peer] = []
         self._sent[peer] += 1
         self._told[peer] = self._received[peer]
-        head = Message(Kind.PARCEL, (int(self._sent[peer]), int(self._received[peer])))
+        received = int(self._received[peer])
+        known, known_last = self._knew.pop(peer, (received, received))
+        if known_last < received:
+            messages.append(self._taken(peer))
+        head = Message(Kind.PARCEL, (int(self._sent[peer]), known))
         ordered = sorted(messages, key=lambda message: message.kind not in _CHANGES)
         self._deliver(peer, [head, *joined(ordered, _JOINED)])
         return True
@@ -178,25 +198,36 @@ class Node:
             self.bytes_by_kind[message.kind.name] += message_bytes(message)
         self._send(peer, messages)
 
+    @property
+    def _owes(self) -> bool:
+        """Whether peers are to be sent something, if only that their parcels are taken in."""
+        return any(self._out) or bool((self._received > self._told).any())
+
     def _acknowledge(self) -> None:
         """Tell peers that their parcels are taken in, where nothing else does: they may wait for it to ask again."""
         for peer in self.peers:
             if self._received[peer] > self._told[peer] and not self._out[peer]:
                 self._told[peer] = self._received[peer]
-                self._deliver(peer, [Message(Kind.TAKEN, (int(self._received[peer]),))])
+                self._deliver(peer, [self._taken(peer)])
+
+    def _taken(self, peer: int) -> Message:
+        return Message(Kind.TAKEN, (int(self._received[peer]),))
 
     def _on_parcel(self, source: int, message: Message) -> None:
         """PARCEL(number, taken in): what follows from `source` is its parcel of this number."""
         self._arrived[source], self.acknowledged[source] = message.numbers
 
     def _before_changes(self, source: int) -> None:
-        """Changes by `source` are about to be taken in, of which what is to be sent to it does not know yet."""
+        """Changes by `source` are about to be taken in, of which what waits to be sent to it does not know yet."""
         if self._received[source] < self._arrived[source]:
-            self._flush_to(source)
-            self._received[source] = self._arrived[source]
+            knew, self._received[source] = int(self._received[source]), self._arrived[source]
+            if self._out[source]:
+                first, _ = self._knew.get(source, (knew, knew))
+                self._knew[source] = first, int(self._arrived[source])
+                self._out[source].append(self._taken(source))
 
     def _on_taken(self, source: int, message: Message) -> None:
-        """TAKEN(number): `source` has taken in our parcels up to this number."""
+        """TAKEN(number): what follows from `source` knows of our parcels up to this number."""
         self.acknowledged[source] = message.numbers[0]
 
     # What happens
@@ -217,14 +248,18 @@ class Node:
         self._handlers[message.kind](source, message)
 
     def after_messages(self) -> None:
-        """Go on with what may have become possible, and answer (call it when some messages have been handled)."""
+        """Go on with what may have become possible (call it when some messages have been handled)."""
         self._received[:] = self._arrived
         self.claims.settle_leaving()
-        self.grants.answer()
+        self.grants.retry()
         self.operations.retry()
         self.syncing.go_on()
-        self.flush()
-        self._acknowledge()
+        if self.operations.are_waited_for or self.syncing.has_work:
+            self.grants.answer()
+            self.flush()
+            self._acknowledge()
+        else:
+            self.flush_urgent()
 
     def round(self) -> None:
         """Exchange what has come together since the last round: intents, changes, and what they lead to."""
@@ -267,6 +302,7 @@ class Node:
             or self.syncing.has_work
             or bool(self.operations.waiting)
             or any(locations.waits_for_homes for locations in self.locations)
+            or self._owes
         )
 
     @property

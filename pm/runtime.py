@@ -123,7 +123,7 @@ class Runtime:
         with self.lock:
             for operation in operations:
                 self.node.operations.run(operation)
-            sent = self.node.flush()
+            sent = self.node.flush_urgent()
         if sent:
             self.wake()
 

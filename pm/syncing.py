@@ -28,8 +28,7 @@ class Flush:
 
     Args:
         unsent: by group, slots of copies whose changes have not left.
-        parcels: the last parcels to each rank, with what was emitted, when the flush began: what leaves in later ones
-            has left since.
+        parcels: the last parcels sent to each rank when the flush began: what leaves in later ones has left since.
         pushes: numbers of operations that change keys elsewhere.
         then: called at the end.
         target: once all has left, by rank, the parcel that must have been taken in.
