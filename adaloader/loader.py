@@ -21,7 +21,7 @@ from adaloader.lookahead import LookaheadIterator
 from adaloader.read_draws import ReadDraws
 from adaloader.sampling import GlobalBatchSampler, Shares
 from adaloader.session import Session
-from adaloader.settings import DEFAULT_LOOKAHEAD, DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Settings
+from adaloader.settings import DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Settings
 from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
 from adaloader.wrapped_loader import WrappedLoader
 from pm.eventual import DEFAULT_ROUNDS_PER_SECOND
@@ -49,7 +49,8 @@ class AdaLoader(StatefulDataLoader):
         optimizer: the optimizer, or several, over its parameters; None for a loader that only evaluates. Tables take
             torch.optim's SGD, Adagrad, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adadelta, SparseAdam (with
             sparse=True) and adaloader.RowwiseAdagrad; anything may train the rest of the model.
-        lookahead: batches to read ahead of the loop (0: none), or "auto": as many as keep it from waiting for rows.
+        lookahead: batches to read ahead of the loop (0: none), or "auto": as many as keep it from waiting for rows. By
+            default 5, or with staleness 16.
         staleness: how many optimizer steps a rank's lookups may be behind the others' updates of tables: 0 (every
             lookup sees every step before it: exact), s, or None (no bound: a rank sees its own updates at once, others'
             as they arrive; all see the same when a pass over the loader is over).
@@ -112,7 +113,7 @@ class AdaLoader(StatefulDataLoader):
         *,
         model: nn.Module | None = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        lookahead: int | str = DEFAULT_LOOKAHEAD,
+        lookahead: int | str | None = None,
         staleness: int | None = 0,
         keys: Keys = "auto",
         min_rows: int = DEFAULT_MIN_ROWS,
@@ -201,7 +202,7 @@ class AdaLoader(StatefulDataLoader):
         *,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        lookahead: int | str = DEFAULT_LOOKAHEAD,
+        lookahead: int | str | None = None,
         staleness: int | None = 0,
         keys: Keys = "auto",
         min_rows: int = DEFAULT_MIN_ROWS,

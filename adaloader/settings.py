@@ -13,6 +13,8 @@ from pm.decision import check_techniques
 from pm.eventual import DEFAULT_ROUNDS_PER_SECOND
 
 DEFAULT_LOOKAHEAD = 5
+DEFAULT_LOOKAHEAD_WITH_STALENESS = 16
+"""Rows come with rounds there, one a step: a question that is sent on to a row's owner takes some steps."""
 DEFAULT_MIN_ROWS = 1000
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -21,7 +23,7 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 class Settings:
     """The keywords of a loader; see `AdaLoader`."""
 
-    lookahead: int | str
+    lookahead: int | str | None
     staleness: int | None
     keys: str | None | Mapping[object, Callable[[Any], Any]]
     min_rows: int
@@ -38,6 +40,9 @@ class Settings:
 
     def __post_init__(self):
         check_strategy(self.strategy)
+        if self.lookahead is None:
+            lookahead = DEFAULT_LOOKAHEAD if self.staleness == 0 else DEFAULT_LOOKAHEAD_WITH_STALENESS
+            object.__setattr__(self, "lookahead", lookahead)
         if self.lookahead != "auto" and (not _is_int(self.lookahead) or self.lookahead < 0):
             raise ValueError(f'lookahead must be a number of batches, 0 or more, or "auto"; got {self.lookahead!r}')
         if self.staleness is not None and (not _is_int(self.staleness) or self.staleness < 0):
