@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,11 +25,8 @@ CASES = [
 
 
 @pytest.fixture
-def folder(comm):
-    """A folder that all ranks see."""
-    shared = comm.bcast(tempfile.mkdtemp(prefix="adaloader-checkpoint-") if comm.rank == 0 else "")
-    yield Path(shared)
-    comm.Barrier()
+def folder(shared_path: Path) -> Path:
+    return shared_path
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,12 +27,8 @@ CASES = [
 
 
 @pytest.fixture
-def folder(comm):
-    """A folder that all ranks see."""
-    mine = tempfile.mkdtemp(prefix="adaloader-checkpoint-") if comm.rank == 0 else ""
-    shared = comm.bcast(mine)
-    yield Path(shared)
-    comm.Barrier()
+def folder(shared_path: Path) -> Path:
+    return shared_path
 
 
 @pytest.mark.parametrize("optimizer, dtype, before, options, dropout", CASES)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -36,10 +33,10 @@ def plain_losses(weights: dict[str, torch.Tensor], optimizer: str, seed: int, or
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
-def test_two_three_one_and_four_ranks_in_one_pass(comm, seed, optimizer):
+def test_two_three_one_and_four_ranks_in_one_pass(comm, seed, shared_path, optimizer):
     if comm.size != 4:
         pytest.skip("needs 4 ranks")
-    folder = Path(comm.bcast(tempfile.mkdtemp(prefix="adaloader-checkpoint-") if comm.rank == 0 else ""))
+    folder = shared_path
     order, losses, weights = [], [], {}
     _leave_group()  # of tests before, with all ranks
     for part, ranks in enumerate((2, 3, 1, 4)):
