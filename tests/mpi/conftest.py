@@ -231,3 +231,11 @@ def moving_at_once(monkeypatch):
     monkeypatch.setattr("pm.reuse.Reuse.uses_worth_a_move", lambda reuse, store: 1)
     monkeypatch.setattr("pm.moving._FEW", 0)
     monkeypatch.setattr("pm.moving._SELDOM", 1)
+
+
+@pytest.fixture
+def ranks(comm, seed):
+    """What tests of dense gradients need of their ranks."""
+    from tests.mpi.dense_ranks import Ranks
+
+    return Ranks(comm, seed)
