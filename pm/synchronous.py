@@ -2,7 +2,7 @@
 
 One optimizer step is one round. Each rank sends each owner the gradients of the rows that it owns, and its STEP; what
 owners do with them is in `serving.py`, how rows are asked for in `asking.py`, how they change owners in `moving.py`.
-This file hands over steps, waits, and begins and ends things.
+This file hands over steps; what is not of steps and rows (waiting, failing, closing) is in `connected_manager.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import cuda_ops
 from pm.asking import Asking
 from pm.common_rows import CommonRows
+from pm.connected_manager import ConnectedManager
 from pm.directory import Directory
 from pm.handover import Handover, by_rank
 from pm.in_place import InPlace
@@ -24,13 +25,11 @@ from pm.inbox import Inbox
 from pm.keys import rows_of, table_of
 from pm.machine_sums import MachineSums
 from pm.machines import Machines, machines_of
-from pm.manager import Manager
 from pm.messages import Kind, Message, narrow
 from pm.missing import Missing
 from pm.moving import Moving
 from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
-from pm.peers import Peers
 from pm.pieces import Summing
 from pm.requests import Requests
 from pm.serving import Serving
@@ -39,16 +38,12 @@ from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.techniques import techniques_named
 from pm.transport import Transport
-from pm.waiting import PeerError, Waiting
 
 CACHED_LOCATIONS = 1 << 18
 """Most keys whose whereabouts a rank remembers without need: up to 8 MB."""
 
 
-_MOST_NAMED = 16
-
-
-class SynchronousManager(Manager):
+class SynchronousManager(ConnectedManager):
     """A `Manager` over the ranks of a communicator; construction, `add_tables` and `replace_rule` are collective.
 
     A rank that waits for another gets a `PeerError` that names it: when the other closes, or says nothing for too long.
@@ -77,21 +72,12 @@ class SynchronousManager(Manager):
         cached_locations: int = CACHED_LOCATIONS,
         shared_memory: bool | int = True,
     ):
-        super().__init__()
+        super().__init__(comm.rank, comm.size, timeout_seconds)
         if not isinstance(shared_memory, bool) and shared_memory < 1:
             raise ValueError(f"shared_memory must be True, False or a number of ranks, 1 or more; got {shared_memory}")
         self.techniques = techniques_named(techniques)
-        self.rank, self.ranks = comm.rank, comm.size
-        self.timeout_seconds = timeout_seconds
         self.directory = Directory(self.rank, self.ranks, cached_locations)
-        self.others = Peers(self.rank, self.ranks)
-        self.peers = self.others.others
-        self.on_control: Callable[[int, Message], None] | None = None
-        self.on_failure: Callable[[BaseException], None] | None = None
         self.describe_hyperparameter: Callable[[], Callable[[int, int], str] | None] = lambda: None
-        self.who: Sequence[str] = ()
-        self._shut = False
-        self._waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
         self._summing = Summing(alike=True)
         self.missing = Missing(self)
         self.asking = Asking(self)
@@ -338,33 +324,6 @@ class SynchronousManager(Manager):
 
     # Waiting
 
-    def _count_wait(self, seconds: float) -> None:
-        self.traffic.wait_seconds += seconds
-        self.traffic.seconds["waiting"] += seconds
-
-    def name_ranks(self, who: Sequence[str]) -> None:
-        """Have errors of ranks that do not come say which process on which host each rank is."""
-        self.who = who
-        named = [f"rank {rank}: {each}" for rank, each in enumerate(who[:_MOST_NAMED])]
-        self._waiting.who = "; ".join(named) + ("; ..." if len(who) > _MOST_NAMED else "")
-
-    @property
-    def describe_peers(self) -> Callable[[], str]:
-        """Called, where ranks do not come, for a sentence on what they are doing."""
-        return self._waiting.describe_peers
-
-    @describe_peers.setter
-    def describe_peers(self, describe: Callable[[], str]) -> None:
-        self._waiting.describe_peers = describe
-
-    def seconds_since(self, peer: int) -> float:
-        """Return how long ago the last message of a rank came."""
-        return self.inbox.seconds_since(peer)
-
-    def wait_until(self, reached: Callable[[], bool], describe: Callable[[], str]) -> None:
-        """Block until `reached()` is true; `describe()` says what for, if the time limit passes."""
-        self._waiting.until(reached, describe)
-
     def settle(self) -> None:
         self._check_open()
         self._waiting.until(self._is_settled, self.missing.describe_step, self.missing.why_no_step)
@@ -376,28 +335,7 @@ class SynchronousManager(Manager):
         missing = self.missing
         self._waiting.until(reached, lambda: missing.describe_rows(asked), lambda: missing.why_no_rows(asked))
 
-    def wait_for_others(self, missing: Callable[[], Sequence[int]], action: str) -> None:
-        """Block until no rank is `missing()`; `action` says what those that are have not done."""
-
-        def why_in_vain() -> str | None:
-            closed = self.others.ended.intersection(missing())
-            return self.others.closed(closed, "a collective operation") if closed else None
-
-        self._waiting.until(lambda: not missing(), lambda: self.others.missing(missing(), action), why_in_vain)
-
-    def _check_collective(self, missing: Sequence[int]) -> None:
-        """Called again and again while a collective operation waits for ranks: raise if one cannot come."""
-        self._waiting.raise_failure()
-        cannot = self.others.ended.intersection(missing)
-        if cannot:
-            raise PeerError(f"rank {self.rank} {self.others.closed(cannot, 'a collective operation')}")
-
     # Whole tables
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here, and what they have sent this one before was received (collective)."""
-        self._check_open()
-        self.transport.collective(lambda comm: comm.Ibarrier(), self.timeout_seconds)
 
     def gather_table(self, table: Table, receive: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
         with self.still():
@@ -475,70 +413,9 @@ class SynchronousManager(Manager):
         own = self.serving.memory_bytes + self.directory.memory_bytes + self.in_place.memory_bytes
         return super().memory_bytes + own
 
-    @property
-    def bytes_by_kind(self) -> dict[str, int]:
-        return {kind.name.lower(): count for kind, count in sorted(self.transport.bytes_by_kind.copy().items())}
-
-    @property
-    def bytes_sent(self) -> int:
-        return self.transport.bytes_sent
-
-    @property
-    def bytes_to_other_machines(self) -> int:
-        return sum(self.transport.bytes_to[peer] for peer in self.machines.elsewhere())
-
-    @property
-    def bytes_received(self) -> int:
-        return self.transport.bytes_received
-
-    def raise_failure(self) -> None:
-        """Raise what ended the background thread, if something did. Any thread."""
-        self._waiting.raise_failure()
-
-    @property
-    def failure_is_known(self) -> bool:
-        """Whether the trainer's thread has met what ended the background thread, or wants no more of this manager."""
-        return self._waiting.failure_was_raised or self._shut
-
-    def _fail(self, error: BaseException) -> None:
-        self._waiting.fail(error)
-        if self.on_failure is not None:
-            self.on_failure(error)
-
-    @property
-    def closed_peers(self) -> frozenset[int]:
-        """The ranks that take no more steps."""
-        return frozenset(self.others.ended)
-
-    @property
-    def gone_peers(self) -> frozenset[int]:
-        """The ranks that send and answer nothing any more."""
-        return frozenset(self.others.gone)
-
-    def close(self, *, linger: bool = False) -> None:
-        """Say that this rank takes no more steps and asks for no more rows; with `linger`, wait until all have said so.
-
-        Until then its rows go on being served in the background, for others may still be looking them up.
-        """
-        if not self._shut:
-            self._shut = True
-            for peer in self.peers:
-                self.transport.send(peer, Message(Kind.CLOSED))
-            self.transport.post(self._wait_for_no_rows)
-            self._end_with_the_last()
-        while linger and self.transport.alive:
-            time.sleep(2e-3)
+    def _closing(self) -> None:
+        self.transport.post(self._wait_for_no_rows)
 
     def _wait_for_no_rows(self) -> None:
         self.common_rows.wait_for_none()
         self.inbox.resume()
-
-    def _end_with_the_last(self) -> None:
-        if self._shut and self.others.ended.issuperset(self.peers):
-            self.transport.close()
-
-    def _check_open(self) -> None:
-        if self._shut:
-            raise RuntimeError(
-                f"the manager of rank {self.rank} is closed: look rows up, step, and gather tables before close()"
-            )
