@@ -53,3 +53,25 @@ def test_results_do_not_depend_on_it(lookahead):
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match="\"auto\"; got 'much'"):
         AdaLoader.wrap([torch.tensor([1])], model=nn.Embedding(5, 2), lookahead="much")
+
+
+@pytest.mark.parametrize("staleness, batches", [(0, 5), (2, 16), (None, 16)])
+def test_a_loader_that_is_not_told_reads_further_ahead_with_staleness(staleness, batches):
+    model = nn.Embedding(40, 2)
+    read = []
+    data = torch.utils.data.StackDataset(torch.arange(40))
+    loader = AdaLoader(
+        data,
+        1,
+        collate_fn=lambda samples: read.append(1) or torch.stack([sample[0] for sample in samples]),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        min_rows=1,
+        staleness=staleness,
+    )
+    ahead = []
+    for number, ids in enumerate(loader):
+        model(ids).sum().backward()
+        ahead.append(len(read) - number - 1)
+    assert max(ahead) == batches
+    loader.close()

@@ -199,7 +199,6 @@ def test_keys_that_are_no_keys(keys, error, says):
     [
         ({"lookahead": -1}, ValueError, "lookahead must be .*got -1"),
         ({"lookahead": 1.5}, ValueError, "lookahead must be .*got 1.5"),
-        ({"lookahead": None}, ValueError, "lookahead must be .*got None"),
         ({"lookahead": True}, ValueError, "lookahead must be .*got True"),
         ({"staleness": -1}, ValueError, "staleness must be .*got -1"),
         ({"staleness": 1.5}, ValueError, "staleness must be .*got 1.5"),
