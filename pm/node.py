@@ -94,9 +94,8 @@ class Node:
         self._cache_keys = cache_keys
         self._out: list[list[Message]] = [[] for _ in range(ranks)]
         self._urgent: set[int] = set()  # peers for whom there is something that somebody waits for
-        self._knew: dict[
-            int, tuple[int, int]
-        ] = {}  # by peer: its parcels that what waits for it knows of, first and last
+        # By peer: the number of its parcels that the first and the last of what waits for it know of.
+        self._knew: dict[int, tuple[int, int]] = {}
         self._sent = np.zeros(ranks, np.int64)
         self._arrived = np.zeros(ranks, np.int64)
         self._received = np.zeros(ranks, np.int64)
