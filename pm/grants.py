@@ -112,7 +112,7 @@ class Grants:
             self._node.handle_again(source, message)
 
     def answer(self) -> None:
-        """Do so, and answer intents.
+        """Look again at messages that came before the records that they are about, and answer intents.
 
         Intents of several messages that differ in their keys alone are answered together. They are last: a rank may ask
         again for what it has dropped, but it drops nothing that it has asked for and not got.
