@@ -58,6 +58,9 @@ advance = by_device(_advance.advance)
 moved_places = by_device(_places.moved_places)
 add_uses = by_device(_places.add_uses)
 gather_places = by_device(_places.gather_places)
+find_places = by_device(_places.find_places)
+put_places = by_device(_places.put_places)
+take_places = by_device(_places.take_places)
 alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
@@ -90,6 +93,7 @@ __all__ = [
     "dedup_counts",
     "delta",
     "expand",
+    "find_places",
     "gather",
     "gather_places",
     "half_adagrad_update",
@@ -108,6 +112,7 @@ __all__ = [
     "note_touches",
     "owners",
     "partition",
+    "put_places",
     "reduce_bags",
     "renorm",
     "rowwise_adagrad_update",
@@ -121,6 +126,7 @@ __all__ = [
     "sparse_adam_update",
     "slots_by_row",
     "sum_segments",
+    "take_places",
     "trusted",
     "widen_rows",
 ]

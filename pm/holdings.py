@@ -309,11 +309,17 @@ class CopiesOfValues(Copies):
 
 
 class Holdings:
-    """A group's `owned` records and `copies` on one rank. A key is in one of them at most."""
+    """A group's `owned` records and `copies` on one rank. A key is in one of them at most.
 
-    def __init__(self, group: Group, ranks: int):
+    Args:
+        group, ranks: as there.
+        by_key: whether places are kept in an array of all keys that the group may have (see `PlaceIndex`).
+    """
+
+    def __init__(self, group: Group, ranks: int, *, by_key: bool = False):
         self.group = group
-        self._index = PlaceIndex()
+        self.by_key = by_key
+        self._index = PlaceIndex(group.capacity if by_key else None)
         self.owned = Owned(group, ranks, self._index)
         self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks, self._index)
 

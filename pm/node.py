@@ -26,6 +26,8 @@ from pm.syncing import Syncing
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 CLOCKS_PER_MOVE_OF_LOADERS = 32
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
+# Groups of so many keys together have an array of places each: 16 MB.
+_KEYS_IN_ARRAYS = 1 << 22
 
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
 _WAITED_FOR = frozenset(
@@ -101,6 +103,7 @@ class Node:
         self._received = np.zeros(ranks, np.int64)
         self._told = np.zeros(ranks, np.int64)
         self.acknowledged = np.zeros(ranks, np.int64)
+        self._keys = 0
         self.holdings: list[Holdings] = []
         self.locations: list[Locations] = []
         self.claims = Claims(self)
@@ -133,13 +136,15 @@ class Node:
 
     def add_group(self, group: Group) -> Holdings:
         """Declare another group (on all ranks, before any of them names its keys)."""
-        self.holdings.append(Holdings(group, self.ranks))
+        self._keys += group.capacity
+        self.holdings.append(Holdings(group, self.ranks, by_key=self._keys <= _KEYS_IN_ARRAYS))
         self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys))
         return self.holdings[-1]
 
     def replace_group(self, group: Group) -> Holdings:
         """Give a group another layout (on all ranks, while nothing is under way); its keys stay with their owners."""
-        self.holdings[group.number] = Holdings(group, self.ranks)
+        by_key = self.holdings[group.number].by_key
+        self.holdings[group.number] = Holdings(group, self.ranks, by_key=by_key)
         return self.holdings[group.number]
 
     def count(self, what: str, group: int, keys: int) -> None:

@@ -1,12 +1,124 @@
 """Keys by their places: a place p >= 0 is the slot of a record, p <= -2 that of a copy, -2 - p; -1 is neither.
 
-Keys that are still where they were found before need not be searched for again (`moved_places`).
+Keys that are still where they were found before need not be searched for again (`moved_places`). Where an array has
+the place of each key there may be, it has 1 more than the place: fresh memory, all zeros, then says that nothing is
+anywhere.
 """
 
 import numpy as np
 
 from cuda_ops.cpu.checks import int_vector, record_count, word_range, writable
-from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, touch
+from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, prefetch, touch
+
+
+def find_places(by_key, keys):
+    """Return the places of keys, -1 for those below 0 or beyond the array: int64 [n]. Keys may repeat.
+
+    Reads 12 n bytes, of which 4 n anywhere in the array, and writes 8 n.
+
+    Args:
+        by_key: [any] int32, by key its place + 1.
+        keys: [n] int64.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    keys = int_vector(keys, "keys")
+    out = np.empty(keys.size, np.int64)
+    _find_places(_by_key(by_key), keys, out)
+    return out
+
+
+def put_places(by_key, keys, places, *, fresh):
+    """Set the places of keys.
+
+    Args:
+        by_key: [any] int32, by key its place + 1; updated in place.
+        keys: [n] int64, distinct.
+        places: [n] int64, from -(2 ** 31 - 1) to 2 ** 31 - 2, none of them -1.
+        fresh: whether the keys must not have a place yet.
+
+    Raises:
+        IndexError: a key is outside the array.
+        KeyError: with `fresh`, a key has a place already, or is given twice.
+        TypeError, ValueError: a dtype or shape does not fit, or a place. Whatever is raised, nothing is set.
+    """
+    keys, places = int_vector(keys, "keys"), int_vector(places, "places")
+    by_key = _by_key(by_key)
+    if keys.size != places.size:
+        raise ValueError(f"{keys.size} keys given with {places.size} places")
+    if not keys.size:
+        return
+    if keys.min() < 0 or keys.max() >= by_key.size:
+        raise IndexError(f"keys from {keys.min()} to {keys.max()} are not all among the {by_key.size} that there are")
+    if places.min() < -_MOST_PLACES or places.max() >= _MOST_PLACES:
+        raise ValueError(f"places from {places.min()} to {places.max()} do not fit into 32 bits")
+    done = _put_places(by_key, keys, places, fresh)
+    if done < keys.size:
+        by_key[keys[:done]] = 0
+        raise KeyError(f"key {keys[done]} (position {done}) has a place already; find it before adding it")
+
+
+def take_places(by_key, keys):
+    """Return the places of keys, as `find_places`, and forget them.
+
+    Args:
+        by_key: [any] int32, by key its place + 1; updated in place.
+        keys: [n] int64, all within the array; of one that repeats, all but the first have place -1.
+
+    Raises:
+        IndexError: a key is outside the array; nothing is forgotten.
+        TypeError, ValueError: a dtype or shape does not fit.
+    """
+    keys = int_vector(keys, "keys")
+    by_key = _by_key(by_key)
+    if keys.size and (keys.min() < 0 or keys.max() >= by_key.size):
+        raise IndexError(f"keys from {keys.min()} to {keys.max()} are not all among the {by_key.size} that there are")
+    out = np.empty(keys.size, np.int64)
+    _take_places(by_key, keys, out)
+    return out
+
+
+_MOST_PLACES = 2**31 - 1
+
+
+def _by_key(by_key):
+    if by_key.dtype != np.int32 or by_key.ndim != 1 or not by_key.flags.c_contiguous:
+        raise TypeError(f"by_key must be a contiguous vector of int32, got {by_key.dtype} of shape {by_key.shape}")
+    return by_key
+
+
+@kernel
+def _find_places(by_key, keys, out):
+    bound = np.uint64(by_key.size)
+    for i in range(keys.size):
+        if i + ROWS_AHEAD < keys.size and np.uint64(keys[i + ROWS_AHEAD]) < bound:
+            prefetch(by_key, keys[i + ROWS_AHEAD])
+        key = np.uint64(keys[i])
+        out[i] = np.int64(by_key[key]) - 1 if key < bound else -1
+
+
+@kernel
+def _put_places(by_key, keys, places, fresh):
+    """Return how many were set before one that has a place already; all, unless `fresh`."""
+    for i in range(keys.size):
+        if i + ROWS_AHEAD < keys.size:
+            prefetch(by_key, keys[i + ROWS_AHEAD])
+        key = np.uint64(keys[i])
+        if fresh and by_key[key] != 0:
+            return i
+        by_key[key] = places[i] + 1
+    return keys.size
+
+
+@kernel
+def _take_places(by_key, keys, out):
+    for i in range(keys.size):
+        if i + ROWS_AHEAD < keys.size:
+            prefetch(by_key, keys[i + ROWS_AHEAD])
+        key = np.uint64(keys[i])
+        out[i] = np.int64(by_key[key]) - 1
+        by_key[key] = 0
 
 
 def moved_places(keys, places, owned_keys, copy_keys):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import secrets
 
 import numpy as np
+import pytest
 
 from pm.place_index import PlaceIndex
 
 
-def test_records_and_copies_share_one_index():
+@pytest.mark.parametrize("by_key", [False, True])
+def test_records_and_copies_share_one_index(by_key):
     seed = secrets.randbits(32)
     print(f"{seed=}")  # shown where the test fails
     rng = np.random.default_rng(seed)
-    index, records, copies = PlaceIndex(), {}, {}
+    index, records, copies = PlaceIndex(60 if by_key else None), {}, {}
     everything = np.arange(60)
     for _ in range(300):
         keys = rng.permutation(everything)[: rng.integers(0, 20)]
-        slots = rng.integers(0, 1 << 40, len(keys))
+        slots = rng.integers(0, 1 << (30 if by_key else 40), len(keys))
         here = np.array([key in records or key in copies for key in keys.tolist()], bool)
         owned = np.array([key in records for key in keys.tolist()], bool)
         match rng.integers(5):
