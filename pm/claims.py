@@ -182,9 +182,9 @@ class Claims:
             holdings = self._node.holdings[intent.group]
             self._register(holdings, intent)
             if start <= clock.now:
-                at = -2 - intent.places[intent.places < 0]
-                late = int(np.count_nonzero(holdings.copies.states[at] != Copy.ACTIVE))
-                self._node.count("late_intents", intent.group, late)
+                absent = np.flatnonzero(intent.places < 0)
+                late = holdings.copies.states[-2 - intent.places[absent]] != Copy.ACTIVE
+                self._node.count("late_intents", holdings.group, intent.keys[absent[late]])
             if intent.end is not None:
                 heapq.heappush(clock.live, (intent.end, order, intent))
 

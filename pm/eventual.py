@@ -21,7 +21,6 @@ import numpy as np
 import cuda_ops
 from pm import rules
 from pm.agreement import check_same_step
-from pm.claims import Intent
 from pm.holdings import Group, Holdings
 from pm.manager import Traffic
 from pm.messages import Kind, Message
@@ -33,8 +32,10 @@ from pm.passes import Passes
 from pm.recorder import Recorder
 from pm.serving import Round
 from pm.synchronous import SynchronousManager
+from pm.table_groups import TableGroups
+from pm.table_plans import JointIntents, TablePlan
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
-from pm.updates import Updates, places_of
+from pm.updates import Updates
 
 _ADDITIVE = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad, rules.Frozen)
 DEFAULT_ROUNDS_PER_SECOND = 500.0
@@ -82,6 +83,8 @@ class EventualManager(SynchronousManager):
         self._pace = Pace(self.node, max_rounds_per_second)
         self._arrived: dict[int, Round] = {}
         self._updates = Updates(self)
+        self._groups = TableGroups()
+        self._intents = JointIntents(self.node.claims, self._clock)
         self._passes = Passes(self, comm.size)
         super().__init__(comm, timeout_seconds, shared_memory=False)
 
@@ -91,51 +94,70 @@ class EventualManager(SynchronousManager):
         added = []
         with self.structure:
             for spec in specs:
-                table = Table(spec, len(self.tables), None)
-                table.begin_history()
-                table.store = self.node.add_group(self._group_of(table)).owned.store
-                self.tables.append(table)
-                added.append(table)
+                added.append(Table(spec, len(self.tables), None))
+                added[-1].begin_history()
+                self.tables.append(added[-1])
+            for number in self._groups.add(added):
+                store = self.node.add_group(self._group_of(number)).owned.store
+                for table in self._groups.members(number):
+                    table.store = store
         self.barrier()  # nobody asks for rows of a table that another rank does not know yet
         return added
 
-    def _group_of(self, table: Table) -> Group:
-        spec = table.spec
-        moves = isinstance(spec.rule, _ADDITIVE)
+    def _group_of(self, number: int) -> Group:
+        """Return the group of the tables that have this number."""
+        tables = self._groups.members(number)
+        first = tables[0]
+        moves = isinstance(first.spec.rule, _ADDITIVE)
 
-        def make(rows: np.ndarray, out: np.ndarray) -> None:
-            values = np.empty((len(rows), spec.dim), spec.dtype)
-            table.spec.fill(rows, values)  # which loading a checkpoint may change
-            out[:, : spec.dim] = values
-            if out.shape[1] > spec.dim:
-                out[:, spec.dim :] = self._initial_states(table, rows)
+        def make(keys: np.ndarray, out: np.ndarray) -> None:
+            for table, some, rows in self._groups.split(number, keys):
+                dim = table.spec.dim
+                values = np.empty((len(rows), dim), table.spec.dtype)
+                table.spec.fill(rows, values)  # which loading a checkpoint may change
+                out[some, :dim] = values
+                if out.shape[1] > dim:
+                    out[some, dim:] = self._initial_states(table, rows)
 
-        def made(rows: np.ndarray, slots: np.ndarray) -> None:
-            self._initialise_state(table, rows, slots)
+        def made(keys: np.ndarray, slots: np.ndarray) -> None:
+            for table, some, rows in self._groups.split(number, keys):
+                self._initialise_state(table, rows, slots[some])
 
         def take_in(slots: np.ndarray, gradients: np.ndarray) -> None:
-            self._updates.take_in(table, slots, gradients)
+            for table, some, _ in self._groups.split(number, self.node.holdings[number].owned.keys[slots]):
+                self._updates.take_in(table, slots[some], gradients[some])
 
         return Group(
-            table.number,
-            spec.rows,
-            spec.record_class,
+            number,
+            sum(table.spec.rows for table in tables),
+            first.spec.record_class,
             make,
             moves,
             None if moves else made,
-            None if table.history is None else lambda slots: self.catch_up(table, slots),
+            None if first.history is None else lambda slots: self.catch_up(first, slots),
             None if moves else take_in,
+            self._groups.firsts(number),
         )
 
+    def keys_of(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the keys (int64 `[n]`) of a table's rows (int64 `[n]`) in its group."""
+        return self._groups.span_of(table).keys(rows)
+
     def holdings_of(self, table: Table) -> Holdings:
-        """Return what this rank holds of a table."""
-        return self.node.holdings[table.number]
+        """Return what this rank holds of a table's group."""
+        return self.node.holdings[self._groups.span_of(table).group]
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         if table.history is not None and len(table.history):
             raise ValueError(
                 f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
                 "moved all its rows; it cannot be given another rule"
+            )
+        number = self._groups.span_of(table).group
+        if len(self._groups.members(number)) > 1:
+            raise ValueError(
+                f"table {table.spec.name!r} is trained by {table.spec.rule.name} already; with several ranks and "
+                "staleness only a table that no optimizer has held can be given a rule"
             )
         self.settle()
         table.store.await_snapshot()
@@ -146,8 +168,8 @@ class EventualManager(SynchronousManager):
             counters = old.owned.counters[slots]
             table.spec = spec
             table.begin_history()
-            self.node.claims.forget_group(table.number)
-            new = self.node.replace_group(self._group_of(table))
+            self.node.claims.forget_group(number)
+            new = self.node.replace_group(self._group_of(number))
             table.store = new.owned.store
             records = np.empty((len(keys), new.group.width), spec.dtype)
             records[:, : spec.dim] = values
@@ -160,41 +182,45 @@ class EventualManager(SynchronousManager):
 
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         with self.structure:
-            return rows[self.node.grants.find_or_make(self.holdings_of(table), rows) >= 0]
+            return rows[self.touch(table, rows) >= 0]
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
         with self.structure:
-            return self.node.grants.find_or_make(self.holdings_of(table), rows)
+            return self.node.grants.find_or_make(self.holdings_of(table), self.keys_of(table, rows))
 
     # Rows
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         self._check_open()
+        span = self._groups.span_of(table)
+        plan = TablePlan(next(self._plan_numbers), table, rows, expected, rows[:0], table.store, span=span)
         with self.structure:
-            intent = self.node.claims.intend(self._clock, table.number, rows, expected, None)
-        return _Plan(next(self._plan_numbers), table, rows, expected, rows[:0], table.store, intent=intent)
+            self._intents.add(plan)
+        return plan
 
     def release(self, plan: RowPlan) -> None:
         if not plan.released:
-            plan.released = True
             with self.structure:
-                self.node.claims.finish(plan.intent)
+                self._intents.release(plan)
 
     def flush_intents(self) -> None:
-        """Nothing: intents are acted on when they are due."""
+        """Intend what `intend` has gathered; it is acted on when it is due."""
+        with self.structure:
+            self._intents.flush()
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
-        return self._pull(plan.table, plan.rows, out, plan.intent)
+        return self._pull(plan.group, plan.keys, out, plan.places)
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
-        return self._pull(table, rows, out)
+        span = self._groups.span_of(table)
+        return self._pull(span.group, span.keys(rows), out)
 
-    def _pull(self, table: Table, rows: np.ndarray, out: np.ndarray, intent: Intent | None = None) -> np.ndarray:
+    def _pull(self, group: int, keys: np.ndarray, out: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
         self._check_open()
         self._wait_for_others_steps()
         started = time.perf_counter()
-        operation = Operation(Action.PULL, table.number, rows, out, places=places_of(intent))
+        operation = Operation(Action.PULL, group, keys, out, places=places)
         self.run(operation)
         self.traffic.seconds["gather"] += time.perf_counter() - started
         self.wait_for(operation)
@@ -229,8 +255,9 @@ class EventualManager(SynchronousManager):
             )
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
-        holdings = self.holdings_of(table)
-        values = self._pull(table, rows, np.empty((len(rows), table.spec.dim), table.spec.dtype))
+        holdings, span = self.holdings_of(table), self._groups.span_of(table)
+        keys = span.keys(rows)
+        values = self._pull(span.group, keys, np.empty((len(rows), table.spec.dim), table.spec.dtype))
         before = values.copy()
         changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
         if not len(changed):
@@ -238,9 +265,9 @@ class EventualManager(SynchronousManager):
         if holdings.group.moves:
             updates = np.zeros((len(changed), holdings.group.width), values.dtype)
             updates[:, : table.spec.dim] = values[changed] - before[changed]
-            operation = Operation(Action.PUSH, table.number, rows[changed], updates)
+            operation = Operation(Action.PUSH, span.group, keys[changed], updates)
         else:
-            operation = Operation(Action.SET, table.number, rows[changed], values[changed])
+            operation = Operation(Action.SET, span.group, keys[changed], values[changed])
         self.run(operation)
         self.wait_for(operation)
 
@@ -310,7 +337,7 @@ class EventualManager(SynchronousManager):
     def record(self, recorder: Recorder) -> None:
         super().record(recorder)
         with self.structure:
-            Moves(self.node, recorder)
+            Moves(self.node, _ByTable(recorder, self._groups))
 
     def close(self, *, linger: bool = False) -> None:
         if not self._shut and self.node.staleness is not None:
@@ -390,7 +417,8 @@ class EventualManager(SynchronousManager):
             self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
     def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return keys, slots
+        at, rows = self._groups.span_of(table).rows_among(keys)
+        return rows, slots[at]
 
     def make_slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
         return self.touch(table, rows)
@@ -400,8 +428,7 @@ class EventualManager(SynchronousManager):
             self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        with self.structure:
-            rows, slots = table.store.index.items()
+        rows, slots = self.owned_slots(table)
         for start in range(0, len(rows), _CHUNK_ROWS):
             part = slots[start : start + _CHUNK_ROWS]
             self.catch_up(table, part)
@@ -441,17 +468,25 @@ class EventualManager(SynchronousManager):
     def counted(self) -> Traffic:
         traffic = self.traffic
         with self.structure:
-            by_group = self.node.counts_by_group.copy()
+            by_part = self.node.counts_by_part.copy()
             traffic.hops = self.node.counts["hops"]
             traffic.late_intents = self.node.counts["late_intents"]
         for name in ("relocations", "replications", "replica_steps"):
-            setattr(traffic, name, Counter({group: n for (what, group), n in by_group.items() if what == name}))
+            of_tables = {
+                self._groups.members(group)[part].number: n
+                for (what, group, part), n in by_part.items()
+                if what == name
+            }
+            setattr(traffic, name, Counter(of_tables))
         return traffic
 
 
-class _Plan(RowPlan):
-    """A `RowPlan` with the intent that stands for it."""
+class _ByTable:
+    """A recorder of what happens to keys of groups, as what happens to rows of tables."""
 
-    def __init__(self, *args, intent: Intent):
-        super().__init__(*args)
-        self.intent = intent
+    def __init__(self, recorder: Recorder, groups: TableGroups):
+        self._recorder, self._groups = recorder, groups
+
+    def note(self, what: str, group: int, keys: np.ndarray, **more: object) -> None:
+        for table, _, rows in self._groups.split(group, keys):
+            self._recorder.note(what, table.number, rows, **more)

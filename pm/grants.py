@@ -138,9 +138,10 @@ class Grants:
         if not len(stay):
             return
         owned.holders[stay] |= asker
-        keys = narrow(owned.keys[stay])
+        stayed = owned.keys[stay]
+        keys = narrow(stayed)
         if copies_are_made(node.techniques):
-            node.count("replications", holdings.group.number, len(stay))
+            node.count("replications", holdings.group, stayed)
             owned.shared_until[stay] = shared_longer(owned.shared_until[stay], node.claims.fastest)
             node.emit(origin, Message(Kind.COPIES, (holdings.group.number,), (keys, owned.values(stay))))
         else:
@@ -199,8 +200,8 @@ class Grants:
                 )
                 message = Message(Kind.RECORDS, (number,), arrays)
             node.emit(to, message)
-        node.count("relocations", number, len(slots))
-        node.count("promotions", number, int(promoted.sum()))
+        node.count("relocations", holdings.group, keys)
+        node.count("promotions", holdings.group, keys[promoted])
         owned.release(slots)
         self._tell_homes(number, keys, to, counters)
         if node.record is not None:
@@ -275,8 +276,9 @@ class Grants:
         """Send `peer` what is in records, as far as it holds copies of them."""
         part = slots[masks.contains(holdings.owned.holders[slots], peer)]
         if len(part) and copies_are_made(self._node.techniques):
-            self._node.count("replica_steps", holdings.group.number, len(part))
-            arrays = (narrow(holdings.owned.keys[part]), holdings.owned.values(part))
+            keys = holdings.owned.keys[part]
+            self._node.count("replica_steps", holdings.group, keys)
+            arrays = (narrow(keys), holdings.owned.values(part))
             self._node.emit(peer, Message(Kind.REFRESH, (holdings.group.number,), arrays))
 
     def round(self) -> None:

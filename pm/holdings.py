@@ -31,6 +31,7 @@ class Group:
         made: called with (keys, slots) once records of keys are made, to fill in what does not travel.
         before_reading: called with the slots of owned records before their values are read.
         take_in: called with (slots, changes `[n, width]`) that others have sent, in place of adding them to records.
+        firsts: the first key of each of the parts that are counted by themselves (int64, ascending); None: it has none.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Group:
     made: Callable[[np.ndarray, np.ndarray], None] | None = None
     before_reading: Callable[[np.ndarray], None] | None = None
     take_in: Callable[[np.ndarray, np.ndarray], None] | None = None
+    firsts: np.ndarray | None = None
 
     @property
     def width(self) -> int:

@@ -89,7 +89,7 @@ class Node:
         self._exchanged_at = 0
         self._seconds = self._exchanged_seconds = 0.0
         self.counts: Counter[str] = Counter()
-        self.counts_by_group: Counter[tuple[str, int]] = Counter()
+        self.counts_by_part: Counter[tuple[str, int, int]] = Counter()  # of a group (`Group.firsts`)
         self.bytes_by_kind: Counter[str] = Counter()
         self.record: Callable[[str, int, np.ndarray, int], None] | None = None
         self._send = send
@@ -147,10 +147,17 @@ class Node:
         self.holdings[group.number] = Holdings(group, self.ranks, by_key=by_key)
         return self.holdings[group.number]
 
-    def count(self, what: str, group: int, keys: int) -> None:
-        """Count something that happened to some keys of a group."""
-        self.counts[what] += keys
-        self.counts_by_group[what, group] += keys
+    def count(self, what: str, group: Group, keys: np.ndarray) -> None:
+        """Count something that happened to some keys (int64 `[n]`) of a group."""
+        self.counts[what] += len(keys)
+        if group.firsts is None or not len(keys):
+            return
+        if len(group.firsts) == 1:
+            self.counts_by_part[what, group.number, 0] += len(keys)
+            return
+        parts = np.bincount(np.searchsorted(group.firsts, keys, side="right") - 1)
+        for part in np.flatnonzero(parts).tolist():
+            self.counts_by_part[what, group.number, part] += int(parts[part])
 
     # Parcels
 

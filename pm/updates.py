@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
-from pm.claims import Intent
 from pm.holdings import Copy
 from pm.operations import Action, Operation
 from pm.pieces import Piece, Summing
@@ -58,16 +57,17 @@ class Updates:
             table.spec.dim,
         )
         if self._manager.holdings_of(table).group.moves:
-            intent = gradients[0].plan.intent if len(gradients) == 1 and gradients[0].plan is not None else None
-            self._apply_here(table, rows, values, scale, group, places_of(intent))
+            plan = gradients[0].plan if len(gradients) == 1 else None
+            keys = self._manager.keys_of(table, rows) if plan is None else plan.keys
+            self._apply_here(table, keys, values, scale, group, None if plan is None else plan.places)
         else:
-            self._apply_at_home(table, rows, values, scale, group)
+            self._apply_at_home(table, self._manager.keys_of(table, rows), values, scale, group)
 
-    def _apply_here(self, table: Table, rows, values, scale: float, group, places: np.ndarray | None) -> None:
+    def _apply_here(self, table: Table, keys, values, scale: float, group, places: np.ndarray | None) -> None:
         """Apply gradients to records and copies on this rank; rows that are not here are fetched, updated and sent."""
         table.begun = True
         table.gradient_steps += 1
-        if not len(rows):
+        if not len(keys):
             return
         holdings, rule, version = self._manager.holdings_of(table), table.spec.rule, self._manager.steps + 1
 
@@ -76,9 +76,9 @@ class Updates:
             store.keep(slots)
             rule.apply(store, slots, grads, scale, group, table.gradient_steps, version)
 
-        places = holdings.places(rows, places)
+        places = holdings.places(keys, places)
         mine = np.flatnonzero(places >= 0)
-        if len(mine) == len(rows):
+        if len(mine) == len(keys):
             apply(holdings.owned.store, places, None)
             self._manager.node.grants.changed_here(holdings, places)
             return
@@ -93,34 +93,34 @@ class Updates:
             holdings.copies.mark_changed(at[active])
         away = others[~active]
         if len(away):
-            self._apply_away(table, rows[away], lambda store, slots: apply(store, slots, away))
+            self._apply_away(table, keys[away], lambda store, slots: apply(store, slots, away))
 
-    def _apply_away(self, table: Table, rows: np.ndarray, apply: Callable[[RecordStore, np.ndarray], None]) -> None:
+    def _apply_away(self, table: Table, keys: np.ndarray, apply: Callable[[RecordStore, np.ndarray], None]) -> None:
         """Update rows that are not here: by what a record, pulled for this, changes, their owners' records change."""
-        width = self._manager.holdings_of(table).group.width
-        before = np.empty((len(rows), width), table.spec.dtype)
-        pulling = Operation(Action.PULL, table.number, rows, before)
+        group = self._manager.holdings_of(table).group
+        before = np.empty((len(keys), group.width), table.spec.dtype)
+        pulling = Operation(Action.PULL, group.number, keys, before)
         self._manager.structure.release()  # what is waited for comes with messages, which need the lock
         try:
             self._manager.run(pulling)
             self._manager.wait_for(pulling)
         finally:
             self._manager.structure.acquire()
-        scratch = RecordStore(table.spec.record_class, len(rows))
-        slots = scratch.allocate(len(rows))
+        scratch = RecordStore(table.spec.record_class, len(keys))
+        slots = scratch.allocate(len(keys))
         scratch.set_values(slots, before)
         apply(scratch, slots)
-        after = cuda_ops.gather(scratch.words, scratch.stride, slots, width=width)
-        self._manager.run(Operation(Action.PUSH, table.number, rows, after - before))
+        after = cuda_ops.gather(scratch.words, scratch.stride, slots, width=group.width)
+        self._manager.run(Operation(Action.PUSH, group.number, keys, after - before))
 
-    def _apply_at_home(self, table: Table, rows, values, scale: float, group: dict[str, object]) -> None:
+    def _apply_at_home(self, table: Table, keys, values, scale: float, group: dict[str, object]) -> None:
         """Sum gradients for rows of others, and take a step with what has come together for our own."""
         holdings = self._manager.holdings_of(table)
-        slots = self._manager.node.grants.find_or_make(holdings, rows)
+        slots = self._manager.node.grants.find_or_make(holdings, keys)
         mine = slots >= 0
         if not mine.all():
             away = np.ascontiguousarray(values[~mine] * values.dtype.type(scale))
-            self._manager.run(Operation(Action.PUSH, table.number, rows[~mine], away))
+            self._manager.run(Operation(Action.PUSH, holdings.group.number, keys[~mine], away))
         pieces = [Piece(slots[mine], np.ascontiguousarray(values[mine]), scale, 0, None)]
         self._take_step(table, pieces, group)
 
@@ -133,8 +133,3 @@ class Updates:
             self._manager.node.grants.changed_from_afar(
                 self._manager.holdings_of(table), np.unique(np.concatenate(touched))
             )
-
-
-def places_of(intent: Intent | None) -> np.ndarray | None:
-    """Return where an intent's keys were when last seen."""
-    return None if intent is None else intent.places
