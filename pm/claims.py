@@ -219,9 +219,9 @@ class Claims:
     def _end(self) -> None:
         """Give up keys without live intents, but those whose owner has not taken in changes that are under way."""
         ending, self._ending = self._ending, []
-        for holdings, keys, at in ending:
+        for holdings, at in _joined(ending):
             copies = holdings.copies
-            at = at[(copies.keys[at] == keys) & (copies.live[at] == 0)]
+            at = at[copies.live[at] == 0]
             states = copies.states[at]
             active = states == Copy.ACTIVE
             if not active.all():
@@ -262,14 +262,20 @@ class Claims:
 
     def settle_leaving(self) -> None:
         """Forget copies that owners know to be gone; ask again for those that are wanted again."""
+        if not self._leaving:
+            return
         leaving, self._leaving = self._leaving, []
+        acknowledged = self._node.acknowledged.tolist()
+        gone = []
         for entry in leaving:
             holdings, keys, at, owner, parcel = entry
-            if parcel > self._node.acknowledged[owner]:
+            if parcel > acknowledged[owner]:
                 self._leaving.append(entry)
-                continue
+            else:
+                gone.append((holdings, keys, at))
+        for holdings, at in _joined(gone):
             copies = holdings.copies
-            at = at[(copies.keys[at] == keys) & (copies.states[at] == Copy.LEAVING)]  # others came here as records
+            at = at[copies.states[at] == Copy.LEAVING]  # others came here as records
             is_wanted = copies.live[at] > 0
             if is_wanted.any():
                 again, at = at[is_wanted], at[~is_wanted]
@@ -283,10 +289,10 @@ class Claims:
         """Ask for the wanted keys, but those to which this rank has changes under way by another road."""
         wanted, self._wanted = self._wanted, []
         node = self._node
-        for holdings, keys, at in wanted:
+        for holdings, at in _joined(wanted):
             copies, number = holdings.copies, holdings.group.number
-            still = (copies.keys[at] == keys) & (copies.states[at] == Copy.WANTED) & (copies.live[at] > 0)
-            keys, at = keys[still], at[still]
+            at = at[(copies.states[at] == Copy.WANTED) & (copies.live[at] > 0)]
+            keys = copies.keys[at]
             target = node.locations[number].next_hop(keys, guess=True)
             ready = (target != node.rank) & ~node.operations.are_under_way(number, keys)
             if not ready.all():
@@ -386,3 +392,19 @@ class Claims:
             copies.parcels[part] = node.next_parcel(owner)
             arrays = (narrow(copies.keys[part]), deltas)
             node.emit(owner, Message(Kind.DELTAS, (holdings.group.number,), arrays))
+
+
+def _joined(entries: list[tuple[Holdings, np.ndarray, np.ndarray]]) -> list[tuple[Holdings, np.ndarray]]:
+    """Return (holdings, slots of copies, each once) for all of the entries (holdings, keys, slots where these were)
+    whose keys are still there."""
+    alike: dict[int, tuple[Holdings, list[np.ndarray], list[np.ndarray]]] = {}
+    for holdings, keys, at in entries:
+        _, all_keys, places = alike.setdefault(id(holdings), (holdings, [], []))
+        all_keys.append(keys)
+        places.append(at)
+    joined = []
+    for holdings, keys, places in alike.values():
+        at = places[0] if len(places) == 1 else np.concatenate(places)
+        at = at[holdings.copies.keys[at] == (keys[0] if len(keys) == 1 else np.concatenate(keys))]
+        joined.append((holdings, at if len(places) == 1 else cuda_ops.dedup(at)[0]))
+    return joined
