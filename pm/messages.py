@@ -83,7 +83,10 @@ class Kind(IntEnum):
     CHECKPOINT_ROLL = 93
 
 
-@dataclass(frozen=True)
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message: its kind, a few int64 numbers, and arrays (of `_DTYPES`)."""
 
@@ -94,8 +97,10 @@ class Message:
 
 def message_bytes(message: Message) -> int:
     """Return how many bytes of a buffer a message takes."""
-    words = 3 + len(message.numbers) + sum(2 + array.ndim for array in message.arrays)
-    return words * _WORD + sum(_padded(array.nbytes) for array in message.arrays)
+    n_bytes = (3 + len(message.numbers)) * _WORD
+    for array in message.arrays:
+        n_bytes += (2 + array.ndim) * _WORD + _padded(array.nbytes)
+    return n_bytes
 
 
 def narrow(numbers: np.ndarray) -> np.ndarray:
@@ -136,26 +141,21 @@ def pack(messages: list[Message]) -> np.ndarray:
     Raises:
         TypeError: if an array's dtype cannot travel.
     """
-    header = [len(messages)]
-    payload_bytes = 0
+    header = [0, len(messages)]
+    parts: list[np.ndarray | bytes] = []
     for message in messages:
-        header += [int(message.kind), len(message.numbers), len(message.arrays), *message.numbers]
+        header += (int(message.kind), len(message.numbers), len(message.arrays), *message.numbers)
         for array in message.arrays:
             code = _DTYPE_CODE.get(array.dtype)
             if code is None:
                 raise TypeError(f"an array of {array.dtype} cannot be sent; a message carries {_names_of_dtypes()}")
-            header += [code, array.ndim, *array.shape]
-            payload_bytes += _padded(array.nbytes)
-    head = np.array([len(header) + 1, *header], np.int64)
-    buffer = np.empty(head.nbytes + payload_bytes, np.uint8)
-    buffer[: head.nbytes] = head.view(np.uint8)
-    start = head.nbytes
-    for message in messages:
-        for array in message.arrays:
-            end = start + array.nbytes
-            buffer[start:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            start += _padded(array.nbytes)
-    return buffer
+            header += (code, array.ndim, *array.shape)
+            if array.size:
+                parts.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+                if array.nbytes % _WORD:
+                    parts.append(bytes(-array.nbytes % _WORD))
+    header[0] = len(header)
+    return np.frombuffer(bytearray().join([np.array(header, np.int64), *parts]), np.uint8)
 
 
 def unpack(buffer: np.ndarray) -> list[Message]:
@@ -168,48 +168,50 @@ def unpack(buffer: np.ndarray) -> list[Message]:
     head_words = int(words[0]) if len(words) else 0
     if not 2 <= head_words <= len(words):
         raise ValueError(f"a message of {len(buffer)} bytes is cut short: its header takes {head_words} words")
-    reader = _Reader(words[1:head_words].tolist(), buffer, head_words * _WORD)
-    (count,) = reader.numbers(1)
-    return [reader.message() for _ in range(count)]
+    try:
+        return _read(words[1:head_words].tolist(), buffer, head_words * _WORD)
+    except IndexError:
+        raise ValueError(f"the header of a message of {len(buffer)} bytes ends before what it tells of") from None
 
 
-class _Reader:
-    """Reads messages one after the other from a header (list of int) and the buffer that it describes."""
+def _read(header: list[int], buffer: np.ndarray, start: int) -> list[Message]:
+    """Read messages, one after the other, from a header and the buffer that it describes, whose arrays begin at
+    `start`. In one function: a rank is sent dozens of small messages a step, of three or four arrays each.
 
-    def __init__(self, header: list[int], buffer: np.ndarray, start: int):
-        self._header = header
-        self._at = 0
-        self._buffer = buffer
-        self._start = start
-
-    def numbers(self, count: int) -> list[int]:
-        """Return the header's next `count` numbers."""
-        end = self._at + count
-        if count < 0 or end > len(self._header):
-            raise ValueError(f"the header of a message of {len(self._buffer)} bytes has no {count} numbers left")
-        taken = self._header[self._at : end]
-        self._at = end
-        return taken
-
-    def message(self) -> Message:
-        kind, n_numbers, n_arrays = self.numbers(3)
-        numbers = tuple(self.numbers(n_numbers))
-        return Message(Kind(kind), numbers, tuple([self._array() for _ in range(n_arrays)]))
-
-    def _array(self) -> np.ndarray:
-        code, ndim = self.numbers(2)
-        if not 0 <= code < len(_DTYPES):
-            raise ValueError(f"a message names dtype {code}; known are 0 to {len(_DTYPES) - 1} ({_names_of_dtypes()})")
-        shape = self.numbers(ndim)
-        n_bytes = math.prod(shape, start=_DTYPES[code].itemsize)
-        end = self._start + n_bytes
-        if min(shape, default=0) < 0 or end > len(self._buffer):
-            raise ValueError(
-                f"a message of {len(self._buffer)} bytes is cut short: an array of shape {shape} ends at byte {end}"
-            )
-        array = self._buffer[self._start : end].view(_DTYPES[code]).reshape(shape)
-        self._start += _padded(n_bytes)
-        return array
+    Raises:
+        IndexError: if the header has no numbers left.
+        ValueError: if it says what `pack` does not.
+    """
+    messages = []
+    at, size = 1, len(buffer)
+    for _ in range(header[0]):
+        kind, n_numbers, n_arrays = _KINDS.get(header[at]), header[at + 1], header[at + 2]
+        at += 3
+        if kind is None or n_numbers < 0 or at + n_numbers > len(header):
+            raise ValueError(f"a message of {len(buffer)} bytes has kind {header[at - 3]} and {n_numbers} numbers")
+        numbers = tuple(header[at : at + n_numbers])
+        at += n_numbers
+        arrays = []
+        for _ in range(n_arrays):
+            code, ndim = header[at], header[at + 1]
+            at += 2
+            if not 0 <= code < len(_DTYPES):
+                raise ValueError(
+                    f"a message names dtype {code}; known are 0 to {len(_DTYPES) - 1} ({_names_of_dtypes()})"
+                )
+            if not 0 <= ndim <= len(header) - at:
+                raise ValueError(f"a message of {len(buffer)} bytes has an array of {ndim} dimensions")
+            shape = header[at : at + ndim]
+            at += ndim
+            n_bytes = math.prod(shape, start=_DTYPES[code].itemsize)
+            if n_bytes < 0 or start + n_bytes > size or (ndim > 1 and min(shape) < 0):
+                raise ValueError(
+                    f"a message of {size} bytes is cut short: an array of shape {shape} ends at byte {start + n_bytes}"
+                )
+            arrays.append(np.ndarray(shape, _DTYPES[code], buffer, start if n_bytes else 0))
+            start += _padded(n_bytes)
+        messages.append(Message(kind, numbers, tuple(arrays)))
+    return messages
 
 
 def _padded(n_bytes: int) -> int:
