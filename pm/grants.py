@@ -74,20 +74,26 @@ class Grants:
         """REQUEST(group, origin; keys): `origin` has a live intent for keys that it does not have."""
         self._questions.append((source, message))
 
-    def _answer(self, source: int, number: int, origin: int, keys: np.ndarray) -> None:
-        """Answer questions of `origin`, which `source` has sent here, about distinct keys of a group."""
+    def _answer(self, number: int, origin: int, sources: np.ndarray, keys: np.ndarray) -> None:
+        """Answer questions of `origin` about distinct keys of a group, each of which a rank of `sources` has sent."""
         holdings = self._node.holdings[number]
         slots = self.find_or_make(holdings, keys)
         mine = slots >= 0
-        others = keys[~mine]
-        self.forward(
-            source, number, others, lambda some: Message(Kind.REQUEST, (number, origin), (narrow(others[some]),))
-        )
-        if origin != self._node.rank:
-            self._grant(holdings, origin, slots[mine])
+        if not mine.all():
+            others = keys[~mine]
+            self.forward(
+                sources[~mine],
+                number,
+                others,
+                lambda some: Message(Kind.REQUEST, (number, origin), (narrow(others[some]),)),
+            )
+            slots = slots[mine]
+        if origin != self._node.rank and len(slots):
+            self._grant(holdings, origin, slots)
 
-    def forward(self, source: int, number: int, keys: np.ndarray, message_of) -> None:
-        """Send on what `source` asks about keys that are not here: `message_of(positions)` makes the message for some.
+    def forward(self, source: int | np.ndarray, number: int, keys: np.ndarray, message_of) -> None:
+        """Send on what `source` (one for all keys, or one for each: int64 `[n]`) asks about keys that are not here:
+        `message_of(positions)` makes the message for some.
 
         A question that has overtaken the record, which is on its way here, waits for it.
         """
@@ -98,12 +104,13 @@ class Grants:
         target[node.locations[number].are_coming(keys, source)] = node.rank
         for peer, some in each_rank(target, node.ranks):
             message = message_of(some)
-            if peer == node.rank:
-                early = self._questions if message.kind == Kind.REQUEST else self._early
-                early.append((source, message))
-            else:
+            if peer != node.rank:
                 node.counts["hops"] += len(some)
                 node.emit(peer, message)
+                continue
+            early = self._questions if message.kind == Kind.REQUEST else self._early
+            for asker, part in [(source, some)] if isinstance(source, int) else each_rank(source[some], node.ranks):
+                early.append((asker, message if len(part) == len(some) else message_of(some[part])))
 
     def retry(self) -> None:
         """Look again at messages that came before the records that they are about."""
@@ -114,18 +121,20 @@ class Grants:
     def answer(self) -> None:
         """Look again at messages that came before the records that they are about, and answer intents.
 
-        Intents of several messages that differ in their keys alone are answered together. They are last: a rank may ask
-        again for what it has dropped, but it drops nothing that it has asked for and not got.
+        Intents of one rank for keys of one group are answered together, whoever has sent them here. They are last: a
+        rank may ask again for what it has dropped, but it drops nothing that it has asked for and not got.
         """
         self.retry()
         if self._node.claims.is_paused:
             return
         questions, self._questions = self._questions, []
-        alike: dict[tuple[int, int, int], list[np.ndarray]] = {}
+        alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
         for source, message in questions:
-            alike.setdefault((source, *message.numbers), []).append(widen(message.arrays[0]))
-        for (source, number, origin), keys in alike.items():
-            self._answer(source, number, origin, keys[0] if len(keys) == 1 else np.concatenate(keys))
+            alike.setdefault(message.numbers, []).append((source, widen(message.arrays[0])))
+        for (number, origin), asked in alike.items():
+            sources = np.repeat([source for source, _ in asked], [len(keys) for _, keys in asked])
+            keys = asked[0][1] if len(asked) == 1 else np.concatenate([keys for _, keys in asked])
+            self._answer(number, origin, sources, keys)
 
     def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray) -> None:
         owned, node = holdings.owned, self._node

@@ -73,17 +73,22 @@ class Locations:
             target[mine] = np.where(owner >= 0, owner, self._rank)
         return target
 
-    def are_coming(self, keys: np.ndarray, source: int) -> np.ndarray:
-        """Return which keys, that are not here, are on their way here, as `source` has sent on a question about them.
+    def are_coming(self, keys: np.ndarray, source: int | np.ndarray) -> np.ndarray:
+        """Return which keys, that are not here, are on their way here, as `source` (of all keys, or of each: int64
+        `[n]`) has sent on a question about them.
 
         Those that are at home on `source`, and to whose next place nothing points: a home sends questions on to where
         it has heard that a key went, and what this rank has given away it points to until the home has taken that in.
         """
-        coming = self.home_of(keys) == source
-        if source == self._rank:
-            return coming & (self._moved.find(keys)[0] == self._rank)
+        home = self.home_of(keys)
+        coming = home == source
+        if not coming.any():
+            return coming
         if len(self._given_away):
-            coming &= self._given_away.find(keys)[0] < 0
+            coming &= (self._given_away.find(keys)[0] < 0) | (home == self._rank)
+        own = np.flatnonzero(coming & (home == self._rank))
+        if len(own):
+            coming[own] = self._moved.find(keys[own])[0] == self._rank
         return coming
 
     def learn(self, keys: np.ndarray, owner: int) -> None:

@@ -30,6 +30,7 @@ _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 _KEYS_IN_ARRAYS = 1 << 22
 
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
+_TURNS = {Kind.DELTAS: 0, Kind.DROPS: 0, Kind.MOVED: 2}
 _WAITED_FOR = frozenset(
     (Kind.FETCH, Kind.FETCHED, Kind.PUSH, Kind.PUSHED, Kind.SYNC, Kind.SYNCED, Kind.CLOCK, Kind.REFRESHED)
 )
@@ -186,7 +187,8 @@ class Node:
     def _flush_to(self, peer: int) -> bool:
         """Send a parcel. Changes to copies are its first messages: whatever the others bring about knows of them.
 
-        All else stays in its order: who has read a value must not get an older copy after it.
+        News for homes are the last, that others may be joined: where two are about a key, the newer counts. All else
+        stays in its order: who has read a value must not get an older copy after it.
         """
         self._urgent.discard(peer)
         messages = self._out[peer]
@@ -200,7 +202,7 @@ class Node:
         if known_last < received:
             messages.append(self._taken(peer))
         head = Message(Kind.PARCEL, (int(self._sent[peer]), known))
-        ordered = sorted(messages, key=lambda message: message.kind not in _CHANGES)
+        ordered = sorted(messages, key=lambda message: _TURNS.get(message.kind, 1))
         self._deliver(peer, [head, *joined(ordered, _JOINED)])
         return True
 
