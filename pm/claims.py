@@ -12,7 +12,7 @@ import numpy as np
 
 import cuda_ops
 from intents.timing import ActionTiming
-from pm.holdings import Copy, Holdings
+from pm.holdings import Copy, Holdings, joined_entries
 from pm.messages import Kind, Message, narrow, widen
 from pm.partition import each_rank
 from pm.place_index import ABSENT
@@ -219,7 +219,7 @@ class Claims:
     def _end(self) -> None:
         """Give up keys without live intents, but those whose owner has not taken in changes that are under way."""
         ending, self._ending = self._ending, []
-        for holdings, at in _joined(ending):
+        for holdings, at in joined_entries(ending, _keys_of_copies):
             copies = holdings.copies
             at = at[copies.live[at] == 0]
             states = copies.states[at]
@@ -273,7 +273,7 @@ class Claims:
                 self._leaving.append(entry)
             else:
                 gone.append((holdings, keys, at))
-        for holdings, at in _joined(gone):
+        for holdings, at in joined_entries(gone, _keys_of_copies):
             copies = holdings.copies
             at = at[copies.states[at] == Copy.LEAVING]  # others came here as records
             is_wanted = copies.live[at] > 0
@@ -289,7 +289,7 @@ class Claims:
         """Ask for the wanted keys, but those to which this rank has changes under way by another road."""
         wanted, self._wanted = self._wanted, []
         node = self._node
-        for holdings, at in _joined(wanted):
+        for holdings, at in joined_entries(wanted, _keys_of_copies):
             copies, number = holdings.copies, holdings.group.number
             at = at[(copies.states[at] == Copy.WANTED) & (copies.live[at] > 0)]
             keys = copies.keys[at]
@@ -394,17 +394,5 @@ class Claims:
             node.emit(owner, Message(Kind.DELTAS, (holdings.group.number,), arrays))
 
 
-def _joined(entries: list[tuple[Holdings, np.ndarray, np.ndarray]]) -> list[tuple[Holdings, np.ndarray]]:
-    """Return (holdings, slots of copies, each once) for all of the entries (holdings, keys, slots where these were)
-    whose keys are still there."""
-    alike: dict[int, tuple[Holdings, list[np.ndarray], list[np.ndarray]]] = {}
-    for holdings, keys, at in entries:
-        _, all_keys, places = alike.setdefault(id(holdings), (holdings, [], []))
-        all_keys.append(keys)
-        places.append(at)
-    joined = []
-    for holdings, keys, places in alike.values():
-        at = places[0] if len(places) == 1 else np.concatenate(places)
-        at = at[holdings.copies.keys[at] == (keys[0] if len(keys) == 1 else np.concatenate(keys))]
-        joined.append((holdings, at if len(places) == 1 else cuda_ops.dedup(at)[0]))
-    return joined
+def _keys_of_copies(holdings: Holdings) -> np.ndarray:
+    return holdings.copies.keys

@@ -169,6 +169,7 @@ class EventualManager(SynchronousManager):
             table.spec = spec
             table.begin_history()
             self.node.claims.forget_group(number)
+            self.node.grants.forget_group(number)
             new = self.node.replace_group(self._group_of(number))
             table.store = new.owned.store
             records = np.empty((len(keys), new.group.width), spec.dtype)

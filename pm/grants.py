@@ -8,7 +8,7 @@ import numpy as np
 
 from pm import masks
 from pm.decision import are_restless, copies_are_made, moves_to_asker, moves_to_last, shared_longer
-from pm.holdings import Holdings
+from pm.holdings import Holdings, joined_entries
 from pm.messages import Kind, Message, narrow, widen
 from pm.partition import each_rank
 
@@ -30,14 +30,19 @@ class Grants:
         self._node = node
         self._questions: list[tuple[int, Message]] = []
         self._early: list[tuple[int, Message]] = []
+        self._ended: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
         self.mine = masks.only(node.rank, node.ranks)
         self.everyone = masks.everyone(node.ranks)
 
     @property
     def has_work(self) -> bool:
-        if self._early or (self._questions and not self._node.claims.is_paused):
+        if self._early or ((self._questions or self._ended) and not self._node.claims.is_paused):
             return True
         return any(holdings.owned.changed for holdings in self._node.holdings) and self._node.exchange_is_due
+
+    def forget_group(self, number: int) -> None:
+        """A group's keys get other slots."""
+        self._ended = [entry for entry in self._ended if entry[0].group.number != number]
 
     @property
     def has_questions(self) -> bool:
@@ -119,7 +124,8 @@ class Grants:
             self._node.handle_again(source, message)
 
     def answer(self) -> None:
-        """Look again at messages that came before the records that they are about, and answer intents.
+        """Look again at messages that came before the records that they are about, move what only others need, and
+        answer intents.
 
         Intents of one rank for keys of one group are answered together, whoever has sent them here. They are last: a
         rank may ask again for what it has dropped, but it drops nothing that it has asked for and not got.
@@ -127,6 +133,7 @@ class Grants:
         self.retry()
         if self._node.claims.is_paused:
             return
+        self._move_ended()
         questions, self._questions = self._questions, []
         alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
         for source, message in questions:
@@ -172,18 +179,29 @@ class Grants:
     # Moves
 
     def intents_ended(self, holdings: Holdings, slots: np.ndarray) -> None:
-        """Intents for owned keys have ended, here or elsewhere: move those that only another rank needs."""
-        owned, node = holdings.owned, self._node
+        """Intents for owned keys have ended, here or elsewhere: those that only another rank needs move there soon."""
+        owned = holdings.owned
         slots = slots[(owned.live[slots] == 0) & ~masks.are_empty(owned.holders[slots])]
-        if not len(slots) or node.claims.is_paused:
-            return
-        holders = owned.holders[slots]
-        moves = moves_to_last(self._techniques(holdings), owned.live[slots] > 0, masks.count(holders))
-        moves &= ~self._stay(holdings, slots)
-        target = masks.first(holders[moves])
-        moving = slots[moves]
-        for peer, some in each_rank(target, node.ranks):
-            self._give_away(holdings, moving[some], peer)
+        if len(slots):
+            self._ended.append((holdings, owned.keys[slots], slots))
+
+    def _move_ended(self) -> None:
+        """Move keys for which intents have ended, and that only one other rank needs still.
+
+        Once before messages leave, and not as each intent ends: a rank is sent what it gets of several ranks' doing in
+        one message, and what is intended again stays.
+        """
+        ended, self._ended = self._ended, []
+        for holdings, slots in joined_entries(ended, lambda holdings: holdings.owned.keys):
+            owned, node = holdings.owned, self._node
+            slots = slots[(owned.live[slots] == 0) & ~masks.are_empty(owned.holders[slots])]
+            holders = owned.holders[slots]
+            moves = moves_to_last(self._techniques(holdings), owned.live[slots] > 0, masks.count(holders))
+            moves &= ~self._stay(holdings, slots)
+            target = masks.first(holders[moves])
+            moving = slots[moves]
+            for peer, some in each_rank(target, node.ranks):
+                self._give_away(holdings, moving[some], peer)
 
     def _give_away(self, holdings: Holdings, slots: np.ndarray, to: int) -> None:
         """Move records to `to`, and tell their homes. A holder whose copy is what the record is gets no values."""

@@ -347,3 +347,21 @@ class Holdings:
             + owned.notes_bytes * owned.store.slots_in_use
             + copies.notes_bytes * copies.store.slots_in_use
         )
+
+
+def joined_entries(
+    entries: list[tuple[Holdings, np.ndarray, np.ndarray]], keys_of: Callable[[Holdings], np.ndarray]
+) -> list[tuple[Holdings, np.ndarray]]:
+    """Return (holdings, slots, each once) for all of the entries (holdings, keys int64 `[n]`, the slots int64 `[n]` in
+    which they were) whose keys are still there, where `keys_of(holdings)` has keys by slot."""
+    alike: dict[int, tuple[Holdings, list[np.ndarray], list[np.ndarray]]] = {}
+    for holdings, keys, slots in entries:
+        _, all_keys, all_slots = alike.setdefault(id(holdings), (holdings, [], []))
+        all_keys.append(keys)
+        all_slots.append(slots)
+    joined = []
+    for holdings, keys, slots in alike.values():
+        at = slots[0] if len(slots) == 1 else np.concatenate(slots)
+        at = at[keys_of(holdings)[at] == (keys[0] if len(keys) == 1 else np.concatenate(keys))]
+        joined.append((holdings, at if len(slots) == 1 else cuda_ops.dedup(at)[0]))
+    return joined
