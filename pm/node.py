@@ -277,13 +277,12 @@ class Node:
     def round(self) -> None:
         """Exchange what has come together since the last round: intents, changes, and what they lead to."""
         self.counts["rounds"] += 1
-        self.grants.answer()  # before pointers go that a question here may need
-        if not self.grants.has_questions:
-            for locations in self.locations:
-                locations.confirm(self.acknowledged)
         self.claims.round()
         self.grants.answer()
         self.operations.retry()
+        if not self.grants.has_questions:  # a question here may need pointers
+            for locations in self.locations:
+                locations.confirm(self.acknowledged)
         self.grants.round()
         if self.exchange_is_due:
             self.counts["exchanges"] += 1
