@@ -341,7 +341,8 @@ class Claims:
         keys, values = widen(keys), values.copy()
         at, states = holdings.copies.find(keys)
         copied = np.flatnonzero((states == Copy.ACTIVE) | (states == Copy.LEAVING))
-        values[copied] += holdings.copies.untold(at[copied], int(self._node.acknowledged[source]))
+        if len(copied):
+            values[copied] += holdings.copies.untold(at[copied], int(self._node.acknowledged[source]))
         self._own(holdings, source, keys, at, values, counters, holders)
 
     def on_promoted(self, source: int, message: Message) -> None:

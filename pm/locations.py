@@ -13,7 +13,7 @@ import numpy as np
 
 import cuda_ops
 from pm.keys import make_keys
-from pm.rank_index import RankIndex
+from pm.rank_index import RankArray, RankIndex
 
 DEFAULT_CACHE_KEYS = 1 << 20
 
@@ -28,12 +28,15 @@ class Locations:
     Args:
         group: number of the group of keys.
         cache_keys: most keys in the cache; it is emptied when it is full. 0: no cache.
+        keys: how many keys there may be, where what a home knows is to be kept in an array of them all; else None.
     """
 
-    def __init__(self, rank: int, ranks: int, group: int, cache_keys: int = DEFAULT_CACHE_KEYS):
+    def __init__(
+        self, rank: int, ranks: int, group: int, cache_keys: int = DEFAULT_CACHE_KEYS, keys: int | None = None
+    ):
         self._rank, self._ranks, self._group = rank, ranks, group
         self._cache_keys = cache_keys
-        self._moved = RankIndex()
+        self._moved = RankIndex() if keys is None else RankArray(keys)
         self._given_away = RankIndex()
         self._cache = RankIndex()
 
@@ -48,7 +51,7 @@ class Locations:
     def is_unmoved_home(self, keys: np.ndarray) -> np.ndarray:
         """Return, bool `[n]`, which keys are at home here and have never been anywhere else."""
         unmoved = self.home_of(keys) == self._rank
-        if len(self._moved):
+        if self._moved:
             at_home = np.flatnonzero(unmoved)
             unmoved[at_home] = self._moved.find(keys[at_home])[0] < 0
         return unmoved

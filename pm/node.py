@@ -26,7 +26,7 @@ from pm.syncing import Syncing
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 CLOCKS_PER_MOVE_OF_LOADERS = 32
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
-# Groups of so many keys together have an array of places each: 16 MB.
+# Groups of so many keys together have arrays of places and of what homes know, 12 bytes a key.
 _KEYS_IN_ARRAYS = 1 << 22
 
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
@@ -138,8 +138,10 @@ class Node:
     def add_group(self, group: Group) -> Holdings:
         """Declare another group (on all ranks, before any of them names its keys)."""
         self._keys += group.capacity
-        self.holdings.append(Holdings(group, self.ranks, by_key=self._keys <= _KEYS_IN_ARRAYS))
-        self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys))
+        by_key = self._keys <= _KEYS_IN_ARRAYS
+        self.holdings.append(Holdings(group, self.ranks, by_key=by_key))
+        keys = group.capacity if by_key else None
+        self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys, keys))
         return self.holdings[-1]
 
     def replace_group(self, group: Group) -> Holdings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import cuda_ops
+from pm.store import reserve_zeros
 
 _RANK_BITS = 16
 _RANK_MASK = (1 << _RANK_BITS) - 1
@@ -52,6 +53,36 @@ class RankIndex:
 
     def clear(self) -> None:
         self._index = cuda_ops.KeyIndex()
+
+
+class RankArray:
+    """As `RankIndex`, but an array of 8 bytes for each of so many keys; numbers are above 0, and no key is removed."""
+
+    def __init__(self, keys: int):
+        self._entries = reserve_zeros(keys, np.int64)
+        self._is_empty = True
+
+    def __len__(self) -> int:
+        return 0 if self._is_empty else int(np.count_nonzero(self._entries))
+
+    def __bool__(self) -> bool:
+        return not self._is_empty
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._entries.nbytes
+
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ranks int64 `[n]`, -1 for none; numbers int64 `[n]`, -1 for none)."""
+        found = self._entries[keys]
+        found[found == 0] = -1
+        return np.where(found < 0, NOBODY, found & _RANK_MASK), found >> _RANK_BITS
+
+    def put_newer(self, keys: np.ndarray, ranks: np.ndarray | int, numbers: np.ndarray) -> None:
+        """Set what distinct `keys` (int64 `[n]`) map to, but not where that is a larger number, or as large a rank with
+        this one."""
+        self._entries[keys] = np.maximum(self._entries[keys], _entries(len(keys), ranks, numbers))
+        self._is_empty = self._is_empty and not len(keys)
 
 
 def _entries(count: int, ranks: np.ndarray | int, numbers: np.ndarray | int) -> np.ndarray:
