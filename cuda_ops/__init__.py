@@ -15,6 +15,7 @@ from cuda_ops.cpu import dedup as _dedup
 from cuda_ops.cpu import delta as _delta
 from cuda_ops.cpu import half_update as _half_update
 from cuda_ops.cpu import holds as _holds
+from cuda_ops.cpu import ownership as _ownership
 from cuda_ops.cpu import partition as _partition
 from cuda_ops.cpu import places as _places
 from cuda_ops.cpu import renorm as _renorm
@@ -61,6 +62,8 @@ gather_places = by_device(_places.gather_places)
 find_places = by_device(_places.find_places)
 put_places = by_device(_places.put_places)
 take_places = by_device(_places.take_places)
+take_over = _ownership.take_over
+give_up = _ownership.give_up
 alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
@@ -96,6 +99,7 @@ __all__ = [
     "find_places",
     "gather",
     "gather_places",
+    "give_up",
     "half_adagrad_update",
     "half_rowwise_adagrad_update",
     "half_sgd_update",
@@ -126,6 +130,7 @@ __all__ = [
     "sparse_adam_update",
     "slots_by_row",
     "sum_segments",
+    "take_over",
     "take_places",
     "trusted",
     "widen_rows",

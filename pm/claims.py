@@ -336,34 +336,19 @@ class Claims:
 
     def on_records(self, source: int, message: Message) -> None:
         """RECORDS(group; keys, values, counters, holders): this rank owns them from now on."""
-        holdings = self._node.holdings[message.numbers[0]]
-        keys, values, counters, holders = message.arrays
-        keys, values = widen(keys), values.copy()
-        at, states = holdings.copies.find(keys)
-        copied = np.flatnonzero((states == Copy.ACTIVE) | (states == Copy.LEAVING))
-        if len(copied):
-            values[copied] += holdings.copies.untold(at[copied], int(self._node.acknowledged[source]))
-        self._own(holdings, source, keys, at, values, counters, holders)
+        self._own(source, message.numbers[0], *message.arrays)
 
     def on_promoted(self, source: int, message: Message) -> None:
         """PROMOTED(group; keys, counters): this rank owns them from now on, and its copies are what the records are."""
-        holdings = self._node.holdings[message.numbers[0]]
         keys, counters = message.arrays
-        keys = widen(keys)
-        at, _ = holdings.copies.find(keys)
-        values = holdings.copies.values(at)
-        self._own(holdings, source, keys, at, values, counters, holders=np.empty(0, np.int64))
+        self._own(source, message.numbers[0], keys, None, counters, np.empty(0, np.int64))
 
-    def _own(self, holdings, source, keys, at, values, counters, holders) -> None:
-        owned, copies, node = holdings.owned, holdings.copies, self._node
-        here = at >= 0
-        live = np.where(here, copies.live[at], 0)
-        copies.owned_now(at[here])
-        slots = owned.add_records(keys, values, counters)
-        owned.live[slots] = live
-        if len(holders):
-            owned.holders[slots] = holders.view(np.uint64).reshape(len(keys), -1)
-        node.locations[holdings.group.number].arrived(keys, widen(counters))
+    def _own(self, source: int, number: int, keys, values, counters, holders) -> None:
+        node, holdings = self._node, self._node.holdings[number]
+        keys, counters = widen(keys), widen(counters)
+        holders = holders.view(np.uint64).reshape(-1, holdings.owned.holders.shape[1])
+        slots = holdings.take_over(keys, values, counters, holders, int(node.acknowledged[source]))
+        node.locations[number].arrived(keys, counters)
         self._note(holdings, "moved here", keys, source)
         node.grants.intents_ended(holdings, slots)
 

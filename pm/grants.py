@@ -207,29 +207,19 @@ class Grants:
         """Move records to `to`, and tell their homes. A holder whose copy is what the record is gets no values."""
         if not len(slots):
             return
-        node, owned, number = self._node, holdings.owned, holdings.group.number
-        keys, counters = owned.keys[slots], owned.counters[slots] + 1
-        receiver = masks.only(to, node.ranks)
-        holders = owned.holders[slots] & ~receiver
-        is_known = masks.are_empty(owned.changed_by[slots] & ~receiver)
-        promoted = masks.contains(owned.holders[slots], to) & is_known & copies_are_made(node.techniques)
-        for some in (promoted, ~promoted):
-            if not some.any():
-                continue
-            if some is promoted:
-                message = Message(Kind.PROMOTED, (number,), (narrow(keys[some]), narrow(counters[some])))
-            else:
-                arrays = (
-                    narrow(keys[some]),
-                    owned.values(slots[some]),
-                    narrow(counters[some]),
-                    _sets(holders[some]),
-                )
-                message = Message(Kind.RECORDS, (number,), arrays)
-            node.emit(to, message)
+        node, number = self._node, holdings.group.number
+        promoted, keys, counters, values, holders, any_holders = holdings.owned.give_up(
+            slots, masks.only(to, node.ranks), promotes=copies_are_made(node.techniques)
+        )
+        if promoted:
+            arrays = (narrow(keys[:promoted]), narrow(counters[:promoted]))
+            node.emit(to, Message(Kind.PROMOTED, (number,), arrays))
+        if promoted < len(keys):
+            sets = holders.view(np.int64).reshape(-1) if any_holders else np.empty(0, np.int64)
+            arrays = (narrow(keys[promoted:]), values, narrow(counters[promoted:]), sets)
+            node.emit(to, Message(Kind.RECORDS, (number,), arrays))
         node.count("relocations", holdings.group, keys)
-        node.count("promotions", holdings.group, keys[promoted])
-        owned.release(slots)
+        node.count("promotions", holdings.group, keys[:promoted])
         self._tell_homes(number, keys, to, counters)
         if node.record is not None:
             node.record("moved away", number, keys, to)
@@ -321,9 +311,3 @@ class Grants:
             for peer in node.peers:
                 receiver = masks.only(peer, node.ranks)
                 self.refresh(holdings, peer, slots[~masks.are_empty(changed_by & ~receiver)])
-
-
-def _sets(holders: np.ndarray) -> np.ndarray:
-    """Return sets of ranks as they travel: nothing where all are empty."""
-    flat = holders.view(np.int64).reshape(-1)
-    return flat if flat.any() else flat[:0]

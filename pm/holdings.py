@@ -67,6 +67,9 @@ class Copy(IntEnum):
     LEAVING = 5
 
 
+_HERE = int(Copy.ACTIVE), int(Copy.LEAVING)
+
+
 class Owned:
     """The records that this rank owns.
 
@@ -149,13 +152,18 @@ class Owned:
         self.changed_by[slots] = 0
         return slots, changed_by
 
-    def release(self, slots: np.ndarray) -> None:
-        """Forget records, which another rank owns now."""
-        self.changed_by[slots] = 0
-        self.live[slots] = 0
-        self.holders[slots] = 0
-        self.store.release(self.keys[slots])
-        self.keys[slots] = NO_KEY
+    @property
+    def notes(self) -> tuple[np.ndarray, ...]:
+        """What is noted by slot, as `cuda_ops.take_over` and `cuda_ops.give_up` have it."""
+        return self.keys, self.live, self.counters, self.holders, self.changed_by, self.shared_until
+
+    def give_up(self, slots: np.ndarray, receiver: np.ndarray, *, promotes: bool) -> tuple:
+        """Forget records, which the one rank in the set `receiver` is going to own; see `cuda_ops.give_up`."""
+        store = self.store
+        given = cuda_ops.give_up(slots, receiver, (store.words, store.stride, self.group.width), self.notes, promotes)
+        store.index.remove(given[1])
+        store.release_slots(slots)
+        return given
 
 
 class Copies:
@@ -337,6 +345,38 @@ class Holdings:
         if len(moved):
             known[moved] = self._index.find(keys[moved])
         return known
+
+    def take_over(
+        self, keys: np.ndarray, values: np.ndarray | None, counters: np.ndarray, holders: np.ndarray, acknowledged: int
+    ) -> np.ndarray:
+        """Own records of keys from now on; return their slots.
+
+        Args:
+            values: what was sent of them, `[n, width]`; None: the copies here are what they are.
+            counters: how often they have moved.
+            holders: of their copies elsewhere, uint64 `[n, words]`, or none where all are empty.
+            acknowledged: the parcels up to this one the former owner had taken in.
+        """
+        owned, copies = self.owned, self.copies
+        slots = owned.store.allocate(len(keys))
+        owned.store.keep(slots)
+        freed = cuda_ops.take_over(
+            keys,
+            self._index.find(keys),
+            values,
+            counters,
+            holders,
+            slots,
+            (owned.store.words, owned.store.stride, self.group.width),
+            owned.notes,
+            (copies.store.words, copies.store.stride),
+            (copies.keys, copies.live, copies.states, copies.dirty, copies.parcels),
+            _HERE,
+            acknowledged,
+        )
+        owned.store.index.put(keys, slots)
+        copies.store.release_slots(freed)
+        return slots
 
     @property
     def memory_bytes(self) -> int:

@@ -84,6 +84,12 @@ class RankArray:
         self._entries[keys] = np.maximum(self._entries[keys], _entries(len(keys), ranks, numbers))
         self._is_empty = self._is_empty and not len(keys)
 
+    def items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (keys, ranks, numbers), int64 each, by key."""
+        keys = np.flatnonzero(self._entries)
+        entries = self._entries[keys]
+        return keys, entries & _RANK_MASK, entries >> _RANK_BITS
+
 
 def _entries(count: int, ranks: np.ndarray | int, numbers: np.ndarray | int) -> np.ndarray:
     entries = np.empty(count, np.int64)
