@@ -259,7 +259,7 @@ def _listed(tape: Tape, number: int, union: Closure) -> dict[int, Closure]:
             if _batch_of(tape, closure) == number and not _writes_constants(tape, closure):
                 listed[value.index] = closure
         except Underivable:
-            continue
+            continue  # nor do elements that cannot be known ahead
     return listed
 
 
