@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import pm
-from adaloader.managed_table import BatchRows
+from adaloader.batch_rows import BatchRows
 
 if TYPE_CHECKING:
     from adaloader.iteration import Iteration

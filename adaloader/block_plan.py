@@ -9,8 +9,9 @@ import numpy as np
 
 import cuda_ops
 import pm
+from adaloader.batch_rows import BatchRows
 from adaloader.blocks import Block
-from adaloader.managed_table import BatchRows, ManagedTable
+from adaloader.managed_table import ManagedTable
 from pm.keys import ROW_BITS, rows_of, table_of
 from pm.together import intend_together
 

@@ -1,8 +1,9 @@
-"""Warning, once per table, where many of its rows were not intended before they were looked up."""
+"""Coverage: the share of the rows looked up that were intended before; a warning, once per table, where it is low."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,24 @@ log = logging.getLogger("adaloader")
 _WARM_UP = 10
 _WINDOW = 10
 _WANTED = 0.99
+
+
+@dataclass
+class LookupCounts:
+    """Unique rows looked up, by how they came here.
+
+    `aside` are those of `on_demand` that were looked up for no batch: inference between steps, which none can foresee.
+    """
+
+    rows: int = 0
+    intended: int = 0
+    on_demand: int = 0
+    aside: int = 0
+
+    @property
+    def of_batches(self) -> int:
+        """Rows that were looked up for a batch: coverage is the share of these that was intended."""
+        return self.rows - self.aside
 
 
 class CoverageCheck:

@@ -4,8 +4,9 @@
 must depend neither on the user calling `model(...)`, nor on every parameter being used, nor on one forward
 pass per step.
 
-Sums are made by gloo's ring (or NCCL), whose order depends on the ranks alone: a run repeats bit by bit, and
-every rank gets the same bits.
+This file says when a reduction begins and ends; `bucket_exchange.py` sends what it sums. Sums are made by gloo's
+ring (or NCCL), whose order depends on the ranks alone: a run repeats bit by bit, and every rank gets the same
+bits.
 """
 
 from __future__ import annotations
@@ -14,44 +15,16 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from adaloader.agreement import broadcast, check_same_on_all_ranks, device_of
 from adaloader.backward import TaskEnd, current_task, enclosing_call, hook_gradient, queue_at_end
-from adaloader.buckets import COUNT_MODULUS, Bucket, Header, plan
+from adaloader.bucket_exchange import BucketExchange, Reduction
 from adaloader.deferral import Deferral
 
-__all__ = ["DenseReducer", "broadcast"]
-
 MIB = 1 << 20
-
-
-@dataclass
-class _Reduction:
-    """One reduction under way: who takes part with what weight, and how far its buckets are."""
-
-    weight: float
-    total: float | None
-    joined: bool
-    deferred: bool
-    """It belongs to a backward inside `no_sync()`: nothing is sent."""
-    carries: bool
-    """It sums what such backwards have left in `.grad`."""
-    pending: list[int]
-    """Per bucket: parameters that are expected to get a gradient in this backward and have not yet."""
-    again: list[bool]
-    """Per bucket: it must be summed again, for a gradient came after it had left."""
-    fired: set[Parameter] = field(default_factory=set)
-    tasks: set[int] = field(default_factory=set)
-    handles: list = field(default_factory=list)
-    launched: int = 0
-    broken: bool = False
 
 
 class DenseReducer:
@@ -71,14 +44,12 @@ class DenseReducer:
     small, and come out sparse again, with the union of the ranks' rows.
 
     `reductions` have been made; `backwards` counts those and the backwards inside `no_sync`.
-    `some_joined` says of the last reduction whether a rank joined it without a backward (None: nothing was sent).
 
     All ranks must construct it with the same parameters and make the same reductions. Ranks that are not in
     the same one get an error. Not covered: parameters that the module gains later, changes that a hook
     registered after construction makes to `.grad`, and second derivatives through an averaged `.grad`.
 
-    Invariant: `_current` is None, or the one reduction that this rank has begun and not ended; buckets below
-    its `launched` are on the wire.
+    Invariant: `_current` is None, or the one reduction that this rank has begun and not ended.
     """
 
     def __init__(
@@ -119,33 +90,34 @@ class DenseReducer:
         """
         self.reductions = 0
         self.backwards = 0
-        self.some_joined: bool | None = None
-        self._parameters = list({parameter: name for name, parameter in named_parameters}.items())
+        parameters = list({parameter: name for name, parameter in named_parameters}.items())
         self._group = group
         self._weights = weights
         self._on_reduced = on_reduced
         self._on_ended = on_ended
         self._on_begun = on_begun
         self._deferral = Deferral(self._factor_of_backward)
-        self._sizes_bytes = (bucket_bytes, first_bucket_bytes)
-        self._timeout = timedelta(seconds=timeout_seconds)
-        self._describe_peers = describe_peers
-        self._in_vain = in_vain
-        self._rank = dist.get_rank(group) if group is not None else 0
-        self._ranks = dist.get_world_size(group) if group is not None else 1
+        self._exchange = BucketExchange(
+            parameters,
+            group,
+            bucket_bytes=bucket_bytes,
+            first_bucket_bytes=first_bucket_bytes,
+            timeout_seconds=timeout_seconds,
+            describe_peers=describe_peers,
+            in_vain=in_vain,
+        )
+        self._rank = self._exchange.rank
         self._lock = threading.RLock()  # backward calls hooks on one thread per device
-        self._current: _Reduction | None = None
-        self._step = 0
-        self._index = 0
-        self._ever_fired: set[Parameter] = set()
-        self._buckets: list[Bucket] = []
-        self._places: dict[Parameter, int] = {}
-        self._signature: list[tuple] | None = None
+        self._current: Reduction | None = None
         self._hooks: dict[Parameter, RemovableHandle] = {}
         if group is not None:
-            self._replan()
-            for parameter, _ in self._parameters:
+            for parameter, _ in parameters:
                 self._hook(parameter)
+
+    @property
+    def some_joined(self) -> bool | None:
+        """Whether a rank joined the last reduction without a backward; None: nothing was sent."""
+        return self._exchange.some_joined
 
     @property
     def begun(self) -> int:
@@ -170,7 +142,7 @@ class DenseReducer:
     @property
     def has_unstepped(self) -> bool:
         """Whether a backward has given gradients since the last step."""
-        return self._index > 0 or self.is_deferred
+        return self._exchange.index > 0 or self.is_deferred
 
     # --- what the manager calls ---
 
@@ -195,11 +167,11 @@ class DenseReducer:
         with self._lock:
             if self._current is not None and not self._current.broken:
                 self._finish()
-            if self._index == 0 or self.is_deferred:
+            if self._exchange.index == 0 or self.is_deferred:
                 self._begin(*self._ask_weights())
                 self._finish()
-            self._step += 1
-            self._index = 0
+            self._exchange.step += 1
+            self._exchange.index = 0
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -208,7 +180,7 @@ class DenseReducer:
         Enter it on all ranks. Where the sum of a batch's weights is not known without asking, gradients are reduced
         all the same.
         """
-        self._deferral.enter(parameter for parameter, _ in self._parameters)
+        self._deferral.enter(parameter for parameter, _ in self._exchange.parameters)
         try:
             yield
         finally:
@@ -234,24 +206,19 @@ class DenseReducer:
     @property
     def has_trained(self) -> bool:
         """Whether any dense parameter is trained, so that gradients travel."""
-        return any(parameter.requires_grad for parameter, _ in self._parameters)
+        return any(parameter.requires_grad for parameter, _ in self._exchange.parameters)
 
     def drop(self, parameter: Parameter) -> None:
         """Leave `parameter` out from the next reduction on: it has become a managed table (on every rank)."""
         with self._lock:
-            self._parameters = [(p, name) for p, name in self._parameters if p is not parameter]
+            self._exchange.drop(parameter)
             if parameter in self._hooks:
                 self._hooks.pop(parameter).remove()
-            self._ever_fired.discard(parameter)
-            self._signature = None
 
     def add(self, parameter: Parameter, name: str, order: list[Parameter]) -> None:
         """Take `parameter` in from the next reduction on, placed as in `order` (on every rank): it is no table."""
         with self._lock:
-            names = dict(self._parameters) | {parameter: name}
-            place = {id(p): at for at, p in enumerate(order)}
-            self._parameters = sorted(names.items(), key=lambda item: place.get(id(item[0]), len(place)))
-            self._signature = None
+            self._exchange.add(parameter, name, order)
             if self._group is not None and parameter not in self._hooks:
                 self._hook(parameter)
 
@@ -270,18 +237,10 @@ class DenseReducer:
         """A gradient has been accumulated: let its bucket go if that was the last that it waited for."""
         with self._lock:
             self._enter_task()
-            current, place = self._current, self._places.get(parameter)
-            if current.deferred:
-                current.fired.add(parameter)
-                return
-            if place is None:  # unfrozen since this backward began: in the next plan
-                return
-            if place < current.launched:
-                current.again[place] = True
-            elif parameter not in current.fired and parameter in self._ever_fired:
-                current.pending[place] -= 1
-            current.fired.add(parameter)
-            self._launch(len(self._buckets) - 1, only_full=True)
+            if self._current.deferred:
+                self._current.fired.add(parameter)
+            else:
+                self._exchange.gradient_came(self._current, parameter)
 
     def _enter_task(self) -> None:
         """Begin a reduction if none is under way, and see to it that the end of this backward ends it.
@@ -331,19 +290,14 @@ class DenseReducer:
             )
         if not deferred:
             self._on_begun(carries)
-        self._replan()
-        pending = [0] * len(self._buckets)
-        for parameter in self._ever_fired:
-            pending[self._places[parameter]] += 1
-        again = [False] * len(self._buckets)
-        self._current = _Reduction(weight, total, joined, deferred, carries, pending, again)
+        self._current = self._exchange.begin(weight, total, joined=joined, deferred=deferred, carries=carries)
 
     def _finish(self) -> int:
         """Collective: end the reduction under way; return the number of ranks that did not join."""
         current = self._current
         total, active = current.total, int(not current.joined)
         if current.deferred:
-            self._ever_fired |= current.fired
+            self._exchange.note_fired(current)
             self._deferral.pending += 1
             self.backwards += 1
             self._forget()
@@ -353,33 +307,14 @@ class DenseReducer:
         try:
             if self._group is None:
                 total = current.weight or 1.0
-            elif self._places or total is None:
-                total, active = self._exchange(current)
+            elif self._exchange.has_gradients or total is None:
+                total, active = self._exchange.sum_up(current)
         finally:
             self._end()
         if active:
             self._on_reduced(current.weight / total)
         self._on_ended()
         return active
-
-    def _exchange(self, current: _Reduction) -> tuple[float, int]:
-        """Collective: sum and write back every bucket; return the sum of weights, and as `_finish` does."""
-        self._launch(len(self._buckets))
-        sums, again = self._wait_for_all(current)
-        for number in (number for number, count in enumerate(again) if count):
-            self._launch_one(number)
-            self._wait(self._buckets[number])
-        active = self._ranks - round(sums.joined)
-        self.some_joined = active < self._ranks
-        total = current.total if current.total is not None else sums.weight
-        if active and total <= 0:
-            raise ValueError(f"the weights of all ranks' batches sum to {total}: give some batch a positive weight")
-        if active:
-            divisor = self._ranks if sums.total_is_known or current.carries else total
-            for bucket in self._buckets:
-                bucket.write_back(divisor, self._group)
-        self._ever_fired |= current.fired
-        return total, active
 
     def _factor_of_backward(self) -> float:
         """Return what gradients of the running backward are multiplied by before they are added to `.grad`."""
@@ -388,13 +323,13 @@ class DenseReducer:
             current = self._current
             if not (current.deferred or current.carries):
                 return 1.0
-            return current.weight * self._ranks / current.total
+            return current.weight * self._exchange.ranks / current.total
 
     def _end(self) -> None:
         if self._current.carries:
             self._deferral.summed()
         self._forget()
-        self._index += 1
+        self._exchange.index += 1
         self.reductions += 1
         self.backwards += 1
 
@@ -412,106 +347,11 @@ class DenseReducer:
         current = self._current
         if current.launched and self._group is not None:
             try:
-                self._launch(len(self._buckets))
-                self._wait_for_all(current)
+                self._exchange.complete(current)
             finally:
                 self._end()
         else:
             self._forget()
-
-    # --- buckets ---
-
-    def _replan(self) -> None:
-        """Lay out the buckets anew if a parameter was frozen, unfrozen, cast or moved to another device."""
-        signature = [(p.requires_grad, p.dtype, p.device) for p, _ in self._parameters]
-        if self._group is None or signature == self._signature:
-            return
-        self._signature = signature
-        trained = [(name, parameter) for parameter, name in self._parameters if parameter.requires_grad]
-        check_same_on_all_ranks([(name, p.shape, p.dtype) for name, p in trained], self._group)
-        self._buckets, self._places = plan(trained, *self._sizes_bytes, header_device=device_of(self._group))
-        self._ever_fired.clear()
-
-    def _launch(self, end: int, only_full: bool = False) -> None:
-        """Collective: send the buckets before `end` that have not left; stop at one not full if asked."""
-        current = self._current
-        if only_full and not self._ever_fired:  # nothing is known yet of what this model's backward reaches
-            return
-        while current.launched < end and not (only_full and current.pending[current.launched]):
-            self._launch_one(current.launched)
-            current.launched += 1
-
-    def _launch_one(self, number: int) -> None:
-        current = self._current
-        scale = current.weight
-        if current.carries:  # weighed when they were added
-            scale = 1.0
-        elif current.total is not None:  # equal weights give exactly 1
-            scale = current.weight * self._ranks / current.total
-        is_last = number == len(self._buckets) - 1
-        step, index = self._step % COUNT_MODULUS, self._index % COUNT_MODULUS
-        header = Header(
-            weight=current.weight,
-            total_is_known=float(current.total is not None),
-            joined=float(current.joined),
-            carries=float(current.carries),
-            step=step,
-            step_squared=step * step,
-            index=index,
-            index_squared=index * index,
-            abandoned=float(is_last and current.broken),  # the last leaves when that is settled
-        )
-        again = current.again[:-1] if is_last else []
-        self._buckets[number].launch(header, scale, again, self._group)
-
-    def _wait_for_all(self, current: _Reduction) -> tuple[Header, list[float]]:
-        """Collective: wait for and check all buckets; return the most precise sums, and "again" flags."""
-        best = Header()
-        for bucket in self._buckets:
-            sums, again = self._wait(bucket)
-            self._check(sums, current)
-            if bucket is self._buckets[0] or bucket.flat.dtype is torch.float64:
-                best = sums
-        return best, again
-
-    def _wait(self, bucket: Bucket) -> tuple[Header, list[float]]:
-        try:
-            return bucket.wait(self._timeout, self._in_vain)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self._rank}: summing dense gradients failed in {self._where()}: {error}\n"
-                "A rank has ended, has raised, or makes fewer calls of backward() than this one. "
-                + self._describe_peers()
-            ) from error
-
-    def _check(self, sums: Header, current: _Reduction) -> None:
-        """Raise, on every rank alike, unless all ranks are in the same reduction and agree on what it is."""
-        if sums.abandoned and not current.broken:
-            raise RuntimeError(
-                f"rank {self._rank}: another rank's backward raised in {self._where()}, and it went on: "
-                "let the exception end the job, or skip the step on every rank"
-            )
-        for name in ("step", "index"):
-            sum_, squares = getattr(sums, name), getattr(sums, f"{name}_squared")
-            if self._ranks * squares != sum_ * sum_:
-                raise RuntimeError(
-                    f"rank {self._rank} is in {self._where()}, others are in another (mean {name} modulo "
-                    f"{COUNT_MODULUS}: {sum_ / self._ranks:.2f}): every rank must call backward() and "
-                    "optimizer.step() equally often; look for a condition that differs between ranks"
-                )
-        if sums.total_is_known not in (0.0, self._ranks):
-            raise RuntimeError(
-                f"only {sums.total_is_known:.0f} of {self._ranks} ranks know the sum of weights: "
-                "weights() must return it on all ranks, or None on all"
-            )
-        if sums.carries not in (0.0, self._ranks):
-            raise RuntimeError(
-                f"only {sums.carries:.0f} of {self._ranks} ranks had a backward inside no_sync() before "
-                f"{self._where()}: every rank must enter it for the same batches"
-            )
-        all_joined = sums.joined == self._ranks
-        if current.total and not all_joined and not math.isclose(sums.weight, current.total, rel_tol=1e-4):
-            raise RuntimeError(f"the ranks' weights sum to {sums.weight}, but weights() said {current.total}")
 
     def _ask_weights(self) -> tuple[float, float | None]:
         weight, total = self._weights()
@@ -520,6 +360,3 @@ class DenseReducer:
         if total is not None and not (math.isfinite(total) and total > 0):
             raise ValueError(f"rank {self._rank}: the sum of the ranks' weights is {total}: it must be positive")
         return weight, total
-
-    def _where(self) -> str:
-        return f"reduction {self._index} of step {self._step}"

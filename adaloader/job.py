@@ -121,7 +121,7 @@ class Watch:
         for entry in read_entries(self._folder):
             if entry.pid not in self._known and entry.is_alive_here:
                 self._known.add(entry.pid)
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
                     descriptor = os.pidfd_open(entry.pid)
                     self._watched[descriptor] = entry
                     self._poll.register(descriptor, select.POLLIN)
@@ -140,7 +140,7 @@ class Watch:
 
 
 def _ends(process: subprocess.Popen, seconds: float) -> bool:
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the return code tells
         process.wait(seconds)
     return process.returncode is not None
 
@@ -176,7 +176,7 @@ class _PassedOn:
     def end_all(self) -> None:
         """End the launcher, and with it its ranks."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # all of its group have ended
                 os.killpg(self._process.pid, number)
             if _ends(self._process, _SECONDS_TO_END):
                 return

@@ -45,7 +45,7 @@ class AdaLoader(StatefulDataLoader):
     Args:
         dataset, batch_size, ...: as `DataLoader`; `batch_size` is per rank. Unless a sampler is given, batch t of N
             ranks is batch t of a plain loader with `batch_size=N*batch_size`, cut into N contiguous shares.
-        model: the model to train, on the CPU, not wrapped in DistributedDataParallel.
+        model: the model to train, on the CPU or moved to a CUDA device before, not wrapped in DistributedDataParallel.
         optimizer: the optimizer, or several, over its parameters; None for a loader that only evaluates. Tables take
             torch.optim's SGD, Adagrad, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adadelta, SparseAdam (with
             sparse=True) and adaloader.RowwiseAdagrad; anything may train the rest of the model.
@@ -89,6 +89,7 @@ class AdaLoader(StatefulDataLoader):
         ValueError: for arguments out of range, a table on a device of another kind, an optimizer that does not hold a
             table, ranks that differ, or settings other than those of the model's first loader.
         UnsupportedOptimizerError: if a table's optimizer is not supported.
+        TypeError: if `batch_weight` is no function, or `comm` no communicator of mpi4py.
         RuntimeError: under mpirun without mpi4py.
     """
 
@@ -220,8 +221,11 @@ class AdaLoader(StatefulDataLoader):
         """Return a loader over any re-iterable of batches (a list, a PyG loader, torchdata nodes), which are this
         rank's own.
 
-        Collective. Keywords as for `AdaLoader`. A rank that runs out of batches first contributes zero until the
-        others have finished theirs.
+        Collective. Keywords and errors as for `AdaLoader`. A rank that runs out of batches first contributes zero
+        until the others have finished theirs.
+
+        Raises:
+            TypeError: if `iterable` cannot be iterated again and again (an iterator, a generator).
         """
         settings = Settings(
             lookahead,
@@ -328,6 +332,9 @@ class AdaLoader(StatefulDataLoader):
         parameters is this rank's own, and the gradients of tables cannot be read or clipped. Where `batch_weight` is
         given, or ranks have batches of their own, the weights' sum must be asked for, and gradients are summed all the
         same.
+
+        Raises:
+            RuntimeError: if this loader was built without `model`.
         """
         return self._need_session().no_sync()
 
@@ -359,7 +366,8 @@ class AdaLoader(StatefulDataLoader):
                 signal asks for, is waited for.
 
         Raises:
-            ValueError: for arguments out of range.
+            ValueError: for arguments out of range, or where a loader of the model makes checkpoints already.
+            RuntimeError: if this loader was built without `model`.
         """
         self._need_session().begin_checkpoints(
             self,
@@ -397,11 +405,19 @@ class AdaLoader(StatefulDataLoader):
     """accelerate has added no samples to the last batch."""
 
     def stats(self) -> dict[str, Any]:
-        """Return what the model's tables have cost so far; see `adaloader.stats.stats`."""
+        """Return what the model's tables have cost so far; see `adaloader.stats.stats`.
+
+        Raises:
+            RuntimeError: if this loader was built without `model`.
+        """
         return self._need_session().stats()
 
     def explain(self) -> Explanation:
-        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`."""
+        """Return what is known of each table: print it, or take its `tables`, or its `to_json()`.
+
+        Raises:
+            RuntimeError: if this loader was built without `model`.
+        """
         return self._need_session().explain()
 
     def close(self) -> None:

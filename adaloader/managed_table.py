@@ -6,7 +6,6 @@ import weakref
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,92 +13,22 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.batch_rows import BatchRows
+from adaloader.coverage import LookupCounts
 from adaloader.device_memory import DeviceMemory, all_on_host, memory_of, on_device, on_host
 from adaloader.errors import ManagedTableError
 from adaloader.function_transforms import refuse_inside
 from adaloader.probation import Probation, confirm
 from adaloader.row_operations import replace
 from adaloader.row_sum import RowSum
-from adaloader.slabs import Part, Slab, add_up, coalesce, make_slab, no_rows
+from adaloader.slabs import Part, Slab, coalesce_or_only, make_slab, sum_per_lookup
 from adaloader.table_values import read_whole
-from cuda_ops import same_ids
 
 if TYPE_CHECKING:
-    from adaloader.blocks import Block, Usage
+    from adaloader.blocks import Usage
     from adaloader.managed_model import ManagedModel
 
 _ID_DTYPES = (torch.int64, torch.int32)
-
-
-@dataclass(slots=True)
-class BatchRows:
-    """The rows of one table that one batch needs.
-
-    Args:
-        rows: distinct row ids, int64 `[U]`.
-        sites: per expected lookup, its ids (int64 `[n]`) and their positions in `rows` (int64 `[n]`).
-        plan: the intent for them.
-        slab: made at the first lookup, and anew when rows have changed since (`slab_version`).
-        used: places in `sites` of the lookups that have happened.
-        block: of the batch, if these rows are looked up with those of other tables: they are its rows from `first_row`
-            on, which positions in `sites` count from its first, and their lookups its from `first_site` on.
-    """
-
-    rows: np.ndarray
-    sites: list[tuple[np.ndarray, np.ndarray]]
-    plan: pm.RowPlan
-    slab: Slab | None = None
-    slab_version: tuple[int, int] | None = None
-    next_site: int = 0
-    index: cuda_ops.KeyIndex | None = None
-    used: set[int] = field(default_factory=set)
-    block: Block | None = None
-    first_site: int = 0
-    first_row: int = 0
-
-    def place_of(self, ids: np.ndarray) -> int | None:
-        """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""
-        sites, first = self.sites, self.next_site
-        for at in chain(range(first, len(sites)), range(first)):  # most often the first of them
-            if same_ids(sites[at][0], ids):
-                self.next_site = at + 1
-                self.used.add(at)
-                return at
-        return None
-
-    def positions_of(self, ids: np.ndarray) -> np.ndarray | None:
-        """Return the positions in `rows` (int64 `[n]`) of ids of a lookup that was expected; None if none was."""
-        place = self.place_of(ids)
-        if place is None:
-            return None
-        positions = self.sites[place][1]
-        return positions - self.first_row if self.first_row else positions
-
-    def find(self, rows: np.ndarray) -> np.ndarray:
-        """Return the positions (int64 `[n]`) of distinct `rows` (int64 `[n]`), -1 where the batch did not intend
-        them."""
-        if self.index is None:
-            self.index = cuda_ops.KeyIndex()
-            self.index.add(self.rows, np.arange(len(self.rows), dtype=np.int64))
-        return self.index.find(rows)
-
-
-@dataclass
-class LookupCounts:
-    """Unique rows looked up, by how they came here.
-
-    `aside` are those of `on_demand` that were looked up for no batch: inference between steps, which none can foresee.
-    """
-
-    rows: int = 0
-    intended: int = 0
-    on_demand: int = 0
-    aside: int = 0
-
-    @property
-    def of_batches(self) -> int:
-        """Rows that were looked up for a batch: coverage is the share of these that was intended."""
-        return self.rows - self.aside
 
 
 @dataclass
@@ -456,18 +385,3 @@ def table_gradients(parts: list[tuple[ManagedTable, Part]]) -> list[pm.TableGrad
         )
         for (table, part), array in zip(parts, values, strict=True)
     ]
-
-
-def sum_per_lookup(parts: list[Part]) -> list[Part]:
-    """Sum those of `parts` (with counts) that several backward passes gave for one lookup."""
-    by_lookup: dict[int, list[Part]] = {}
-    for part in parts:
-        by_lookup.setdefault(part.ordinal, []).append(part)
-    return [same[0] if len(same) == 1 else add_up(same) for same in by_lookup.values()]
-
-
-def coalesce_or_only(parts: list[Part], table: ManagedTable) -> Part:
-    """Return the sum of `parts` (without counts) as one part, an empty one if there are none."""
-    if len(parts) == 1:
-        return parts[0]
-    return coalesce(parts) if parts else no_rows(table)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 import cuda_ops
+from adaloader.batch_rows import BatchRows
 from adaloader.batches import Batch
 from adaloader.block_plan import blocks_of, intend_block
 from adaloader.kinds import features_of
-from adaloader.managed_table import BatchRows, ManagedTable
+from adaloader.managed_table import ManagedTable
 from adaloader.random_ids import planning
 from intents import ReplayError, contents, structure_of
 

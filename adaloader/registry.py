@@ -41,6 +41,7 @@ class Entry:
         """Send its process a signal if it runs on this host; return whether it does."""
         if not self.is_alive_here:
             return False
+        # It may have ended since, and its number been given to a process of somebody else's.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(self.pid, number)
         return True

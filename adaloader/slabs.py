@@ -275,3 +275,18 @@ def add_up(parts: list[Part]) -> Part:
 def _scaled(part: Part) -> torch.Tensor:
     values = part.values.detach()  # that of backward(create_graph=True) has a graph
     return values if part.scale in (None, 1.0) else values * part.scale
+
+
+def sum_per_lookup(parts: list[Part]) -> list[Part]:
+    """Sum those of `parts` (with counts) that several backward passes gave for one lookup."""
+    by_lookup: dict[int, list[Part]] = {}
+    for part in parts:
+        by_lookup.setdefault(part.ordinal, []).append(part)
+    return [same[0] if len(same) == 1 else add_up(same) for same in by_lookup.values()]
+
+
+def coalesce_or_only(parts: list[Part], table: ManagedTable) -> Part:
+    """Return the sum of `parts` (without counts) as one part, an empty one if there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return coalesce(parts) if parts else no_rows(table)

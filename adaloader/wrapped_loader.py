@@ -105,7 +105,11 @@ class WrappedLoader:
         return state if draws is None else {**state, DRAWS: draws}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next iteration begin where `state_dict` was taken; a source without a state is read up to there."""
+        """Have the next iteration begin where `state_dict` was taken; a source without a state is read up to there.
+
+        Raises:
+            ValueError: if it is no state of a wrapped loader.
+        """
         if set(state_dict) - {DRAWS} != {"yielded", "ended", "source"}:
             raise ValueError(f"not a state of a wrapped loader: it has the entries {sorted(state_dict)}")
         self._position = None

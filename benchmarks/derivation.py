@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from adaloader import AdaLoader, managed_table, planner
+from adaloader import AdaLoader, planner
+from adaloader.batch_rows import BatchRows
 from adaloader.iteration import Iteration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from ctr_data import as_is, make_synthetic
+from ctr_data import make_synthetic
 from ctr_models import MODELS
+from runs import as_is
 
 
 class Timers:
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     timers = Timers()
     timers.wrap(planner.Planner, "_derive", "derive", time.thread_time)
     timers.wrap(planner.Planner, "_tables_of", "plan", time.thread_time)
-    timers.wrap(managed_table.BatchRows, "positions_of", "check", time.perf_counter)
+    timers.wrap(BatchRows, "place_of", "check", time.perf_counter)
     timers.wrap(Iteration, "_wait_for_keys", "wait", time.perf_counter)
     clicks = make_synthetic((args.warmup + args.steps) * args.batch, args.rows, args.seed)
     model = MODELS[args.model](args.rows, args.dim)

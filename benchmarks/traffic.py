@@ -6,7 +6,7 @@
     mpirun -n 2 python benchmarks/traffic.py --mpi                real ranks, over `pm.ParameterManager`
     mpirun -n 2 python benchmarks/traffic.py --mpi --staleness 0  real ranks, over a loader that is exact
 
-The simulated ranks run the protocols' own code (`pm.simulator`, and `pm.lockstep_simulator` at staleness 0) and pack
+The simulated ranks run the protocols' own code (`pm.simulation`, and `pm.lockstep_simulator` at staleness 0) and pack
 every message as it would travel, so all bytes are counted: intents, locations, acknowledgements, records, changes,
 headers. `none` keeps each row at its home rank and fetches and pushes on demand; `full` is computed: every rank holds
 every row, and sends the changes of the rows of each batch (id and record) to every other rank. A step is one batch on
@@ -36,7 +36,7 @@ from workloads import WORKLOADS
 from pm.node import CLOCKS_PER_MOVE_OF_LOADERS
 from pm.schedules import Recording
 from pm.simulated_network import Setting
-from pm.simulator import Simulation
+from pm.simulation import Simulation
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
 ID_BYTES = 4

@@ -3,9 +3,10 @@
 A :class:`Recorder` watches the first step of a training loop and turns every lookup that it is told of into a
 small program of integer operations on the batch; a :class:`Program` replays that on later batches, on any
 thread, without a trace. This room imports nothing of the others but ``cuda_ops``. Read ``recorder.py`` first,
-then ``tape.py`` (what is kept of a step), ``derive.py`` (from a tape to one program per batch), ``dims.py``
-(constants that follow the sizes of a batch) and ``program.py`` (replaying). ``batch.py`` says what the
-tensors of a batch are, ``among.py`` what is done about ids that are only picked from those of the batch.
+then ``tape.py`` (what is kept of a step; its entries are in ``entries.py``), ``derive.py`` (from a tape to
+one program per batch), ``dims.py`` (constants that follow the sizes of a batch) and ``program.py`` (replaying).
+``batch.py`` says what the tensors of a batch are, ``detours.py`` and ``among.py`` what is done about ids that
+passed through Python or NumPy, or are only picked from those of the batch.
 """
 
 from .batch import Contents, as_tensor, contents, leaves, register_container, structure, structure_of

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from .batch import sibling_groups
-from .tape import Lookup, Tape
+from .entries import Lookup
+from .tape import Tape
 
 _FEWEST = 4  # distinct ids: fewer may be in a leaf by chance
 _MOST_BESIDES = 4  # times as many rows may be intended as are looked up

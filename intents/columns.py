@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .entries import Ref, Slot
 from .explain import Explanation
 from .recipe import Recipe, RecipeLookup
-from .tape import Ref, Slot
 
 # So many columns are taken together.
 _FEWEST = 4

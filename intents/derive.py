@@ -12,9 +12,10 @@ from torch import Tensor
 from .among import find_leaves, repeated_by_python
 from .batch import structure_of
 from .dims import Observation
+from .entries import DrawnAfter, Lookup, Ref, Span, Step
 from .program import Program
 from .recipe import Evidence, Recipe, RecipeLookup, RecipeStep
-from .tape import DrawnAfter, Lookup, Ref, Span, Step, Tape
+from .tape import Tape
 
 _FOUND_LIMIT = 96  # Python numbers and data-dependent sizes that a program may refer to
 _LISTED_LIMIT = 16  # lists of whole numbers, the same
@@ -258,7 +259,7 @@ def _listed(tape: Tape, number: int, union: Closure) -> dict[int, Closure]:
             if _batch_of(tape, closure) == number and not _writes_constants(tape, closure):
                 listed[value.index] = closure
         except Underivable:
-            continue
+            continue  # nor do elements that cannot be known ahead
     return listed
 
 

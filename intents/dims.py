@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+from .entries import Slot
 from .operators import BOUND, EXPAND, LITERAL, REPEAT, VIEW
-from .tape import Slot
 
 _TO_THE_END = 2**62  # slices without an end carry the largest int64
 _LONGEST_PRODUCT = 3

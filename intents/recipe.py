@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .batch import sibling_groups
 from .dims import Observation, Scope, Symbol
+from .entries import Ref, Slot
 from .operators import Operator
 from .sites import Site
-from .tape import Ref, Slot
 
 
 @dataclass(frozen=True)

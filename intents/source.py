@@ -13,10 +13,10 @@ from torch import Tensor
 from .batch import as_tensor
 from .columns import columns, columns_of
 from .dims import Formula, Symbol
+from .entries import Ref, Slot
 from .explain import Explanation
 from .operators import Operator
 from .recipe import Recipe, RecipeLookup, RecipeStep
-from .tape import Ref, Slot
 
 # On the host there is nothing to pin and nothing to wait for.
 _DROPPED = {"pin_memory", "non_blocking"}

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .batch import as_tensor, lengths_of, sibling_groups
+from .batch import as_tensor
+from .detours import imply_numbers, trace_back
+from .entries import DrawnAfter, Lookup, Ref, Slot, Span, Step, Value, span
 from .operators import BOUND, DRAW, LITERAL, SIZE, Argument, Operator, operator
 from .sites import Site, users_line
 
 PARAMETER = "depend on a parameter"
-# Operations that take of their tensor nothing but its shape and type: what they make depends on no parameter.
 _MOST_LISTED = 64  # elements of a tensor that Python may have read as whole numbers
+# Operations that take of their tensor nothing but its shape and type: what they make depends on no parameter.
 _FORMED_LIKE = {
     "new_zeros": torch.ops.aten.zeros.default,
     "zeros_like": torch.ops.aten.zeros.default,
@@ -34,89 +36,6 @@ _FORMED_LIKE = {
     "new_full": torch.ops.aten.full.default,
     "full_like": torch.ops.aten.full.default,
 }
-
-
-class Span(NamedTuple):
-    """The bytes of a storage that a tensor reaches: ``[low, high)``."""
-
-    storage: int
-    low: int
-    high: int
-
-    def overlaps(self, other: Span) -> bool:
-        return self.storage == other.storage and self.low < other.high and other.low < self.high
-
-
-@dataclass(frozen=True)
-class Ref:
-    """In the recorded arguments of a step: the value with this index."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Slot:
-    """In the recorded arguments of a step: an integer that may follow the batch; ``index`` into the step's numbers.
-
-    ``position`` is the dimension that the integer is about, or its place in a list of sizes.
-    """
-
-    index: int
-    role: str
-    position: int
-
-
-@dataclass(frozen=True)
-class DrawnAfter:
-    """In the recorded arguments of a draw: the batch that was handed out last, and None if there was none."""
-
-    batch: int | None
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor, or (``kind`` "number") a Python number read from one. ``shape`` is as recorded: nothing on
-    the tape changes it. ``implied`` where nobody was seen to read the number: it may have been, in Python;
-    ``elements`` of a short list of whole numbers, which Python reads unseen."""
-
-    index: int
-    kind: str  # "leaf", "constant", "result" or "number"
-    tensor: Tensor | None = None
-    shape: tuple[int, ...] = ()
-    span: Span | None = None
-    step: int | None = None
-    number: int | None = None
-    batch: int | None = None
-    path: str = ""
-    from_python: bool = False
-    implied: bool = False
-    elements: tuple[int, ...] | None = None
-
-
-@dataclass(eq=False)
-class Step:
-    """One operation: arguments as (name, keyword only, tree of Ref, Slot and literals), and what it made and wrote."""
-
-    operator: Operator
-    arguments: tuple[tuple[str, bool, Any], ...]
-    numbers: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[tuple[tuple[int, ...], int], ...]
-    writes: tuple[Span, ...]
-    where: str
-    taint: str | None = None
-
-
-@dataclass(eq=False)
-class Lookup:
-    """A lookup as it happened: ``time`` counts the steps before it, ``latest_batch`` was the last to be added."""
-
-    site: Site
-    value: int | None
-    time: int
-    taint: str | None
-    latest_batch: int | None
-    ids: np.ndarray
 
 
 @dataclass(eq=False)
@@ -148,22 +67,7 @@ class Tape:
             if reached is not None:
                 self.births.setdefault(reached.storage, []).append((len(self.steps), reached))
         for _, leaf, is_number in tensors:
-            self._imply_numbers(leaf, is_number)
-
-    def _imply_numbers(self, leaf: Tensor, is_number: bool) -> None:
-        """What Python may read of a leaf unseen: the number that it is; the sum and the largest of lengths."""
-        if leaf.dtype not in (torch.int64, torch.int32) or leaf.device.type != "cpu" or not leaf.numel():
-            return
-        if is_number:
-            self.observe(torch.ops.aten._local_scalar_dense.default, (leaf,), {}, leaf.item())
-        elif leaf.layout is torch.strided and leaf.ndim == 1:
-            for reduction in (torch.ops.aten.max.default, torch.ops.aten.sum.default):
-                made = reduction(leaf)
-                before = len(self.values)
-                self.observe(reduction, (leaf,), {}, made)
-                self.observe(torch.ops.aten._local_scalar_dense.default, (made,), {}, made.item())
-                for value in self.values[before:]:
-                    value.implied = value.kind == "number"
+            imply_numbers(self, leaf, is_number)
 
     def writers(self, reached: Span, before: int) -> list[int]:
         """The steps before ``before`` that overwrote some of ``reached``, since it was last handed out in a batch."""
@@ -264,10 +168,11 @@ class Tape:
         elif any((value.shape, value.span) != (tuple(t.shape), span(t)) for value, t in written):
             taint = f"went through {facts.name}, which changes the shape of a tensor in place"
         writes = tuple(value.span for value, _ in written if value.span is not None)
-        outputs = self._add_outputs(made)
-        self._append(Step(facts, arguments, tuple(numbers), inputs, outputs, writes, users_line(), taint))
+        outputs = self.add_outputs(made)
+        self.append(Step(facts, arguments, tuple(numbers), inputs, outputs, writes, users_line(), taint))
 
-    def _add_outputs(self, made: Any) -> tuple[tuple[tuple[int, ...], int], ...]:
+    def add_outputs(self, made: Any) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """Make values of what the step that is added next made; return them with their places in it."""
         outputs = []
         step = len(self.steps)
         for place, out in _outputs(made):
@@ -285,9 +190,9 @@ class Tape:
         arguments = (("size", False, sizes), ("dtype", True, made.dtype))
         if _FORMED_LIKE[facts.base] is torch.ops.aten.full.default:
             arguments = (arguments[0], ("fill_value", False, fill), arguments[1])
-        outputs = self._add_outputs(made)
+        outputs = self.add_outputs(made)
         formed = operator(_FORMED_LIKE[facts.base])
-        self._append(Step(formed, arguments, numbers, (), outputs, (), users_line()))
+        self.append(Step(formed, arguments, numbers, (), outputs, (), users_line()))
 
     def _spoil(self, facts: Operator, given: list, made: Any, taint: str) -> None:
         """What an untraceable operation made is untraceable, and so is what it overwrote from then on."""
@@ -297,7 +202,7 @@ class Tape:
         spans = [reached for tensor in written if (reached := span(tensor)) is not None]
         known = tuple(reached for reached in spans if reached.storage in self._storages)
         if known:
-            self._append(Step(facts, (), (), (), (), known, users_line(), taint))
+            self.append(Step(facts, (), (), (), (), known, users_line(), taint))
 
     def add_draw(
         self,
@@ -329,11 +234,12 @@ class Tape:
             ("replacement", False, replacement),
             ("dtype", False, dtype),
         )
-        outputs = self._add_outputs(made)
+        outputs = self.add_outputs(made)
         facts = Operator(redraw, DRAW, DRAW, (), 0, False, False, None)
-        self._append(Step(facts, arguments, (low, high, *shape), inputs, outputs, (), users_line()))
+        self.append(Step(facts, arguments, (low, high, *shape), inputs, outputs, (), users_line()))
 
-    def _append(self, step: Step) -> None:
+    def append(self, step: Step) -> None:
+        """Add a step that has run."""
         for reached in step.writes:
             self.writes.setdefault(reached.storage, []).append((len(self.steps), reached))
         self.steps.append(step)
@@ -342,54 +248,10 @@ class Tape:
         # Every torch.tensor(...) and from_numpy(...) comes through here, whatever its numbers come from.
         if self.taint(tensor) is None:
             is_new = id(tensor) not in self._known and self._places.get(_place(tensor)) is None
-            if is_new and (self._copied(tensor) or self._within(tensor) or self._counts_siblings(tensor)):
+            if is_new and trace_back(self, tensor):
                 return
             value = self.values[self._value(tensor)]
             value.from_python = value.kind == "constant"
-
-    def _counts_siblings(self, tensor: Tensor) -> bool:
-        """Whether a tensor that Python made holds the lengths of the tensors of one list in the newest batch."""
-        if tensor.dtype not in (torch.int64, torch.int32) or tensor.ndim != 1 or tensor.device.type != "cpu":
-            return False
-        newest = next(reversed(self.batches.values()), ())
-        for group in sibling_groups([self.values[index].path for index in newest]):
-            leaves = [self.values[newest[place]] for place in group]
-            sizes = [leaf.shape[0] if leaf.shape else -1 for leaf in leaves]
-            if len(set(sizes)) > 1 and sizes == tensor.tolist():
-                inputs = tuple(leaf.index for leaf in leaves)
-                arguments = (("tensors", False, tuple(map(Ref, inputs))), ("dtype", False, tensor.dtype))
-                facts = Operator(lengths_of, "lengths", "lengths", (), 0, False, False, None)
-                self._append(Step(facts, arguments, (), inputs, self._add_outputs(tensor), (), users_line()))
-                return True
-        return False
-
-    def _within(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the memory of a leaf of the newest batch, as a slice of an array does; if so, it is
-        a view of it."""
-        newest = next(reversed(self.batches.values()), ())
-        for leaf in (self.values[index].tensor for index in newest):
-            if leaf.layout is not torch.strided or leaf.dtype != tensor.dtype or leaf.device != tensor.device:
-                continue
-            if not leaf.is_contiguous() or not tensor.numel() or not leaf.numel():
-                continue
-            offset = (tensor.data_ptr() - leaf.data_ptr()) // leaf.itemsize
-            if 0 <= offset < leaf.numel():
-                form = (list(tensor.shape), list(tensor.stride()), offset)
-                self.observe(torch.ops.aten.as_strided.default, (leaf, *form), {}, tensor)
-                return True
-        return False
-
-    def _copied(self, tensor: Tensor) -> bool:
-        """Whether a tensor that Python or numpy made holds what a leaf of the newest batch does; if so, it comes from
-        there."""
-        newest = next(reversed(self.batches.values()), ())
-        for leaf in (self.values[index].tensor for index in newest):
-            if _same_numbers(leaf, tensor):
-                shaped = leaf.reshape(tensor.shape)
-                self.observe(torch.ops.aten.reshape.default, (leaf, list(tensor.shape)), {}, shaped)
-                self.observe(torch.ops.aten._to_copy.default, (shaped,), {"dtype": tensor.dtype}, tensor)
-                return True
-        return False
 
     def _value(self, tensor: Tensor) -> int:
         """The value that ``tensor`` is; one that nobody has seen before lay about already: a constant."""
@@ -436,36 +298,12 @@ class Tape:
         return walk(node, 0)
 
 
-def span(tensor: Tensor) -> Span | None:
-    """The bytes that ``tensor`` reaches, or None if it has no plain storage."""
-    if tensor.layout is not torch.strided:
-        return None
-    try:
-        storage = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a wrapper around other tensors
-        return None
-    low = tensor.storage_offset() * tensor.itemsize
-    if tensor.numel() == 0:
-        return Span(storage, low, low)
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return Span(storage, low, low + reach * tensor.itemsize)
-
-
 def _elements(tensor: Tensor) -> tuple[int, ...] | None:
     if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32) or len(tensor) > _MOST_LISTED:
         return None
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         return None
     return tuple(tensor.tolist())
-
-
-def _same_numbers(leaf: Tensor, tensor: Tensor) -> bool:
-    if leaf.layout is not torch.strided or leaf.device != tensor.device or leaf.numel() != tensor.numel():
-        return False
-    if tensor.numel() < 2 or leaf.is_floating_point() != tensor.is_floating_point() or tensor.dtype == torch.bool:
-        return False
-    flat = leaf.reshape(-1)
-    return bool((flat == tensor.reshape(-1)).all()) and not bool((flat == flat[0]).all())
 
 
 def _distinct(ids: Tensor, on_host: np.ndarray | None) -> np.ndarray:

@@ -9,7 +9,7 @@ seed: which rank has its turn when, and which buffers it finds. Whatever the see
     python -m pm.lockstep_simulator --seed 17 --techniques all
 
 In a program: `LockstepSimulation(recording, ...).run_to(step)`, with the `Recording` (`schedules.py`) of what ranks
-look up. `pm.simulator` is the one of the asynchronous protocol.
+look up. `pm.simulator` runs the asynchronous protocol.
 """
 
 from __future__ import annotations

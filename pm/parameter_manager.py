@@ -47,6 +47,8 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
 
     Raises:
         ValueError, TypeError: if an argument is not as described; before other ranks are spoken to.
+        OSError: if this rank cannot write its file of `record`.
+        RuntimeError: under mpirun without mpi4py, if `comm` is not given.
     """
 
     def __init__(

@@ -11,7 +11,11 @@ from pm.store import RecordStore
 
 
 class SparseRule:
-    """What rules share that leave alone the rows without gradient, as PyTorch does too, or to the same effect."""
+    """What rules share that leave alone the rows without gradient, as PyTorch does too, or to the same effect.
+
+    Of any rule `state_words(dim)` says how many elements of optimizer state a record of `dim` values has, and
+    `initial_state(group)` what they start from. `group` has the hyperparameters of the table's parameter group.
+    """
 
     catches_up = False
     moves_looked_up_rows = False

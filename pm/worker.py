@@ -185,7 +185,18 @@ class Worker:
     def enable_sampling(
         self, keys: object = None, distribution: object = None, scheme: str = "naive", replacement: bool = True
     ) -> None:
-        """Say from which keys, by which distribution and scheme this worker samples (see `pm.sampling.Sampling`)."""
+        """Say from which keys, by which distribution and scheme this worker samples (see `pm.sampling.Sampling`).
+
+        Args:
+            keys: int64 `[m]`, distinct; None for all.
+            distribution: None (uniform), weights `[m]`, or a function (generator, n) -> n independent keys.
+            scheme: "naive", "preloc", "pool" or "local".
+            replacement: whether a sample may have a key twice.
+
+        Raises:
+            ValueError, TypeError: if an argument is not as described.
+            IndexError: if a key is out of range.
+        """
         self._sampling = Sampling(
             _Access(self),
             seed=self._seed,
@@ -199,13 +210,21 @@ class Worker:
         """Prepare a sample of `n` keys for clocks in [start, end] (now, if not given); return a handle for it.
 
         Without `enable_sampling`, samples are drawn uniformly from all keys, with replacement.
+
+        Raises:
+            ValueError: for `n` below 0, an end before its start, and more keys than there are, without replacement.
         """
         if self._sampling is None:
             self.enable_sampling()
         return self._sampling.prepare(n, start, end)
 
     def pull_sample(self, handle: int, keys: object, out: object) -> None:
-        """Take the next keys of a prepared sample: write them to `keys` (int64 `[k]`) and their values to `out`."""
+        """Take the next keys of a prepared sample: write them to `keys` (int64 `[k]`) and their values to `out`.
+
+        Raises:
+            ValueError: for a handle of no sample, more keys than are left of it, or an `out` that does not fit.
+            TypeError: if `keys` is not a writeable int64 vector, or `out` has another dtype.
+        """
         if self._sampling is None:
             raise ValueError(f"handle {handle} is of no sample: prepare_sample was not called")
         self._sampling.pull(handle, keys.detach().numpy() if hasattr(keys, "detach") else keys, out)

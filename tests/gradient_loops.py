@@ -1,4 +1,4 @@
-"""Loops that read, clip, scale or unscale gradients, tables' included; see `loops.py`."""
+"""Loops that read, clip, scale or unscale gradients, tables' included; see `loop_cases.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
-from tests.loops import Script
+from tests.loop_cases import Script
 
 
 def between(change: Callable[[Script, int], None], every: int = 1) -> Callable[[Script], None]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import pm
+from tests.mpi.meeting import meet
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
 
@@ -207,10 +208,3 @@ class Run:
         manager.wait(manager.pull(keys, self._given(out)))
         place, owner = self._words(keys)
         np.testing.assert_array_equal(out, by_rank[owner, place])
-
-
-def meet(comm) -> None:
-    """Wait, asleep, until every rank is here; not through the manager that is under test."""
-    request = comm.Ibarrier()
-    while not request.Test():
-        time.sleep(1e-4)

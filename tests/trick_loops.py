@@ -1,5 +1,5 @@
 """Loops that do more than a step to a model: adversarial perturbation, averages of weights, several passes; see
-`loops.py`.
+`loop_cases.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
-from tests.loops import Script
+from tests.loop_cases import Script
 
 
 def _tables(s: Script):

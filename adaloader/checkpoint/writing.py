@@ -272,5 +272,5 @@ def _is_current(folder: Path, data: str) -> bool:
     """Whether the index already names this data."""
     try:
         return read_index(folder).data == data
-    except CheckpointError:
+    except CheckpointError:  # an index that cannot be read names nothing
         return False

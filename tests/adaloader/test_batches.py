@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pm
+from adaloader.batch_rows import BatchRows
 from adaloader.batches import Batch, Batches
-from adaloader.managed_table import BatchRows
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from tests import gradient_loops
-from tests.loops import Case
+from tests.loop_cases import Case
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "two"])

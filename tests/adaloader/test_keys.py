@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaloader import AdaLoader, full_state_dict
 from adaloader.managed_model import managed_models
-from tests.loops import MIN_ROWS, ROWS, Clicks, Model
+from tests.loop_cases import MIN_ROWS, ROWS, Clicks, Model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -300,7 +300,7 @@ def test_underived_keys_are_said_once_with_table_and_reason(seed, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert "'bag.weight'" in said[0] and "numpy" in said[0] and "keys={'bag.weight':" in said[0]
-    assert "test_keys.py" in said[0] or "loops.py" in said[0]
+    assert "test_keys.py" in said[0] or "loop_cases.py" in said[0]
     assert stats["tables"]["bag.weight"]["intended"] < stats["tables"]["bag.weight"]["on_demand"]
     assert stats["tables"]["rows.weight"]["on_demand"] < 20
 

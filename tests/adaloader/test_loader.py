@@ -1,69 +1,21 @@
-"""The loader as a loader: batches, length, passes, saving and resuming, closing; on one process."""
+"""The loader as a loader: batches, length, passes, statistics, errors; on one process."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import io
 import itertools
 import threading
 import weakref
 
 import pytest
 import torch
-import torchdata.nodes as nodes
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from adaloader import AdaLoader
-
-ROWS = 60
-
-
-class Pairs(TensorDataset):
-    def __init__(self, samples=23):
-        super().__init__(torch.arange(samples), torch.arange(samples * 2).view(samples, 2) % ROWS)
-
-
-class Stream(IterableDataset):
-    """Each worker gives its own part."""
-
-    def __init__(self, samples=23):
-        self.samples = samples
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in range(first, self.samples, step):
-            yield torch.tensor(number), torch.tensor([number % ROWS, 1])
-
-
-class Lookup(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(ROWS, 4)
-
-    def forward(self, ids):
-        return self.table(ids).sum()
-
-
-def managed(*args, wrap=False, **keywords):
-    model = Lookup()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    build = AdaLoader.wrap if wrap else AdaLoader
-    loader = build(*args, model=model, optimizer=optimizer, min_rows=1, **keywords)
-    return loader, model, optimizer
-
-
-def train(model, optimizer, batch):
-    optimizer.zero_grad()
-    model(batch[1]).backward()
-    optimizer.step()
-
-
-def numbers(batches):
-    return [batch[0].tolist() for batch in batches]
+from tests.adaloader.id_loaders import ROWS, Lookup, Pairs, Stream, managed, numbers, train
 
 
 def squared_sum(samples):
@@ -271,76 +223,6 @@ def test_a_second_loader_reuses_what_was_learned(with_optimizer, num_workers):
         train(model, optimizer, batch)
 
 
-def test_many_loaders_in_one_process():
-    for _ in range(20):
-        loader, model, optimizer = managed(Pairs(), 8)
-        for batch in loader:
-            train(model, optimizer, batch)
-        loader.close()
-    assert planner_threads() == []
-
-
-# --- closing, and nothing left behind ---
-
-
-def planner_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("adaloader")]
-
-
-@pytest.fixture
-def no_threads_before():
-    gc.collect()
-    assert planner_threads() == []
-
-
-@pytest.mark.parametrize("ending", ["full pass", "break", "never iterated", "error", "iterator kept"])
-@pytest.mark.parametrize("wrap", [False, True])
-def test_loader_and_model_leave_nothing(ending, wrap, no_threads_before):
-    loader, model, optimizer = managed(list(DataLoader(Pairs(), 4)) if wrap else Pairs(), wrap=wrap)
-    watched = [weakref.ref(loader), weakref.ref(model), weakref.ref(model.table.weight), weakref.ref(optimizer)]
-    assert len(planner_threads()) == 1
-    iterator = None
-    try:
-        if ending == "iterator kept":
-            iterator = iter(loader)
-            next(iterator)
-        elif ending != "never iterated":
-            for batch in loader:
-                train(model, optimizer, batch)
-                if ending == "error":
-                    raise KeyError("the user's own")
-                if ending == "break":
-                    break
-    except KeyError:
-        assert ending == "error"
-    batch = None
-    del loader, model, optimizer, iterator, batch
-    gc.collect()
-    gc.collect()  # autograd's nodes hold the parameter from outside Python until the first pass has freed them
-    assert [type(reference()) for reference in watched] == [type(None)] * 4
-    assert planner_threads() == []
-
-
-def test_close_may_be_repeated_and_ends_the_loader(no_threads_before):
-    loader, model, optimizer = managed(Pairs(), 4)
-    other = AdaLoader(Pairs(), 4, model=model, min_rows=1)
-    iterator = iter(loader)
-    train(model, optimizer, next(iterator))
-    for _ in range(3):
-        loader.close()
-    assert len(planner_threads()) == 1
-    with pytest.raises(RuntimeError, match="was closed"):
-        iter(loader)
-    with pytest.raises(RuntimeError, match="was closed"):
-        list(iterator)
-    with torch.no_grad():
-        for batch in other:
-            model(batch[1])
-    other.close()
-    assert loader.stats()["steps"] == 1
-    assert model.state_dict()["table.weight"].shape == (ROWS, 4)  # one process: nothing is lost
-
-
 def test_batches_do_not_pile_up_in_loops_without_steps():
     """Evaluation, and loops that only look at batches, hold a bounded number of them."""
     loader, model, _ = managed(Pairs(400), 4, lookahead=3)
@@ -392,154 +274,6 @@ def test_statistics_are_true():
     assert stats["tables"]["table.weight"]["lookups"] == stats["lookups"]
 
 
-# --- saving and resuming ---
-
-
-def save_and_load(state):
-    """Through a file: what a checkpoint does to a state."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("lookahead", [0, 1, 5, 50])
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 6])
-def test_resuming_goes_on_after_the_last_batch_handed_out(num_workers, lookahead, stop_after, seed):
-    if num_workers and stop_after not in (1, 6):
-        pytest.skip("workers are slow to start")
-    print("seed", seed)
-
-    def build():
-        return managed(Pairs(), 4, shuffle=True, num_workers=num_workers, lookahead=lookahead)
-
-    torch.manual_seed(seed)
-    loader, model, optimizer = build()
-    torch.manual_seed(seed)
-    states, seen = [], []
-    iterator = iter(loader)
-    for batch in itertools.islice(iterator, stop_after):
-        train(model, optimizer, batch)
-        states.append(loader.state_dict())
-        seen.append(batch[0].tolist())
-    state = save_and_load(loader.state_dict())
-    rest = numbers(iterator)
-    resumed, model, optimizer = build()
-    torch.manual_seed(seed + 1)
-    resumed.load_state_dict(state)
-    assert numbers(resumed) == rest
-    assert sum(seen + rest, []) != list(range(23)) and sorted(sum(seen + rest, [])) == list(range(23))
-    assert len(numbers(resumed)) == 6  # and the next pass is whole
-    for number, earlier in enumerate(states):  # each earlier state is as it was taken
-        resumed.load_state_dict(earlier)
-        if num_workers == 0 or number == 0:
-            assert numbers(resumed) == seen[number + 1 :] + rest
-
-
-def test_the_state_after_the_end_begins_a_new_pass():
-    loader, _, _ = managed(Pairs(), 4)
-    list(loader)
-    loader.load_state_dict(save_and_load(loader.state_dict()))
-    assert len(list(loader)) == 6
-
-
-def test_state_before_the_first_pass():
-    loader, _, _ = managed(Pairs(), 4, shuffle=True)
-    state = loader.state_dict()
-    first = numbers(loader)
-    loader.load_state_dict(state)
-    assert numbers(loader) == first
-
-
-class Generated:
-    """A loader of a kind of its own: `__iter__` is a generator; no length, no state."""
-
-    batch_size = 4
-
-    def __iter__(self):
-        for number in range(6):
-            yield torch.tensor([number]), torch.tensor([[number, number + 1]])
-
-
-def as_nodes():
-    node = nodes.IterableWrapper([(torch.tensor([n]), torch.tensor([[n, n + 1]])) for n in range(6)])
-    return nodes.Loader(nodes.Prefetcher(node, prefetch_factor=2))
-
-
-SOURCES = {
-    "list": lambda: list(Generated()),
-    "generator": Generated,
-    "nodes": as_nodes,
-    "stateful": lambda: StatefulDataLoader(Pairs(), 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
-    "dataloader": lambda: DataLoader(Pairs(), 4),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("lookahead", [0, 1, 50])
-def test_wrapped_sources(source, lookahead):
-    plain = SOURCES[source]()
-    expected = [numbers(plain), numbers(plain)]
-    loader, model, optimizer = managed(SOURCES[source](), wrap=True, lookahead=lookahead)
-    seen = []
-    for _ in range(2):
-        seen.append([])
-        for batch in loader:
-            train(model, optimizer, batch)
-            seen[-1].append(batch[0].tolist())
-    assert seen == expected
-    if hasattr(plain, "__len__"):
-        assert len(loader) == len(plain)
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("lookahead", [0, 1, 50])
-@pytest.mark.parametrize("stop_after", [0, 2, 6, None])
-def test_wrapped_sources_resume(source, lookahead, stop_after):
-    """`None`: the state is taken after the end."""
-    loader, _, _ = managed(SOURCES[source](), wrap=True, lookahead=lookahead)
-    iterator = iter(loader)
-    list(itertools.islice(iterator, stop_after))
-    state = save_and_load(loader.state_dict())
-    resumed, _, _ = managed(SOURCES[source](), wrap=True, lookahead=lookahead)
-    resumed.load_state_dict(state)
-    assert resumed.state_dict() == state or source in ("nodes", "stateful")
-    rest = numbers(iterator)
-    if stop_after is None or (stop_after, source) == (6, "nodes"):  # a nodes.Loader itself begins anew there
-        assert len(numbers(resumed)) == 6
-    else:
-        assert numbers(resumed) == rest
-        assert len(numbers(resumed)) == 6
-
-
-def test_wrap_refuses_what_cannot_be_iterated_again():
-    model = Lookup()
-    for source in (iter([]), (n for n in range(3)), 3):
-        with pytest.raises(TypeError, match="iterated again"):
-            AdaLoader.wrap(source, model=model)
-    loader, _, _ = managed([1], wrap=True)
-    with pytest.raises(ValueError, match="not a state of a wrapped loader"):
-        loader.load_state_dict({"_num_yielded": 3})
-
-
-def test_wrapping_draws_nothing():
-    """Building the wrapper must not begin a pass of the user's loader."""
-
-    class Counting:
-        begun = 0
-
-        def __iter__(self):
-            self.begun += 1
-            return iter([])
-
-    source = Counting()
-    loader, _, _ = managed(source, wrap=True)
-    assert source.begun == 0
-    assert loader.begun == 0 and not hasattr(loader, "no_such_thing")
-    list(loader)
-    assert loader.begun == 1
-
-
 # --- errors ---
 
 
@@ -575,41 +309,4 @@ def test_an_error_of_a_key_function_comes_in_its_place():
     for _ in range(2):
         with pytest.raises(ArithmeticError, match="no keys for 9"):
             next(iterator)
-
-
-freed = []
-
-
-class Garbage:
-    """Held by itself alone: the next collection frees it."""
-
-    def __init__(self):
-        self.itself = self
-
-    def __del__(self):
-        freed.append(self)
-
-
-class Collecting(TensorDataset):
-    """Says of each sample whether this process has freed any garbage, once that is collected."""
-
-    def __getitem__(self, at):
-        gc.collect()
-        return super().__getitem__(at)[0], torch.tensor(len(freed))
-
-
-def test_workers_leave_what_they_inherit_as_garbage():
-    """A communicator, or a process group whose threads a forked process has not got, would crash the worker."""
-    gc.collect()
-    gc.disable()
-    try:
-        freed.clear()
-        Garbage()
-        loader, *_ = managed(Collecting(torch.arange(4)), 2, num_workers=1)
-        in_worker = [counts.tolist() for _, counts in loader]
-        assert in_worker == [[0, 0], [0, 0]]
-        gc.collect()
-        assert len(freed) == 1, "there was garbage"
-    finally:
-        gc.enable()
-    loader.close()
+    loader.close()  # until then its batch keeps the error, whose traceback keeps this frame

@@ -3,7 +3,7 @@
 import pytest
 
 from tests import loops
-from tests.loops import Case
+from tests.loop_cases import Case
 
 
 @pytest.mark.parametrize("loop", loops.ALL, ids=lambda loop: loop.__name__)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.loops import Case
+from tests.loop_cases import Case
 from tests.trick_loops import ALL
 
 

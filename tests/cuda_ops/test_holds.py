@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -11,14 +10,7 @@ import pytest
 import cuda_ops
 
 
-def fresh_rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"{seed=}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
-def test_held_by_one_is_what_counting_says():
-    rng = fresh_rng()
+def test_held_by_one_is_what_counting_says(rng):
     ranks, slots = int(rng.choice([1, 2, 5, 64])), 40
     book = np.zeros((slots, 4), np.int32)
     held = [Counter() for _ in range(slots)]
@@ -40,8 +32,7 @@ def test_held_by_one_is_what_counting_says():
         np.testing.assert_array_equal(book[:, 0], [sum(counts.values()) for counts in held])
 
 
-def test_has_count_is_what_counting_says():
-    rng = fresh_rng()
+def test_has_count_is_what_counting_says(rng):
     book = rng.integers(-2, 3, (50, 4)).astype(np.int32)
     slots = rng.integers(0, 50, 200)
     for count in (-1, 0, 2):
@@ -60,9 +51,8 @@ def in_a_row(uses: dict[int, set[int]], rank: int) -> int:
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3])
-def test_rows_move_after_uses_by_one_rank_alone(needed):
+def test_rows_move_after_uses_by_one_rank_alone(needed, rng):
     """Plans come one after another, each for a later version; some slots are of several ranks at once."""
-    rng = fresh_rng()
     ranks, slots = 3, 30
     book, runs = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
     latest, before = np.zeros(slots, np.int32), np.zeros(slots, np.int32)

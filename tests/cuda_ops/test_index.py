@@ -1,7 +1,5 @@
 """KeyIndex as a state machine against a dictionary, and its edges."""
 
-import secrets
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -95,10 +93,7 @@ TestIndexMachine = IndexMachine.TestCase
 
 
 @pytest.mark.parametrize("again", range(3))
-def test_grows_through_many_sizes(again):
-    seed = secrets.randbits(32)
-    print(f"{seed=}")
-    rng = np.random.default_rng(seed)
+def test_grows_through_many_sizes(again, rng):
     universe = np.unique(rng.integers(0, 2**62, 60_000))
     rng.shuffle(universe)
     index = cuda_ops.KeyIndex()

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-
 import numpy as np
 import pytest
 
 import cuda_ops
 
 SLOTS = 50
-
-
-def fresh_rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"{seed=}")  # shown where a test fails
-    return np.random.default_rng(seed)
 
 
 def some_places(rng: np.random.Generator) -> np.ndarray:
@@ -33,8 +25,7 @@ def column(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
     return wider[:, 1]
 
 
-def test_uses_are_counted_and_what_has_none_is_returned():
-    rng = fresh_rng()
+def test_uses_are_counted_and_what_has_none_is_returned(rng):
     for _ in range(50):
         places, count = some_places(rng), int(rng.choice([1, -1]))
         records, copies = (column(rng, rng.integers(-2, 3, SLOTS).astype(np.int32)) for _ in range(2))
@@ -49,8 +40,7 @@ def test_uses_are_counted_and_what_has_none_is_returned():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_rows_come_from_records_and_copies(dtype):
-    rng = fresh_rng()
+def test_rows_come_from_records_and_copies(dtype, rng):
     for _ in range(30):
         places, (stride, copy_stride) = some_places(rng), rng.integers(3, 9, 2).tolist()
         words = rng.random(SLOTS * stride).astype(dtype)
@@ -63,8 +53,7 @@ def test_rows_come_from_records_and_copies(dtype):
             np.testing.assert_array_equal(row, expected[:3])
 
 
-def test_keys_that_have_moved_are_found_out():
-    rng = fresh_rng()
+def test_keys_that_have_moved_are_found_out(rng):
     for _ in range(50):
         places = some_places(rng)
         owned, copied = (column(rng, rng.permutation(10 * SLOTS)[:SLOTS]) for _ in range(2))

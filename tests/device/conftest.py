@@ -1,7 +1,6 @@
 """What the tests of models on a device share."""
 
 import os
-import secrets
 
 import pytest
 import torch
@@ -9,14 +8,6 @@ import torch
 collect_ignore_glob = [] if os.environ.get("ADALOADER_FAR_DEVICE") else ["test_*.py"]
 """PyTorch has one place for a device of others, and who fills it changes what a process sees of PyTorch: these tests
 are run by `tests/test_device.py`, in processes of their own."""
-
-
-@pytest.fixture
-def seed() -> int:
-    """A fresh seed, shown when the test fails; `ADALOADER_TEST_SEED` gives it again."""
-    drawn = int(os.environ.get("ADALOADER_TEST_SEED", secrets.randbits(31)))
-    print(f"ADALOADER_TEST_SEED={drawn}")
-    return drawn
 
 
 @pytest.fixture(scope="session")

@@ -30,13 +30,6 @@ def declare(seed, initialise="as constructed", min_rows=2, **options):
     return model
 
 
-def same_on_all_ranks(comm, tensor: torch.Tensor) -> bool:
-    mine = tensor.detach().double().reshape(-1).numpy().copy()
-    of_rank_0 = mine.copy()
-    comm.Bcast(of_rank_0)
-    return np.array_equal(mine, of_rank_0)
-
-
 def values_of(model, seed) -> dict[str, torch.Tensor]:
     """What declared tables start from, made here without any rank: what any number of ranks must give."""
     values = {}

@@ -154,7 +154,7 @@ def test_ranks_in_different_reductions_are_told(ranks, what):
     x = torch.randn(2, 5, dtype=torch.float64, generator=ranks.random)
     model.loss(x, 0).backward()
     if what == "index":
-        reducer._index += ranks.rank == 0
+        reducer._exchange.index += ranks.rank == 0
     elif ranks.rank == 0:
         reducer.finish_step()
     with pytest.raises(RuntimeError, match=rf"(?s)reduction \d of step \d.*mean {what}.*equally often"):

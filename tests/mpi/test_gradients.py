@@ -6,7 +6,7 @@ from torch import nn
 
 from adaloader import AdaLoader, ManagedTableError
 from tests import gradient_loops
-from tests.loops import Case
+from tests.loop_cases import Case
 from tests.mpi.test_loops import SAMPLES
 from tests.training import close
 

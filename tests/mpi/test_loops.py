@@ -3,7 +3,7 @@
 import pytest
 
 from tests import loops
-from tests.loops import Case
+from tests.loop_cases import Case
 
 SAMPLES = {1: (26,), 2: (25, 27), 3: (25, 29), 4: (33, 39)}
 """By number of ranks, with 4 samples a rank and batch: ranks without a part in the last batch; parts of two sizes."""

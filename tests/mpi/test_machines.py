@@ -14,9 +14,10 @@ import pm
 import pm.machine
 from adaloader import AdaLoader
 from pm.messages import Kind, message_bytes
+from tests.mpi.meeting import meet
 from tests.mpi.test_exactness import FIELDS, MODELS, OPTIMIZERS, ROWS, Run, assert_exact, digest
 from tests.mpi.test_moving import check_one_owner, delay_messages
-from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, meet, read, train
+from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, read, train
 from tests.pm.oracle import GROUPS, DenseTable, make_spec
 
 pytestmark = pytest.mark.ranks(3)

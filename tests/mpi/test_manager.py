@@ -10,7 +10,8 @@ import pytest
 import pm
 from pm.messages import Kind
 from tests.idleness import measured_idleness
-from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, meet, pulled, read
+from tests.mpi.meeting import meet
+from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, pulled, read
 from tests.pm.oracle import GROUPS, DenseTable, make_spec, random_gradient
 
 

@@ -10,7 +10,8 @@ import pytest
 import pm
 from pm.messages import Kind
 from pm.reuse import Reuse
-from tests.mpi.worlds import World, assert_nothing_is_held, gathered, meet, pulled, read, train
+from tests.mpi.meeting import meet
+from tests.mpi.worlds import World, assert_nothing_is_held, gathered, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
 APART = {"shared_memory": False}

@@ -13,7 +13,8 @@ import pm
 import pm.machine
 import pm.neighbours
 from pm.store import RecordStore
-from tests.mpi.worlds import World, gathered, meet, pulled, read, train
+from tests.mpi.meeting import meet
+from tests.mpi.worlds import World, gathered, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import pm
+from tests.mpi.meeting import meet
 from tests.mpi.stress import stress
-from tests.parameter_programs import TECHNIQUES, meet
+from tests.parameter_programs import TECHNIQUES
 
 COPYING = ("all", "replication")
 

@@ -15,7 +15,7 @@ from adaloader import AdaLoader
 from pm.recorder import path_of_rank
 from pm.schedules import Recording
 from pm.simulator import main
-from tests.mpi.worlds import meet
+from tests.mpi.meeting import meet
 
 pytestmark = pytest.mark.ranks(2)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,13 +15,6 @@ TIMEOUT = 100.0
 TECHNIQUES = os.environ.get("ADALOADER_TEST_TECHNIQUES", "all")
 _SHARED = os.environ.get("ADALOADER_TEST_SHARED_MEMORY", "1")
 SHARED_MEMORY = _SHARED == "1" if _SHARED in "01" else int(_SHARED)
-
-
-def meet(comm) -> None:
-    """Wait, asleep, until every rank is here; not through the manager that is under test."""
-    request = comm.Ibarrier()
-    while not request.Test():
-        time.sleep(1e-4)
 
 
 def out_for(table: pm.Table, rows: np.ndarray) -> np.ndarray:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-
 import numpy as np
 import pytest
 
 from pm.directory import NOBODY, Directory, RankIndex
 
 NO_KEYS = np.empty(0, np.int64)
-
-
-def fresh_rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"{seed=}")  # shown where a test fails
-    return np.random.default_rng(seed)
 
 
 class Ranks:
@@ -61,8 +53,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize("cached", [0, 4, 1000])
-def test_every_request_gets_to_the_owner(cached):
-    rng = fresh_rng()
+def test_every_request_gets_to_the_owner(cached, rng):
     ranks = int(rng.integers(2, 6))
     world = Ranks(rng, ranks, 30, cached)
     for _ in range(300):
@@ -79,8 +70,7 @@ def test_every_request_gets_to_the_owner(cached):
         assert all(directory.keys_cached <= cached for directory in world.directories)
 
 
-def test_what_homes_know_need_not_be_kept_elsewhere():
-    rng = fresh_rng()
+def test_what_homes_know_need_not_be_kept_elsewhere(rng):
     world = Ranks(rng, 4, 50, 8)
     for _ in range(200):
         key = int(rng.integers(50))

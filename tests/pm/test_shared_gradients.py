@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 import numpy as np
 
 from pm.machine import Machine
@@ -14,10 +12,7 @@ def areas(ranks: int, size: int) -> Machine:
     return Machine({}, {rank: np.zeros(size, np.uint8) for rank in range(ranks)}, {})
 
 
-def test_what_neighbours_may_still_read_is_not_written():
-    seed = secrets.randbits(32)
-    print(f"{seed=}")
-    rng = np.random.default_rng(seed)
+def test_what_neighbours_may_still_read_is_not_written(rng):
     for _ in range(30):
         ranks = int(rng.integers(2, 5))
         ready = [0] * ranks

@@ -12,7 +12,8 @@ from pm.operations import Operations
 from pm.recorder import Recorder, path_of_rank
 from pm.schedules import Does, Event, Recording, random_schedule
 from pm.simulated_network import Setting
-from pm.simulator import Simulation, main, run_seed
+from pm.simulation import Simulation, run_seed
+from pm.simulator import main
 from pm.syncing import Syncing
 
 MOST_SEEDS = 100

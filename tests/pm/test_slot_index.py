@@ -1,7 +1,5 @@
 """`SlotIndex` against a dictionary, over random sequences of what a store does to it."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -9,13 +7,6 @@ from pm.keys import make_keys
 from pm.slot_index import MOST_SLOTS, SlotIndex
 
 ROWS = [1, 7, 40, 300, 5000]
-
-
-@pytest.fixture
-def rng():
-    seed = int(os.environ.get("ADALOADER_TEST_SEED", np.random.SeedSequence().entropy % (1 << 32)))
-    print(f"ADALOADER_TEST_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def random_keys(rng, count):

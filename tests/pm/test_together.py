@@ -1,7 +1,5 @@
 """Rows of several tables in one call: to the bit what each table by itself gives."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -12,13 +10,6 @@ from tests.pm.oracle import GROUPS, make_spec
 
 DIM = 3
 LATER = {"sgd": "adagrad", "adagrad": "sgd"}
-
-
-@pytest.fixture
-def rng():
-    seed = int(os.environ.get("ADALOADER_TEST_SEED", np.random.SeedSequence().entropy % (1 << 32)))
-    print(f"ADALOADER_TEST_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 class Batches:
