@@ -1,7 +1,7 @@
 """One rank's part in the asynchronous protocol, without any input or output of its own.
 
 A node is told what happens (`handle` a message, begin a `round`, run an operation) and emits messages; who carries them
-is not its business. `ParameterManager` puts it on MPI, `simulator.py` on a virtual network. The asking side is in
+is not its business. `ParameterManager` puts it on MPI, `simulation.py` on a virtual network. The asking side is in
 `claims.py`, the owner's in `grants.py`, operations on keys in `operations.py`, waiting for the others in `syncing.py`.
 Of the network it expects that nothing is lost and that messages from one rank to another arrive in order; those that
 travel over different ranks may overtake each other.
