@@ -84,3 +84,57 @@ def test_arrays_of_other_types_are_refused():
         cuda_ops.gather_places(places, words, 4, words.astype(np.float64), 4, np.empty((1, 2), np.float32))
     with pytest.raises(ValueError, match="do not lie"):
         cuda_ops.gather_places(places, words, 4, words, 4, np.empty((1, 5), np.float32))
+
+
+# Places in an array by key
+
+
+def test_places_by_key_are_a_dictionary(rng):
+    by_key, known = np.zeros(SLOTS, np.int32), {}
+    for _ in range(200):
+        keys = rng.permutation(SLOTS)[: rng.integers(0, 20)]
+        places = rng.choice(np.setdiff1d(np.arange(-(2**31) + 1, -(2**31) + 200), [-1]), len(keys))
+        places = np.where(rng.random(len(keys)) < 0.5, places, rng.integers(0, 2**31 - 1, len(keys)))
+        match rng.integers(3):
+            case 0:
+                fresh = np.array([key not in known for key in keys.tolist()], bool)
+                cuda_ops.put_places(by_key, keys[fresh], places[fresh], fresh=True)
+                known.update(zip(keys[fresh].tolist(), places[fresh].tolist(), strict=True))
+            case 1:
+                cuda_ops.put_places(by_key, keys, places, fresh=False)
+                known.update(zip(keys.tolist(), places.tolist(), strict=True))
+            case 2:
+                twice = np.concatenate([keys, keys[:2]])
+                assert cuda_ops.take_places(by_key, twice).tolist() == [known.pop(k, -1) for k in twice.tolist()]
+        asked = rng.integers(-3, SLOTS + 3, 100)
+        assert cuda_ops.find_places(by_key, asked).tolist() == [known.get(key, -1) for key in asked.tolist()]
+
+
+@pytest.mark.parametrize(
+    "keys, places, fresh, error, match",
+    [
+        ([1, 50], [0, 1], False, IndexError, "keys from 1 to 50 are not all among the 50"),
+        ([-1], [0], False, IndexError, "keys from -1"),
+        ([1, 7], [0, 1], True, KeyError, "key 7 .position 1. has a place already"),
+        ([1, 2, 1], [0, 1, 2], True, KeyError, "key 1 .position 2. has a place already"),
+        ([1], [2**31 - 1], False, ValueError, "do not fit"),
+        ([1], [-(2**31)], False, ValueError, "do not fit"),
+        ([1, 2], [0], False, ValueError, "2 keys given with 1 places"),
+    ],
+)
+def test_places_that_cannot_be_put_change_nothing(keys, places, fresh, error, match):
+    by_key = np.zeros(SLOTS, np.int32)
+    by_key[7] = 5
+    before = by_key.copy()
+    with pytest.raises(error, match=match):
+        cuda_ops.put_places(by_key, np.array(keys), np.array(places), fresh=fresh)
+    np.testing.assert_array_equal(by_key, before)
+
+
+def test_places_are_not_taken_of_keys_that_there_are_not():
+    by_key = np.arange(SLOTS, dtype=np.int32)
+    with pytest.raises(IndexError, match="are not all among"):
+        cuda_ops.take_places(by_key, np.array([3, SLOTS]))
+    assert by_key[3] == 3
+    with pytest.raises(TypeError, match="int32"):
+        cuda_ops.find_places(by_key.astype(np.int64), np.array([3]))
