@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 import pm
 from adaloader.batches import Batch, Batches
@@ -99,6 +100,8 @@ class ManagedModel:
         self._hook_handles: list[object] = []
         self._share_of_backward: float | None = None
         self._epoch_end_is_due = False
+        self._pre_hooks: dict[Optimizer, RemovableHandle] = {}
+        self._has_stepped_rows: set[Optimizer] = set()  # in the step that is under way
 
     @property
     def ranks(self) -> int:
@@ -252,8 +255,8 @@ class ManagedModel:
                 if this() is not None:
                     this()._after_step(optimizer)
 
-            self._hook_handles.append(optimizer.register_step_pre_hook(before))
-            self._hook_handles.append(optimizer.register_step_post_hook(after))
+            self._pre_hooks[optimizer] = optimizer.register_step_pre_hook(before)
+            self._hook_handles += [self._pre_hooks[optimizer], optimizer.register_step_post_hook(after)]
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Prepare a step; one with a closure, which makes its gradients itself, is prepared after each call of that."""
@@ -270,8 +273,12 @@ class ManagedModel:
                 rules[id(group)] = rule_for(optimizer, group, table.name)
             check_options(table.table.spec, optimizer, group, rules[id(group)])
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        self._has_stepped_rows.discard(optimizer)  # if the one before raised
         if closure is None:
             self._gradients_are_made()
+            if self._may_step_rows_now(optimizer):
+                self._step_rows(optimizer, is_skipped=False)
+                self._has_stepped_rows.add(optimizer)
             return None
 
         def evaluated():
@@ -293,17 +300,48 @@ class ManagedModel:
         return [(t, groups[id(t.parameter)]) for t in self.tables if id(t.parameter) in groups]
 
     def _hide_gradients(self, hidden: bool) -> None:
-        """Hide them from the optimizer's own step: rows are updated after it."""
+        """Hide them from the optimizer's own step, which rows have no part in."""
         for table in self.tables:
             table.hidden = hidden
+
+    def _may_step_rows_now(self, optimizer: Optimizer) -> bool:
+        """Whether to step rows before the optimizer's own step, so that the other ranks, which wait for this rank's
+        gradients, have them while that goes on.
+
+        It must make no difference: no other hook comes after ours, which might change hyperparameters yet, and no
+        scaler says within the step whether it is skipped. If that step then raises, rows have been stepped.
+        """
+        hooks = self._pre_hooks[optimizer].hooks_dict_ref()
+        return (
+            self.ranks > 1
+            and self.manager.in_lockstep
+            and not self.joining
+            and next(reversed(hooks)) == self._pre_hooks[optimizer].id
+            and getattr(optimizer, "grad_scale", None) is None
+            and getattr(optimizer, "found_inf", None) is None
+        )
 
     def _after_step(self, optimizer: Optimizer) -> None:
         self._hide_gradients(False)
         if self.reducer is not None and self.joining:
             self.reducer.finish_step()
+        if optimizer in self._has_stepped_rows:
+            self._has_stepped_rows.remove(optimizer)
+        else:
+            self._step_rows(optimizer, is_skipped=self._unscale_fused(optimizer))
+        for table in self.tables:
+            table.whole = None
+        if any(table.probation is not None for table in self.tables):
+            for table, _ in self._held_by(optimizer):
+                if table.probation is not None and table.counts.rows:
+                    confirm(table)
+        if self.follower is not None and not self.joining:
+            self.follower.step_taken()
+
+    def _step_rows(self, optimizer: Optimizer, *, is_skipped: bool) -> None:
+        """Hand the gradients of the rows that `optimizer` holds to the manager; `is_skipped`: there are none."""
         number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
         parts, shares, groups, snapshots = [], [], {}, {}
-        is_skipped = self._unscale_fused(optimizer)
         for table, group in self._held_by(optimizer):
             if id(group) not in snapshots:
                 snapshots[id(group)] = snapshot(group)
@@ -324,12 +362,6 @@ class ManagedModel:
         together = {"joint": joint} if joint else {}  # which only a rank that is alone has
         self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector, **together)
         self.optimizer_steps += 1
-        for table in self.tables:
-            table.whole = None
-            if table.probation is not None and table.table.number in groups and table.counts.rows:
-                confirm(table)
-        if self.follower is not None and not self.joining:
-            self.follower.step_taken()
 
     def _unscale_fused(self, optimizer: Optimizer) -> bool:
         """Do to rows what a fused optimizer does itself where a `GradScaler` steps it: unscale gradients. Return

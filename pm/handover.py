@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,7 +90,8 @@ class Handover:
         manager, table, step = self._manager, gradient.table, self._manager.steps
         slots = manager.touch(table, gradient.rows[part]) if number == AT_ROWS else gradient.plan.slots
         piece = Piece(slots, values, gradient.scale, gradient.ordinal, counts)
-        manager.transport.post(lambda: manager.serving.take_piece(manager.rank, step, table.number, number, piece))
+        take = partial(manager.serving.take_piece, manager.rank, step, table.number, number, piece)
+        manager.transport.post(take, wake=False)  # the STEP that follows wakes the thread
 
 
 def by_rank(ranks: np.ndarray, count: int) -> list[np.ndarray]:

@@ -101,13 +101,16 @@ class VirtualTransport:
     def wake(self) -> None:
         """Nothing: ranks take turns."""
 
+    def flush(self) -> None:
+        """Nothing: what is queued leaves in this rank's turn."""
+
     def close(self) -> None:
         """Nothing: nobody waits for a rank that ends."""
 
     def send(self, peer: int, message: Message) -> None:
         self._outbox[peer].append(message)
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None], *, wake: bool = True) -> None:
         self._posted.append(call)
 
     def collective(self, start: Callable, timeout_seconds: float | None = None) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -290,9 +291,11 @@ class SynchronousManager(ConnectedManager):
         self._send_released()
         step = Message(Kind.STEP, (self.steps, optimizer), (np.empty(0) if vector is None else vector,))
         self.steps += 1
-        for peer in (*self.peers, self.rank):  # ourselves last: no record leaves in the version after it before it does
-            self.deliver(peer, step)
-        self.transport.wake()
+        for peer in self.peers:
+            self.transport.send(peer, step)
+        # Ourselves last: no record leaves in the version after it before it does.
+        self.transport.post(partial(self._receive, self.rank, step), wake=False)
+        self.transport.flush()
         self.traffic.seconds["exchange"] += time.perf_counter() - started
 
     def locate(self, wanted: Sequence[tuple[Table, np.ndarray]]) -> list[np.ndarray]:

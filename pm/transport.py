@@ -1,4 +1,4 @@
-"""The background thread that moves messages between ranks: the only caller of MPI once it runs."""
+"""The background thread that moves messages between ranks. Once it runs, MPI is called on it, and in `flush`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Transport:
     """Sends and receives messages in the background, in order per pair of ranks.
 
     MPI libraries spin while they block, so the thread never blocks in MPI: it polls, and sleeps in between, long when
-    there is nothing to do. All calls to MPI after construction are made on this thread, so a library without
-    MPI_THREAD_MULTIPLE will do.
+    there is nothing to do. After construction MPI is called by one thread at a time, so a library without
+    MPI_THREAD_MULTIPLE will do: by this one, and by one that sends at once what others wait for (`flush`).
 
     Args:
         comm: communicator to duplicate (collective).
@@ -82,6 +82,7 @@ class Transport:
         self._posted: deque[Callable[[], None]] = deque()
         self._polled: list[Callable[[], bool]] = []
         self._sending: list[tuple[MPI.Request, np.ndarray]] = []
+        self._calling = threading.Lock()  # held to call MPI, and to change `_sending` and `_parted`
         self._status = MPI.Status()
         self._wake = threading.Lock()
         self._wake.acquire()
@@ -111,9 +112,23 @@ class Transport:
         except RuntimeError:
             return  # it is awake, or will be at once
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run `call` on the thread soon. Any thread."""
+    def post(self, call: Callable[[], None], *, wake: bool = True) -> None:
+        """Run `call` on the thread soon; without `wake`, when something else wakes it. Any thread."""
         self._posted.append(call)
+        if wake:
+            self.wake()
+
+    def flush(self) -> None:
+        """Send what is queued, and wake the thread. Any thread.
+
+        It leaves at once unless the other thread is in MPI just then: to wait until that has got the interpreter and a
+        core takes longer than to send a small message.
+        """
+        if self._calling.acquire(blocking=False):
+            try:
+                self._flush()
+            finally:
+                self._calling.release()
         self.wake()
 
     def collective(self, start: Callable[[MPI.Comm], MPI.Request], timeout_seconds: float | None = None) -> None:
@@ -134,10 +149,13 @@ class Transport:
         def begin() -> None:
             for peer in self._peers:
                 self.send(peer, Message(Kind.JOIN, (number,)))
-            request = start(self._comm)
+            with self._calling:
+                request = start(self._comm)
 
             def finished() -> bool:
-                if request.Test() and not missing() and not self._held_up():
+                with self._calling:
+                    is_over = request.Test()
+                if is_over and not missing() and not self._held_up():
                     done.set()
                     return True
                 return False
@@ -182,8 +200,7 @@ class Transport:
     def _send_for(self, seconds: float, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + seconds
         while not done() and time.monotonic() < deadline:
-            self._flush()
-            self._finish_sends()
+            self._send_queued()
             time.sleep(_ACTIVE_SECONDS)
 
     def _work(self) -> None:
@@ -197,8 +214,7 @@ class Transport:
             if self._closing and deadline is None:
                 deadline = time.monotonic() + _FAREWELL_SECONDS
                 self._part()
-            busy |= self._flush()
-            busy |= self._finish_sends()
+            busy |= self._send_queued()
             if deadline is not None and (self._has_parted() or time.monotonic() > deadline):
                 return
             if busy:
@@ -234,12 +250,13 @@ class Transport:
     def _receive(self) -> bool:
         busy = False
         while True:
-            envelope = self._comm.Improbe(self._mpi.ANY_SOURCE, _TAG, self._status)
-            if envelope is None:
-                return busy
-            source = self._status.Get_source()
-            buffer = np.empty(self._status.Get_count(self._mpi.BYTE), np.uint8)
-            envelope.Recv([buffer, self._mpi.BYTE])
+            with self._calling:
+                envelope = self._comm.Improbe(self._mpi.ANY_SOURCE, _TAG, self._status)
+                if envelope is None:
+                    return busy
+                source = self._status.Get_source()
+                buffer = np.empty(self._status.Get_count(self._mpi.BYTE), np.uint8)
+                envelope.Recv([buffer, self._mpi.BYTE])
             self.bytes_received += len(buffer)
             for message in unpack(buffer):
                 if message.kind == Kind.JOIN:
@@ -250,6 +267,11 @@ class Transport:
                     self._part(source)
                 self._on_message(source, message)
             busy = True
+
+    def _send_queued(self) -> bool:
+        with self._calling:
+            busy = self._flush()
+            return self._finish_sends() or busy
 
     def _flush(self) -> bool:
         busy = False

@@ -24,8 +24,11 @@ def threads_that_take_turns_often():
 
 
 @pytest.mark.ranks(2)
-def test_messages_of_one_call_arrive_together(comm, monkeypatch, threads_that_take_turns_often):
-    """While the thread sends, others hand it messages: those of one call never leave in two buffers."""
+@pytest.mark.parametrize("leave", [Transport.wake, Transport.flush])
+def test_messages_of_one_call_arrive_together(comm, monkeypatch, threads_that_take_turns_often, leave):
+    """While the thread sends, others hand it messages: those of one call never leave in two buffers, and all in order,
+    whichever thread sends them.
+    """
     arrived, buffers = [], []
 
     def recorded(messages: list[Message]) -> np.ndarray:
@@ -50,7 +53,7 @@ def test_messages_of_one_call_arrive_together(comm, monkeypatch, threads_that_ta
     def send() -> None:
         for call in range(CALLS):
             transport.send(peer, *(Message(Kind.CLOCK, (MESSAGES * call + part,)) for part in range(MESSAGES)))
-            transport.wake()
+            leave(transport)
 
     sender = threading.Thread(target=send)
     sender.start()
