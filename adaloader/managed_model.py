@@ -311,12 +311,12 @@ class ManagedModel:
         It must make no difference: no other hook comes after ours, which might change hyperparameters yet, and no
         scaler says within the step whether it is skipped. If that step then raises, rows have been stepped.
         """
-        hooks = self._pre_hooks[optimizer].hooks_dict_ref()
+        hooks = self._pre_hooks[optimizer].hooks_dict_ref() or {}
         return (
             self.ranks > 1
             and self.manager.in_lockstep
             and not self.joining
-            and next(reversed(hooks)) == self._pre_hooks[optimizer].id
+            and next(reversed(hooks), None) == self._pre_hooks[optimizer].id
             and getattr(optimizer, "grad_scale", None) is None
             and getattr(optimizer, "found_inf", None) is None
         )
