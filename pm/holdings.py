@@ -23,7 +23,7 @@ class Group:
 
     Args:
         number: the group's number, the same on all ranks.
-        capacity: how many keys there may be.
+        capacity: how many keys there are.
         record_class: the records' layout.
         make: called with (keys int64 `[n]`, out `[n, width]`): writes the records of keys that nobody has touched.
         moves: whether records move; else their state stays with the owner, copies have values alone, and what is added
@@ -32,6 +32,7 @@ class Group:
         before_reading: called with the slots of owned records before their values are read.
         take_in: called with (slots, changes `[n, width]`) that others have sent, in place of adding them to records.
         firsts: the first key of each of the parts that are counted by themselves (int64, ascending); None: it has none.
+        bound: its keys are below this; None: below `capacity`.
     """
 
     number: int
@@ -43,6 +44,12 @@ class Group:
     before_reading: Callable[[np.ndarray], None] | None = None
     take_in: Callable[[np.ndarray, np.ndarray], None] | None = None
     firsts: np.ndarray | None = None
+    bound: int | None = None
+
+    @property
+    def key_bound(self) -> int:
+        """All keys are below this."""
+        return self.capacity if self.bound is None else self.bound
 
     @property
     def width(self) -> int:
@@ -323,13 +330,13 @@ class Holdings:
 
     Args:
         group, ranks: as there.
-        by_key: whether places are kept in an array of all keys that the group may have (see `PlaceIndex`).
+        by_key: whether places are kept in an array of all keys below the group's bound (see `PlaceIndex`).
     """
 
     def __init__(self, group: Group, ranks: int, *, by_key: bool = False):
         self.group = group
         self.by_key = by_key
-        self._index = PlaceIndex(group.capacity if by_key else None)
+        self._index = PlaceIndex(group.key_bound if by_key else None)
         self.owned = Owned(group, ranks, self._index)
         self.copies = (Copies if group.moves else CopiesOfValues)(group, ranks, self._index)
 

@@ -137,10 +137,10 @@ class Node:
 
     def add_group(self, group: Group) -> Holdings:
         """Declare another group (on all ranks, before any of them names its keys)."""
-        self._keys += group.capacity
+        self._keys += group.key_bound
         by_key = self._keys <= _KEYS_IN_ARRAYS
         self.holdings.append(Holdings(group, self.ranks, by_key=by_key))
-        keys = group.capacity if by_key else None
+        keys = group.key_bound if by_key else None
         self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys, keys))
         return self.holdings[-1]
 

@@ -73,7 +73,13 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
         if cache_keys < 0:
             raise ValueError(f"cache_keys must be 0 or more; got {cache_keys}")
         groups = [
-            Group(number, lengths.keys_in(number), RecordClass(length, of_values.name, "additive", 0), _zeros)
+            Group(
+                number,
+                lengths.keys_in(number),
+                RecordClass(length, of_values.name, "additive", 0),
+                _zeros,
+                bound=lengths.num_keys,
+            )
             for number, length in enumerate(lengths.by_group)
         ]
         runtime = Runtime(
