@@ -33,9 +33,11 @@ def test_two_ranks_equal_plain_with_the_global_batch(tmp_path):
 @needs_mpi
 def test_two_ranks_without_a_bound_on_staleness_learn_as_well(tmp_path):
     options = ["--rows", 1000, "--columns", 100, "--entries", 60_000, "--epochs", 4, "--batch-size", 64]
-    figures = run_on(2, mf, tmp_path, *options, "--min-rows", 1, "--staleness", "none")
+    asynchronous = [*options, "--min-rows", 1, "--staleness", "none"]
+    # How far one rank falls behind is a matter of the machine's other work: one run in ten or so is off by more.
+    errors = [run_on(2, mf, tmp_path, *asynchronous)[-1]["test_rmse"] for _ in range(3)]
     plain = run_here(mf, "--plain", *options)
-    assert figures[-1]["test_rmse"] < 1.1 * plain[-1]["test_rmse"] < 0.5
+    assert statistics.median(errors) < 1.1 * plain[-1]["test_rmse"] < 0.5
 
 
 def test_planted_factors_are_found():
