@@ -1,5 +1,7 @@
 """The matrix example: its matrices, and figures equal to plain PyTorch on 1 and 2 ranks."""
 
+import statistics
+
 import mf
 import numpy as np
 import pytest
