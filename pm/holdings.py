@@ -212,13 +212,9 @@ class Copies:
         """Forget keys that this rank has no copy of any more."""
         if len(slots):
             self.store.index.remove(self.keys[slots])
-            self.owned_now(slots)
-
-    def owned_now(self, slots: np.ndarray) -> None:
-        """Forget copies of keys that this rank owns now."""
-        self.states[slots], self.live[slots], self.dirty[slots] = Copy.FREE, 0, False
-        self.store.release_slots(slots)
-        self.keys[slots] = NO_KEY
+            self.states[slots], self.live[slots], self.dirty[slots] = Copy.FREE, 0, False
+            self.store.release_slots(slots)
+            self.keys[slots] = NO_KEY
 
     def by_owner(self, slots: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Return (owner, its part of `slots`) for each owner that has any."""

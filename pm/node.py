@@ -27,10 +27,10 @@ DEFAULT_CLOCKS_PER_EXCHANGE = 3
 CLOCKS_PER_MOVE_OF_LOADERS = 32
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 # Groups of so many keys together have arrays of places and of what homes know, 12 bytes a key.
-_KEYS_IN_ARRAYS = 1 << 22
+DEFAULT_KEYS_IN_ARRAYS = 1 << 22
 
 _CHANGES = (Kind.DELTAS, Kind.DROPS)
-_TURNS = {Kind.DELTAS: 0, Kind.DROPS: 0, Kind.MOVED: 2}
+_TURNS = dict.fromkeys(_CHANGES, 0) | {Kind.MOVED: 2}  # in a parcel; of all else 1
 _WAITED_FOR = frozenset(
     (Kind.FETCH, Kind.FETCHED, Kind.PUSH, Kind.PUSHED, Kind.SYNC, Kind.SYNCED, Kind.CLOCK, Kind.REFRESHED)
 )
@@ -59,6 +59,7 @@ class Node:
             messages of it, whatever the number of changes that it carries.
         clocks_per_move: a key that has moved more often than that stays with its owner (`pm.decision.are_restless`);
             None: AdaPM's rule, whatever the number of moves.
+        keys_in_arrays: groups have arrays of places as long as they have so many keys together; later ones hash tables.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Node:
         staleness: int | None = None,
         clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE,
         clocks_per_move: int | None = None,
+        keys_in_arrays: int = DEFAULT_KEYS_IN_ARRAYS,
     ):
         check_techniques(techniques)
         self.rank, self.ranks = rank, ranks
@@ -104,7 +106,7 @@ class Node:
         self._received = np.zeros(ranks, np.int64)
         self._told = np.zeros(ranks, np.int64)
         self.acknowledged = np.zeros(ranks, np.int64)
-        self._keys = 0
+        self._keys, self._keys_in_arrays = 0, keys_in_arrays
         self.holdings: list[Holdings] = []
         self.locations: list[Locations] = []
         self.claims = Claims(self)
@@ -138,7 +140,7 @@ class Node:
     def add_group(self, group: Group) -> Holdings:
         """Declare another group (on all ranks, before any of them names its keys)."""
         self._keys += group.key_bound
-        by_key = self._keys <= _KEYS_IN_ARRAYS
+        by_key = self._keys <= self._keys_in_arrays
         self.holdings.append(Holdings(group, self.ranks, by_key=by_key))
         keys = group.key_bound if by_key else None
         self.locations.append(Locations(self.rank, self.ranks, group.number, self._cache_keys, keys))

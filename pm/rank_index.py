@@ -62,9 +62,6 @@ class RankArray:
         self._entries = reserve_zeros(keys, np.int64)
         self._is_empty = True
 
-    def __len__(self) -> int:
-        return 0 if self._is_empty else int(np.count_nonzero(self._entries))
-
     def __bool__(self) -> bool:
         return not self._is_empty
 
