@@ -170,6 +170,7 @@ def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
         techniques=settings.techniques,
         update_threshold=settings.update_threshold or 0.0,
         max_rounds_per_second=settings.max_rounds_per_second,
+        shared_memory=settings.shared_memory,
     )
 
 

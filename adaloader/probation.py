@@ -1,8 +1,8 @@
 """The time until its first step is over, in which a table that already exists may still turn out to be used as a whole.
 
 Until then the parameter's own memory is kept, and rows are made from it as they are first touched: as long as no step
-has been taken they are the same. After the first step with the table every rank makes records of the rows that it owns,
-and the memory goes.
+has been taken they are the same. After the first step with the table every rank makes the records that it would make
+later, and the memory goes.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def confirm(table: ManagedTable) -> None:
     model, spec = table.owner, table.table.spec
     for start in range(0, spec.rows, _CHUNK_ROWS):
         rows = np.arange(start, min(start + _CHUNK_ROWS, spec.rows), dtype=np.int64)
-        with model.manager.structure:  # no row leaves in between
-            model.manager.touch(table.table, model.manager.rows_owned(table.table, rows))
+        model.manager.make_rows(table.table, rows)
     table.probation.values = table.probation.states = None  # the spec's fill functions still hold the object
     table.probation = None
     table.all_rows_held = True

@@ -23,6 +23,7 @@ from cuda_ops.cpu import rows as _rows
 from cuda_ops.cpu import schedule as _schedule
 from cuda_ops.cpu import segment as _segment
 from cuda_ops.cpu import segments as _segments
+from cuda_ops.cpu import shared as _shared
 from cuda_ops.cpu import sparse_update as _sparse_update
 from cuda_ops.cpu import steps as _steps
 from cuda_ops.cpu import update as _update
@@ -31,6 +32,7 @@ from cuda_ops.cpu.by_row import ELSEWHERE, slots_by_row
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.cpu.same import same_ids
+from cuda_ops.cpu.shared import ABSENT, BEING_MADE, MADE
 from cuda_ops.dispatch import by_device
 from cuda_ops.trust import trusted
 
@@ -49,6 +51,11 @@ sgd_update = by_device(_update.sgd_update)
 adagrad_update = by_device(_update.adagrad_update)
 sparse_adam_update = by_device(_sparse_update.sparse_adam_update)
 rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
+sgd_update_shared = _shared.sgd_update_shared
+adagrad_update_shared = _shared.adagrad_update_shared
+rowwise_adagrad_update_shared = _shared.rowwise_adagrad_update_shared
+claim_rows = _shared.claim_rows
+publish_rows = _shared.publish_rows
 half_sgd_update = by_device(_half_update.half_sgd_update)
 half_adagrad_update = by_device(_half_update.half_adagrad_update)
 half_sparse_adam_update = by_device(_half_update.half_sparse_adam_update)
@@ -81,16 +88,21 @@ last_steps = by_device(_steps.last_steps)
 mark_steps = by_device(_steps.mark_steps)
 
 __all__ = [
+    "ABSENT",
+    "BEING_MADE",
     "DedupScratch",
     "ELSEWHERE",
     "KeyIndex",
+    "MADE",
     "adagrad_update",
+    "adagrad_update_shared",
     "add_holds",
     "add_uses",
     "advance",
     "alias_table",
     "bags_backward",
     "caught_up_word",
+    "claim_rows",
     "compress",
     "dedup",
     "dedup_counts",
@@ -116,10 +128,12 @@ __all__ = [
     "note_touches",
     "owners",
     "partition",
+    "publish_rows",
     "put_places",
     "reduce_bags",
     "renorm",
     "rowwise_adagrad_update",
+    "rowwise_adagrad_update_shared",
     "same_ids",
     "scatter",
     "segment_count",
@@ -127,6 +141,7 @@ __all__ = [
     "select_due",
     "select_moves",
     "sgd_update",
+    "sgd_update_shared",
     "sparse_adam_update",
     "slots_by_row",
     "sum_segments",

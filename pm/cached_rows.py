@@ -49,6 +49,10 @@ class DeviceRecords:
         self.words = torch.zeros(slots * self.stride, dtype=dtype, device=device)
         self.steps = self.words.view(torch.int64)
 
+    def update(self, kernel: Callable[..., None], slots: torch.Tensor, grads: torch.Tensor, *numbers) -> None:
+        """See `RecordStore.update`."""
+        kernel(self.words, self.stride, self.record_class.dim, self.steps, slots, grads, *numbers)
+
     @staticmethod
     def record_bytes_of(table: Table) -> int:
         """Return the bytes that a record of `table` takes on a device."""

@@ -7,6 +7,8 @@ optimizer steps. What a step does with its gradients depends on the table's rule
   records and copies that it has, state included; what that changed is added up at the owner.
 - For every other rule the rows stay with their home. Copies have values alone; gradients for them are summed and sent
   there, and the owner applies what has come together with its own next step, and sends values back.
+
+Where all ranks share memory, rows whose state is additive are in it (`shared_tables.py`): of them nothing is sent.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, Node
 from pm.operations import Action, Operation
 from pm.pace import Pace
 from pm.passes import Passes
+from pm.pieces import Summing
 from pm.recorder import Recorder
 from pm.serving import Round
+from pm.shared_tables import SharedTables
 from pm.synchronous import SynchronousManager
 from pm.table_groups import TableGroups
 from pm.table_plans import JointIntents, TablePlan
-from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
 from pm.updates import Updates
 
-_ADDITIVE = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad, rules.Frozen)
+_SHARED = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad)
+_ADDITIVE = (*_SHARED, rules.Frozen)
 DEFAULT_ROUNDS_PER_SECOND = 500.0
 _CHUNK_ROWS = 1 << 16
 _NEVER = 1 << 60
@@ -53,6 +58,7 @@ class EventualManager(SynchronousManager):
         update_threshold: changes of copies that are smaller in every value are held back.
         max_rounds_per_second: how often ranks exchange what has come together.
         acts_late: whether intents are acted on as late as is safe.
+        shared_memory: as there. Rows whose state is additive are shared if all ranks share memory, else none.
     """
 
     in_lockstep = False
@@ -67,6 +73,7 @@ class EventualManager(SynchronousManager):
         update_threshold: float = 0.0,
         max_rounds_per_second: float = DEFAULT_ROUNDS_PER_SECOND,
         acts_late: bool = True,
+        shared_memory: bool | int = True,
     ):
         self.node = Node(
             comm.rank,
@@ -86,7 +93,8 @@ class EventualManager(SynchronousManager):
         self._groups = TableGroups()
         self._intents = JointIntents(self.node.claims, self._clock)
         self._passes = Passes(self, comm.size)
-        super().__init__(comm, timeout_seconds, shared_memory=False)
+        self._shared = SharedTables(self)
+        super().__init__(comm, timeout_seconds, shared_memory=shared_memory)
 
     # Tables
 
@@ -97,7 +105,10 @@ class EventualManager(SynchronousManager):
                 added.append(Table(spec, len(self.tables), None))
                 added[-1].begin_history()
                 self.tables.append(added[-1])
-            for number in self._groups.add(added):
+        additive = [table for table in added if isinstance(table.spec.rule, _SHARED)]
+        shared = self._shared.add(additive)
+        with self.structure:
+            for number in self._groups.add([table for table in added if table not in shared]):
                 store = self.node.add_group(self._group_of(number)).owned.store
                 for table in self._groups.members(number):
                     table.store = store
@@ -153,14 +164,14 @@ class EventualManager(SynchronousManager):
                 f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
                 "moved all its rows; it cannot be given another rule"
             )
-        number = self._groups.span_of(table).group
-        if len(self._groups.members(number)) > 1:
+        if table.store.is_shared or len(self._groups.members(self._groups.span_of(table).group)) > 1:
             raise ValueError(
                 f"table {table.spec.name!r} is trained by {table.spec.rule.name} already; with several ranks and "
                 "staleness only a table that no optimizer has held can be given a rule"
             )
         self.settle()
         table.store.await_snapshot()
+        number = self._groups.span_of(table).group
         with self.structure:
             old = self.holdings_of(table)
             keys, slots = old.owned.store.index.items()
@@ -182,25 +193,43 @@ class EventualManager(SynchronousManager):
         self.barrier()
 
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        if table.store.is_shared:
+            return self._shared.owned(table, rows)
         with self.structure:
             return rows[self.touch(table, rows) >= 0]
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        if table.store.is_shared:
+            return self._shared.touch(table, rows)
         with self.structure:
             return self.node.grants.find_or_make(self.holdings_of(table), self.keys_of(table, rows))
+
+    def make_rows(self, table: Table, rows: np.ndarray) -> None:
+        if table.store.is_shared:  # any rank may need any of them
+            self._shared.touch(table, rows)
+        else:
+            super().make_rows(table, rows)
 
     # Rows
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         self._check_open()
+        if table.store.is_shared:
+            return self._shared.plan(next(self._plan_numbers), table, rows, expected)
         span = self._groups.span_of(table)
         plan = TablePlan(next(self._plan_numbers), table, rows, expected, rows[:0], table.store, span=span)
         with self.structure:
             self._intents.add(plan)
         return plan
 
+    def find_together(self, tables, keys, rows, starts) -> Stretch | None:
+        self._check_open()
+        return self._shared.find_together(tables, rows, starts)
+
     def release(self, plan: RowPlan) -> None:
-        if not plan.released:
+        if plan.table.store.is_shared:
+            plan.released = True
+        elif not plan.released:
             with self.structure:
                 self._intents.release(plan)
 
@@ -210,16 +239,29 @@ class EventualManager(SynchronousManager):
             self._intents.flush()
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
+        if plan.table.store.is_shared:
+            return self._read_shared(plan.table, plan.slots, out)
         return self._pull(plan.group, plan.keys, out, plan.places)
+
+    def _read_shared(self, table: Table, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
+        self.wait_to_read()
+        started = time.perf_counter()
+        table.store.values(slots, out)
+        self.traffic.seconds["gather"] += time.perf_counter() - started
+        return out
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
+        return self._read_rows(table, rows, out)
+
+    def _read_rows(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        if table.store.is_shared:
+            return self._read_shared(table, self._shared.touch(table, rows), out)
         span = self._groups.span_of(table)
         return self._pull(span.group, span.keys(rows), out)
 
     def _pull(self, group: int, keys: np.ndarray, out: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
-        self._check_open()
-        self._wait_for_others_steps()
+        self.wait_to_read()
         started = time.perf_counter()
         operation = Operation(Action.PULL, group, keys, out, places=places)
         self.run(operation)
@@ -241,8 +283,9 @@ class EventualManager(SynchronousManager):
         if operation.remaining:
             self.wait_for_rows(lambda: operation.is_done, self.peers)
 
-    def _wait_for_others_steps(self) -> None:
+    def wait_to_read(self) -> None:
         """Wait as long as the bound on staleness demands, and for the end of an epoch that has ended here."""
+        self._check_open()
         syncing, steps = self.node.syncing, self.steps
         if not syncing.may_go_on(steps):
             self._waiting.until(
@@ -256,13 +299,17 @@ class EventualManager(SynchronousManager):
             )
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
-        holdings, span = self.holdings_of(table), self._groups.span_of(table)
-        keys = span.keys(rows)
-        values = self._pull(span.group, keys, np.empty((len(rows), table.spec.dim), table.spec.dtype))
+        values = self._read_rows(table, rows, np.empty((len(rows), table.spec.dim), table.spec.dtype))
         before = values.copy()
         changed = np.flatnonzero(cuda_ops.renorm(values, max_norm, norm_type))
         if not len(changed):
             return
+        if table.store.is_shared:
+            slots = self._shared.slots(table, rows[changed])
+            table.store.add(slots, values[changed] - before[changed], self._version_after_step())
+            return
+        holdings, span = self.holdings_of(table), self._groups.span_of(table)
+        keys = span.keys(rows)
         if holdings.group.moves:
             updates = np.zeros((len(changed), holdings.group.width), values.dtype)
             updates[:, : table.spec.dim] = values[changed] - before[changed]
@@ -285,9 +332,11 @@ class EventualManager(SynchronousManager):
     ) -> None:
         self._check_open()
         started = time.perf_counter()
+        shared = [gradient for gradient in gradients if gradient.table.store.is_shared]
+        self._apply_step(shared, groups)  # without the lock: a record may be another rank's for a while
         with self.structure:
             self.node.claims.is_paused = False
-            self._updates.step(gradients, groups)
+            self._updates.step([each for each in gradients if not each.table.store.is_shared], groups)
             self.steps += 1
             self._clock.now = self.steps
             for plan in finished:
@@ -297,6 +346,9 @@ class EventualManager(SynchronousManager):
                 self.node.flush_urgent()
         self._say_step(optimizer, np.empty(0) if vector is None else vector)
         self.traffic.seconds["update"] += time.perf_counter() - started
+
+    def _summing_for(self, table: Table) -> Summing:
+        return self._shared.summing if table.store.is_shared else super()._summing_for(table)
 
     def take_what_has_gathered(self) -> None:
         """Apply what others have sent, while nobody steps."""
@@ -408,16 +460,18 @@ class EventualManager(SynchronousManager):
             table.store.set_values(slots, values)
             if states is not None:
                 table.store.set_states(slots, states)
-            self.node.grants.changed_from_afar(self.holdings_of(table), slots)
+            self.records_changed(table, slots)
 
     def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
         with self.structure:
             slots = self.touch(table, rows)
             self.catch_up(table, slots)
             table.store.set_states(slots, states)
-            self.node.grants.changed_from_afar(self.holdings_of(table), slots)
+            self.records_changed(table, slots)
 
     def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if table.store.is_shared:
+            return self._shared.of_table(table, keys, slots)
         at, rows = self._groups.span_of(table).rows_among(keys)
         return rows, slots[at]
 
@@ -425,6 +479,8 @@ class EventualManager(SynchronousManager):
         return self.touch(table, rows)
 
     def records_changed(self, table: Table, slots: np.ndarray) -> None:
+        if table.store.is_shared:  # there are no copies
+            return
         with self.structure:
             self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
@@ -446,7 +502,12 @@ class EventualManager(SynchronousManager):
         super()._receive(source, message)
 
     def _message_handlers(self) -> dict[Kind, Callable[[int, Message], None]]:
-        of_steps = {Kind.STEP: self._on_step, Kind.EPOCH: self._passes.on_epoch}
+        of_steps = {
+            Kind.STEP: self._on_step,
+            Kind.EPOCH: self._passes.on_epoch,
+            Kind.KEEP: self._shared.on_keep,
+            Kind.KEPT: self._shared.on_kept,
+        }
         shared = (Kind.SHARD, Kind.CLOSED, Kind.LAST)
         handlers = super()._message_handlers()
         return {kind: handlers[kind] for kind in shared} | of_steps
@@ -464,7 +525,7 @@ class EventualManager(SynchronousManager):
     @property
     def memory_bytes(self) -> int:
         histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
-        return histories + self.node.memory_bytes
+        return histories + self.node.memory_bytes + self._shared.memory_bytes
 
     def counted(self) -> Traffic:
         traffic = self.traffic

@@ -20,7 +20,7 @@ from pm.pieces import Piece, Summing
 from pm.recorder import Recorder
 from pm.slot_index import MOST_SLOTS, SlotIndex
 from pm.store import RecordClass, RecordStore
-from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
 from pm.together import JointGradient, apply_joint, apply_together, runs
 
 # Tables of so many rows together have an array of slots on each of several ranks: 16 MB.
@@ -184,6 +184,11 @@ class Manager:
                 slots[absent] = made
         return slots
 
+    def make_rows(self, table: Table, rows: np.ndarray) -> None:
+        """Make the records of those of `rows` (int64 `[n]`, distinct) that this rank would make later."""
+        with self._structure:  # no row leaves in between
+            self.touch(table, self.rows_owned(table, rows))
+
     def _initialise_state(self, table: Table, rows: np.ndarray, slots: np.ndarray) -> None:
         if table.store.record_class.state_words:
             table.store.set_states(slots, self._initial_states(table, rows))
@@ -264,6 +269,24 @@ class Manager:
         with self._structure:
             return RowPlan(next(self._plan_numbers), table, rows, expected, self.touch(table, rows), table.store)
 
+    def find_together(
+        self, tables: Sequence[Table], keys: np.ndarray, rows: np.ndarray, starts: Sequence[int]
+    ) -> Stretch | None:
+        """Return where the rows are that plans of several tables are to be made for, all of them to be read and updated
+        in one store of this process; None if that cannot be. See `pm.together.intend_together`.
+        """
+        store = tables[0].store
+        if any(table.store is not store or table.history is not None for table in tables):
+            return None
+        slots = store.index.find(keys)
+        if len(slots) and slots.min() < 0:
+            for table, first, end in zip(tables, starts, starts[1:], strict=False):
+                slots[first:end] = self.touch(table, rows[first:end])
+        return Stretch(slots, store)
+
+    def wait_to_read(self) -> None:
+        """Wait until rows may be read that are here."""
+
     def slots_of(self, plan: RowPlan) -> np.ndarray:
         """Return the slots of the plan's rows here; they change when its table is given another rule."""
         if plan.store is not plan.table.store:
@@ -340,6 +363,19 @@ class Manager:
             vector: all its hyperparameters as float64; ranks must agree on them.
         """
         started = time.perf_counter()
+        self._apply_step(gradients, groups, joint)
+        for plan in finished:
+            self.release(plan)
+        self.steps += 1
+        self.traffic.seconds["update"] += time.perf_counter() - started
+
+    def _apply_step(
+        self,
+        gradients: Sequence[TableGradient],
+        groups: Mapping[int, dict[str, object]],
+        joint: Sequence[JointGradient] = (),
+    ) -> None:
+        """Apply gradients of this rank to records that are here."""
         by_table: dict[int, list[TableGradient]] = {}
         together = [each for each in joint if not apply_joint(each, groups, self._version_after_step())]
         for gradient in chain(gradients, *map(JointGradient.split, together)):
@@ -351,10 +387,6 @@ class Manager:
                     del by_table[gradient.table.number]
         for number, parts in by_table.items():
             self._apply_gradients(self.tables[number], parts, groups[number])
-        for plan in finished:
-            self.release(plan)
-        self.steps += 1
-        self.traffic.seconds["update"] += time.perf_counter() - started
 
     def _apply_gradients(self, table: Table, parts: list[TableGradient], group: dict[str, object]) -> None:
         pieces = []
@@ -365,7 +397,7 @@ class Manager:
 
     def apply(self, table: Table, pieces: list[Piece], group: dict[str, object]) -> None:
         """Update records with the sum of one step's pieces of a table's gradient, at slots of this rank."""
-        slots, grads, scale = self._summing.combine(pieces, table.spec.dim)
+        slots, grads, scale = self._summing_for(table).combine(pieces, table.spec.dim)
         table.gradient_steps += 1
         version, rule = self._version_after_step(), table.spec.rule
         if table.history is None:
@@ -380,6 +412,10 @@ class Manager:
             table.advance(table.store, slots, grads, -scale if group["maximize"] else scale, version)
         if table.history.slow:
             self._sweep(table)
+
+    def _summing_for(self, table: Table) -> Summing:
+        """Return what sums pieces of the gradients of `table`."""
+        return self._summing
 
     def _version_after_step(self) -> int:
         return self.steps + 1

@@ -77,6 +77,8 @@ class Kind(IntEnum):
     CLOCK = 77
     REFRESHED = 78
     EPOCH = 79
+    KEEP = 80
+    KEPT = 81
     CHECKPOINT = 90
     CHECKPOINT_WRITTEN = 91
     CHECKPOINT_ENDED = 92

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ import cuda_ops
 from pm.machine import meet
 from pm.messages import Kind, Message
 from pm.shared_gradients import SharedGradients
-from pm.shared_memory import SharedBlock, map_block
+from pm.shared_memory import MappedBlock, SharedBlock, map_block
 from pm.store import RecordClass, RecordStore
 from pm.tables import Table
 
@@ -106,14 +106,8 @@ class Neighbours:
             self._agree_on_whole(tables)
 
     def _agree_on_whole(self, tables: Sequence[Table]) -> None:
-        from mpi4py import MPI
-
-        manager = self._manager
-        everyone = set(manager.peers)
-        whole = np.array([self._readers.get(table.number) == everyone for table in tables], bool)
-        manager.transport.collective(
-            lambda comm: comm.Iallreduce(MPI.IN_PLACE, whole, MPI.LAND), manager.timeout_seconds
-        )
+        everyone = set(self._manager.peers)
+        whole = self._on_all([self._readers.get(table.number) == everyone for table in tables])
         self._whole.update(table.number for table, is_whole in zip(tables, whole, strict=True) if is_whole)
 
     def forget(self, table: Table) -> None:
@@ -146,6 +140,42 @@ class Neighbours:
         number, mapped = message.numbers
         if mapped:
             self._readers.setdefault(number, set()).add(source)
+
+    def block_for_all(self, size: int) -> SharedBlock | MappedBlock | None:
+        """Return zeros of so many bytes that all ranks have mapped; None if they cannot (collective)."""
+        if self.ranks < self._manager.ranks:
+            return None
+        rank, block, problem = self._manager.rank, None, None
+        file = np.array([-1], np.int64)
+        if rank == 0:
+            try:
+                block = SharedBlock(size)
+                file[0] = block.file
+            except OSError as error:
+                problem = error
+        self._collective(lambda comm: comm.Ibcast(file, 0))
+        if rank != 0 and file[0] >= 0:
+            try:
+                block = MappedBlock(map_block(self._machine.processes[0], int(file[0]), size))
+            except OSError as error:
+                problem = error
+        everyone_has_it = self._on_all([block is not None])[0]
+        if problem is not None:
+            log.warning("rank %d: rows of some tables are sent by message: %s", rank, problem)
+        if rank == 0 and block is not None:
+            block.close_file()
+        return block if everyone_has_it else None
+
+    def _on_all(self, here: Sequence[bool]) -> np.ndarray:
+        """Return which of several things hold on all ranks (collective)."""
+        from mpi4py import MPI
+
+        all_hold = np.array(here, bool)
+        self._collective(lambda comm: comm.Iallreduce(MPI.IN_PLACE, all_hold, MPI.LAND))
+        return all_hold
+
+    def _collective(self, begin: Callable) -> None:
+        self._manager.transport.collective(begin, self._manager.timeout_seconds)
 
     # Rows
 

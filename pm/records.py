@@ -13,6 +13,7 @@ import numpy as np
 
 import cuda_ops
 from pm.manager import Manager
+from pm.shared_store import OwnKeys
 from pm.snapshot import Snapshot
 from pm.store import RecordClass, RecordStore
 from pm.tables import Table
@@ -41,7 +42,7 @@ class Kept:
     """A store as it was at one instant: its records, and the index of their keys."""
 
     snapshot: Snapshot
-    index: cuda_ops.KeyIndex
+    index: cuda_ops.KeyIndex | OwnKeys
 
 
 def keep_records(manager: Manager, tables: Sequence[Table], spare_bytes: int) -> dict[RecordStore, Kept]:
@@ -53,13 +54,12 @@ def keep_records(manager: Manager, tables: Sequence[Table], spare_bytes: int) ->
     with manager.structure:
         stores = list(dict.fromkeys(table.store for table in tables))
         held = sum(len(store) * store.record_class.record_bytes for store in stores)
-        return {
-            store: Kept(
-                Snapshot(store, spare_bytes * len(store) * store.record_class.record_bytes // max(1, held)),
-                store.index.copy(),
-            )
-            for store in stores
-        }
+        kept = {}
+        for store in stores:
+            index = store.index.copy()
+            share = spare_bytes * len(store) * store.record_class.record_bytes // max(1, held)
+            kept[store] = Kept(Snapshot(store, share, store.slots_free_in(index)), index)
+        return kept
 
 
 def in_order(rows: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,9 +51,7 @@ class SGD(SparseRule):
 
     def apply(self, store: RecordStore, slots, grads, scale, group, count: int, version: int) -> None:
         """Update the records at `slots` (int64 `[n]`, distinct) with `scale * grads` (`[n, dim]`)."""
-        dim = store.record_class.dim
-        lr, scale = float(group["lr"]), _sign(group) * scale
-        cuda_ops.sgd_update(store.words, store.stride, dim, store.steps, slots, grads, lr, scale, version)
+        store.update(cuda_ops.sgd_update, slots, grads, float(group["lr"]), _sign(group) * scale, version)
 
 
 class Adagrad(SparseRule):
@@ -73,18 +71,8 @@ class Adagrad(SparseRule):
         `count` is the number of steps, this one included, in which the table had a gradient: it drives `lr_decay`.
         """
         decayed_lr = float(group["lr"] / (1 + (count - 1) * group["lr_decay"]))
-        cuda_ops.adagrad_update(
-            store.words,
-            store.stride,
-            store.record_class.dim,
-            store.steps,
-            slots,
-            grads,
-            decayed_lr,
-            float(group["eps"]),
-            _sign(group) * scale,
-            version,
-        )
+        numbers = decayed_lr, float(group["eps"]), _sign(group) * scale, version
+        store.update(cuda_ops.adagrad_update, slots, grads, *numbers)
 
 
 class SparseAdam(SparseRule):
@@ -103,19 +91,8 @@ class SparseAdam(SparseRule):
         """Update the records at `slots` (int64 `[n]`, distinct) with `scale * grads` (`[n, dim]`); `count` is t."""
         beta1, beta2 = (float(beta) for beta in group["betas"])
         step_size = group["lr"] * math.sqrt(1 - beta2**count) / (1 - beta1**count)
-        cuda_ops.sparse_adam_update(
-            store.words,
-            store.stride,
-            store.record_class.dim,
-            store.steps,
-            slots,
-            grads,
-            (beta1, beta2),
-            float(step_size),
-            float(group["eps"]),
-            _sign(group) * scale,
-            version,
-        )
+        numbers = (beta1, beta2), float(step_size), float(group["eps"]), _sign(group) * scale, version
+        store.update(cuda_ops.sparse_adam_update, slots, grads, *numbers)
 
 
 class RowwiseAdagrad(SparseRule):
@@ -131,18 +108,8 @@ class RowwiseAdagrad(SparseRule):
 
     def apply(self, store: RecordStore, slots, grads, scale, group, count: int, version: int) -> None:
         """Update the records at `slots` (int64 `[n]`, distinct) with `scale * grads` (`[n, dim]`)."""
-        cuda_ops.rowwise_adagrad_update(
-            store.words,
-            store.stride,
-            store.record_class.dim,
-            store.steps,
-            slots,
-            grads,
-            float(group["lr"]),
-            float(group["eps"]),
-            _sign(group) * scale,
-            version,
-        )
+        numbers = float(group["lr"]), float(group["eps"]), _sign(group) * scale, version
+        store.update(cuda_ops.rowwise_adagrad_update, slots, grads, *numbers)
 
 
 def _sign(group: Mapping[str, object]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 # Not in Python's mmap module before 3.11: pages count where they are written, not where they are declared.
@@ -49,6 +50,13 @@ class SharedBlock:
     def __del__(self):
         if hasattr(self, "file"):
             self.close_file()
+
+
+@dataclass(frozen=True)
+class MappedBlock:
+    """The `SharedBlock` of another process, mapped here."""
+
+    memory: mmap.mmap
 
 
 def map_block(process: int, file: int, size: int) -> mmap.mmap:

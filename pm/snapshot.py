@@ -28,15 +28,16 @@ class Snapshot:
     Args:
         store: of which there is no other snapshot.
         spare_bytes: most memory for records copied aside; room for one record there always is.
+        free: the slots (int64 `[n]`) that are free, or another's.
     """
 
-    def __init__(self, store: RecordStore, spare_bytes: int):
+    def __init__(self, store: RecordStore, spare_bytes: int, free: np.ndarray):
         from pm.store import reserve_zeros  # which knows of this class
 
         self._store = store
         self._count = store.slots_in_use
         self._place = reserve_zeros(self._count, np.int32)
-        self._place[store.free_slots] = _TAKEN
+        self._place[free] = _TAKEN
         rows = max(1, min(spare_bytes // store.record_class.record_bytes, self._count))
         self._aside = reserve_zeros(rows * store.stride, store.words.dtype).reshape(rows, store.stride)
         self._free = np.arange(rows, dtype=np.int32)[::-1].copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +63,18 @@ class RecordStore:
         capacity: most records that can ever be held (address space, not memory).
         block: memory of `bytes_of(record_class, capacity)` that other processes see too; None for memory of its own.
         index: from key to slot, where it is part of another; None for one of its own.
+        offset: bytes of `block` before the first record, a multiple of 8.
 
     Raises:
         MemoryError: if the address space cannot be reserved.
     """
 
-    def __init__(self, record_class: RecordClass, capacity: int, block: SharedBlock | None = None, index=None):
+    is_shared = False
+    """Whether other processes change records too (`SharedStore`)."""
+
+    def __init__(
+        self, record_class: RecordClass, capacity: int, block: SharedBlock | None = None, index=None, offset: int = 0
+    ):
         self.record_class = record_class
         self.capacity = max(1, int(capacity))
         self.stride = record_class.stride
@@ -77,8 +84,8 @@ class RecordStore:
         self._memory = self._reserve(reserved_bytes) if block is None else block.memory
         if hasattr(mmap, "MADV_HUGEPAGE"):
             _advise_huge_pages(self._memory)
-        self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride)
-        self.steps = np.frombuffer(self._memory, dtype=np.int64, count=reserved_bytes // _STEP_BYTES)
+        self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride, offset=offset)
+        self.steps = np.frombuffer(self._memory, np.int64, reserved_bytes // _STEP_BYTES, offset)
         self.index = cuda_ops.KeyIndex() if index is None else index
         self._next_slot = 0
         self._free = np.empty(0, np.int64)  # the first `_free_count` of them
@@ -180,6 +187,12 @@ class RecordStore:
         self.index.add(keys, new)
         return new
 
+    def update(self, kernel: Callable[..., None], slots: np.ndarray, grads: np.ndarray, *numbers) -> None:
+        """Update the records at `slots` (int64 `[n]`, distinct, said to `keep`) by an optimizer's function of
+        `cuda_ops`, with gradients `[n, dim]` and what else it takes.
+        """
+        kernel(self.words, self.stride, self.record_class.dim, self.steps, slots, grads, *numbers)
+
     def keep(self, slots: np.ndarray) -> None:
         """The records at `slots` (int64 `[n]`, distinct) are about to be written: have a snapshot keep them."""
         snapshot = self.snapshot
@@ -233,6 +246,10 @@ class RecordStore:
     def free_slots(self) -> np.ndarray:
         """The slots, of those that were ever given out, that are free (int64 `[n]`, a view)."""
         return self._free[: self._free_count]
+
+    def slots_free_in(self, index) -> np.ndarray:
+        """Return the slots below `slots_in_use` (int64 `[n]`) that are not of keys of `index`, a copy of its own."""
+        return self.free_slots
 
     @property
     def slots_in_use(self) -> int:

@@ -36,7 +36,7 @@ from pm.requests import Requests
 from pm.serving import Serving
 from pm.shards import Shards
 from pm.store import RecordClass, RecordStore
-from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
 from pm.techniques import techniques_named
 from pm.transport import Transport
 
@@ -225,6 +225,9 @@ class SynchronousManager(ConnectedManager):
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         self._check_open()
         return self.asking.intend(table, rows, expected)
+
+    def find_together(self, tables, keys, rows, starts) -> Stretch | None:
+        return None
 
     def release(self, plan: RowPlan) -> None:
         self.asking.release(plan)

@@ -44,12 +44,18 @@ class TableGroups:
 
     def add(self, tables: Sequence[Table]) -> list[int]:
         """Put tables into new groups, as few as can be; return the groups' numbers."""
-        alike: dict[object, list[Table]] = {}
-        for table in tables:
-            alike.setdefault(_kind(table), []).append(table)
-        return [self._add_group(members) for members in alike.values()]
+        return [self.add_group(members) for members in self.alike(tables)]
 
-    def _add_group(self, members: list[Table]) -> int:
+    @staticmethod
+    def alike(tables: Sequence[Table]) -> list[list[Table]]:
+        """Return the tables of each group that there would be."""
+        found: dict[object, list[Table]] = {}
+        for table in tables:
+            found.setdefault(_kind(table), []).append(table)
+        return list(found.values())
+
+    def add_group(self, members: list[Table]) -> int:
+        """Put tables that are alike into a new group; return its number."""
         number = len(self._tables)
         ends = np.cumsum([table.spec.rows for table in members])
         self._tables.append(members)

@@ -1,7 +1,7 @@
 """Rows of several tables in one call: what costs as much per table as per thousand rows is done once for all of them.
 
-It is so for a rank that is alone, and tables whose records are in one store; else these functions do for each table by
-itself what they would do together.
+It is so where a rank has all records of tables at hand, in one store: of a rank that is alone, or in memory that all
+ranks change. Else these functions do for each table by itself what they would do together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pm.tables import RowPlan, Stretch, Table, TableGradient
+from pm.tables import RowPlan, Table, TableGradient
 
 if TYPE_CHECKING:
     from pm.manager import Manager
@@ -67,21 +67,16 @@ def intend_together(
     """
     parts = [rows[first:end] for first, end in zip(starts, starts[1:], strict=False)]
     with manager.structure:
-        store = tables[0].store
-        if manager.ranks == 1 and all(table.store is store and table.history is None for table in tables):
-            slots = store.index.find(keys)
-            if len(slots) and slots.min() < 0:
-                for table, part, first in zip(tables, parts, starts, strict=False):
-                    slots[first : first + len(part)] = manager.touch(table, part)
-            stretch = Stretch(slots, store)
+        stretch = manager.find_together(tables, keys, rows, starts)
+        if stretch is not None:
             return [
                 RowPlan(
                     manager.next_plan_number(),
                     table,
                     part,
                     expected,
-                    slots[first : first + len(part)],
-                    store,
+                    stretch.slots[first : first + len(part)],
+                    stretch.store,
                     stretch=stretch,
                     first=first,
                 )
@@ -99,6 +94,7 @@ def read_expanded(manager: Manager, plans: Sequence[RowPlan], positions: np.ndar
     stretch = plans[0].stretch
     if stretch is None or any(plan.table.store is not stretch.store for plan in plans):
         return False
+    manager.wait_to_read()
     started = time.perf_counter()
     stretch.store.values(stretch.slots.take(positions), out)
     manager.traffic.seconds["gather"] += time.perf_counter() - started

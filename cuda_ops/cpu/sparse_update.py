@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from cuda_ops.cpu.atomic import lock_record, unlock_record
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, touch
 from cuda_ops.cpu.update import check_update
 
@@ -43,7 +44,8 @@ def rowwise_adagrad_update(words, stride, dim, steps, slots, grad, lr, eps, scal
         TypeError, ValueError: a dtype or shape does not fit.
     """
     slots, grad = check_update(words, stride, dim, 1, steps, slots, grad)
-    _rowwise_adagrad(words, stride, steps, slots, grad, float(lr), float(eps), float(scale), int(version))
+    numbers = float(lr), float(eps), float(scale), int(version)
+    rowwise_adagrad_records(words, stride, steps, slots, grad, *numbers, 0, False)
 
 
 @inlined
@@ -101,15 +103,20 @@ def _sparse_adam(words, stride, steps, slots, grad, weight, weight2, step_size, 
 
 
 @fused_kernel
-def _rowwise_adagrad(words, stride, steps, slots, grad, lr, eps, scale, version):
+def rowwise_adagrad_records(words, stride, steps, slots, grad, lr, eps, scale, version, first, shared):
+    """The kernel of `rowwise_adagrad_update`, from `slots[first]` on. Returns how many are done: all, but with
+    `shared`, which locks each record while it is updated, fewer where another holds one for long."""
     count, dim = grad.shape
     flat = grad.reshape(-1)
     dtype = words.dtype.type
     minus_lr, eps, scale = dtype(-lr), dtype(eps), dtype(scale)
     record_longs = stride * words.itemsize // 8
-    for i in range(count):
+    for i in range(first, count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+        last = np.uint64((slots[i] + 1) * record_longs - 1)
+        if shared and not lock_record(steps, last):
+            return i
         value = np.uint64(slots[i] * stride)
         state = value + np.uint64(dim)
         row = np.uint64(i * dim)
@@ -118,4 +125,8 @@ def _rowwise_adagrad(words, stride, steps, slots, grad, lr, eps, scale, version)
         root = np.sqrt(total) + eps
         for j in range(dim):
             words[value + np.uint64(j)] += minus_lr * (scale * flat[row + np.uint64(j)]) / root
-        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version
+        if shared:
+            unlock_record(steps, last, version)
+        else:
+            steps[last] = version
+    return count

@@ -8,6 +8,7 @@ there. Each record named in `slots` is updated once: slots must be distinct.
 
 import numpy as np
 
+from cuda_ops.cpu.atomic import lock_record, unlock_record
 from cuda_ops.cpu.checks import float_matrix, in_range, int_vector, record_count, word_range, writable
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, touch
 
@@ -33,7 +34,7 @@ def sgd_update(words, stride, dim, steps, slots, grad, lr, scale, version):
         TypeError, ValueError: a dtype or shape does not fit.
     """
     slots, grad = check_update(words, stride, dim, 0, steps, slots, grad)
-    _sgd(words, stride, steps, slots, grad, float(lr), float(scale), int(version))
+    sgd_records(words, stride, steps, slots, grad, float(lr), float(scale), int(version), 0, False)
 
 
 def adagrad_update(words, stride, dim, steps, slots, grad, clr, eps, scale, version):
@@ -53,7 +54,7 @@ def adagrad_update(words, stride, dim, steps, slots, grad, clr, eps, scale, vers
         TypeError, ValueError: a dtype or shape does not fit.
     """
     slots, grad = check_update(words, stride, dim, dim, steps, slots, grad)
-    _adagrad(words, stride, steps, slots, grad, float(clr), float(eps), float(scale), int(version))
+    adagrad_records(words, stride, steps, slots, grad, float(clr), float(eps), float(scale), int(version), 0, False)
 
 
 def check_update(words, stride, dim, state_words, steps, slots, grad):
@@ -72,25 +73,36 @@ def check_update(words, stride, dim, state_words, steps, slots, grad):
 
 
 @fused_kernel
-def _sgd(words, stride, steps, slots, grad, lr, scale, version):
+def sgd_records(words, stride, steps, slots, grad, lr, scale, version, first, shared):
+    """The kernel of `sgd_update`, from `slots[first]` on. Returns how many are done: all, but with `shared`, which
+    locks each record while it is updated, fewer where another holds one for long."""
     count, dim = grad.shape
     flat = grad.reshape(-1)
     dtype = words.dtype.type
     minus_lr = dtype(-lr)
     scale = dtype(scale)
     record_longs = stride * words.itemsize // 8
-    for i in range(count):
+    for i in range(first, count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+        last = np.uint64((slots[i] + 1) * record_longs - 1)
+        if shared and not lock_record(steps, last):
+            return i
         value = np.uint64(slots[i] * stride)
         row = np.uint64(i * dim)
         for j in range(dim):
             words[value + np.uint64(j)] += minus_lr * (scale * flat[row + np.uint64(j)])
-        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version
+        if shared:
+            unlock_record(steps, last, version)
+        else:
+            steps[last] = version
+    return count
 
 
 @fused_kernel
-def _adagrad(words, stride, steps, slots, grad, clr, eps, scale, version):
+def adagrad_records(words, stride, steps, slots, grad, clr, eps, scale, version, first, shared):
+    """The kernel of `adagrad_update`, from `slots[first]` on. Returns how many are done: all, but with `shared`, which
+    locks each record while it is updated, fewer where another holds one for long."""
     count, dim = grad.shape
     flat = grad.reshape(-1)
     dtype = words.dtype.type
@@ -98,9 +110,12 @@ def _adagrad(words, stride, steps, slots, grad, clr, eps, scale, version):
     eps = dtype(eps)
     scale = dtype(scale)
     record_longs = stride * words.itemsize // 8
-    for i in range(count):
+    for i in range(first, count):
         if i + ROWS_AHEAD < count:
             touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+        last = np.uint64((slots[i] + 1) * record_longs - 1)
+        if shared and not lock_record(steps, last):
+            return i
         value = np.uint64(slots[i] * stride)
         state = value + np.uint64(dim)
         row = np.uint64(i * dim)
@@ -109,4 +124,8 @@ def _adagrad(words, stride, steps, slots, grad, clr, eps, scale, version):
             total = words[state + np.uint64(j)] + g * g
             words[state + np.uint64(j)] = total
             words[value + np.uint64(j)] += minus_clr * g / (np.sqrt(total) + eps)
-        steps[np.uint64((slots[i] + 1) * record_longs - 1)] = version
+        if shared:
+            unlock_record(steps, last, version)
+        else:
+            steps[last] = version
+    return count

@@ -1,0 +1,149 @@
+"""Tables whose records all ranks read and update in memory that they share: with staleness, on one machine.
+
+There is nothing to move, to copy or to merge, so no message is about a row of them but while a checkpoint is being
+written: a lookup reads the record, a step updates it, and what one rank has done all others see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pm.messages import Kind, Message, narrow, widen
+from pm.pieces import Summing
+from pm.shared_store import SharedStore, most_shared_bytes
+from pm.table_groups import TableGroups
+from pm.tables import RowPlan, Stretch, Table
+from pm.waiting import PeerError
+
+if TYPE_CHECKING:
+    from pm.eventual import EventualManager
+
+log = logging.getLogger("adaloader")
+
+
+class SharedTables:
+    """Which tables are such, and their rows.
+
+    Tables of one kind share a store, in which the rows of each follow those of the one before.
+
+    Args:
+        manager: of which rank.
+    """
+
+    def __init__(self, manager: EventualManager):
+        self._manager = manager
+        self._groups = TableGroups()
+        self._stores: list[SharedStore] = []  # by number of group
+        self._serials = itertools.count()
+        self._kept: set[int] = set()
+        self.summing = Summing()
+
+    def add(self, tables: Sequence[Table]) -> list[Table]:
+        """Give stores to those of `tables` that can have one that is shared; return them (collective)."""
+        taken: list[Table] = []
+        for members in self._groups.alike(tables):
+            store = self._store_for(members)
+            if store is not None:
+                self._groups.add_group(members)
+                self._stores.append(store)
+                for table in members:
+                    table.store = store
+                taken += members
+        return taken
+
+    def _store_for(self, tables: Sequence[Table]) -> SharedStore | None:
+        """Map memory for the records of `tables` on all ranks, or on none (collective)."""
+        manager, record_class = self._manager, tables[0].spec.record_class
+        rows = sum(table.spec.rows for table in tables)
+        size = SharedStore.block_bytes(record_class, rows, manager.ranks)
+        block = manager.neighbours.block_for_all(size) if size <= most_shared_bytes() else None
+        if block is None:
+            return None
+        return SharedStore(record_class, rows, block, manager.rank, manager.ranks, self._be_patient, self._ask_to_keep)
+
+    def _be_patient(self, what: str, since: float) -> None:
+        manager = self._manager
+        manager.raise_failure()
+        waited = time.perf_counter() - since
+        if waited > manager.timeout_seconds:
+            limit = f"timeout_seconds={manager.timeout_seconds:g}"
+            raise PeerError(f"rank {manager.rank} waited {waited:.0f} s ({limit}) for {what}")
+
+    # Rows
+
+    def slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the slots of `rows` (int64 `[n]` both)."""
+        return self._groups.span_of(table).keys(rows)
+
+    def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the slots of distinct `rows` (int64 `[n]` both); make the records that nobody has made. Any thread."""
+        slots = self.slots(table, rows)
+        self._make(table.store, slots)
+        return slots
+
+    def _make(self, store: SharedStore, slots: np.ndarray) -> None:
+        def fill(some: np.ndarray) -> None:
+            for table, at, rows in self._groups.split(self._stores.index(store), some):
+                values, states = self._manager.initial_rows(table, rows)
+                store.set_new(some[at], values, states)
+
+        with self._manager.structure:  # what rows start from does not go meanwhile
+            store.make(slots, fill)
+
+    def owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return those of `rows` (int64 `[n]`) that this rank owns."""
+        return rows[table.store.owns(self.slots(table, rows))]
+
+    def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Manager.of_table`."""
+        at, rows = self._groups.span_of(table).rows_among(keys)
+        return rows, slots[at]
+
+    def plan(self, number: int, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
+        """See `Manager.intend`."""
+        return RowPlan(number, table, rows, expected, self._at_hand(table, self.touch(table, rows)), table.store)
+
+    def find_together(self, tables: Sequence[Table], rows: np.ndarray, starts: Sequence[int]) -> Stretch | None:
+        """See `Manager.find_together`."""
+        store = tables[0].store
+        if not store.is_shared or any(table.store is not store for table in tables):
+            return None
+        firsts = [self._groups.span_of(table).first for table in tables]
+        slots = rows + np.repeat(firsts, np.diff(starts))
+        self._make(store, slots)
+        return Stretch(self._at_hand(tables[0], slots), store)
+
+    def _at_hand(self, table: Table, slots: np.ndarray) -> np.ndarray:
+        self._manager.traffic.neighbour_rows += len(slots) - int(np.count_nonzero(table.store.owns(slots)))
+        return slots
+
+    # Snapshots
+
+    def _ask_to_keep(self, store: SharedStore, rank: int, slots: np.ndarray) -> None:
+        manager, serial = self._manager, next(self._serials)
+        numbers = self._stores.index(store), serial
+        manager.transport.send(rank, Message(Kind.KEEP, numbers, (narrow(slots),)))
+        manager.transport.wake()
+        manager.wait_until(lambda: serial in self._kept, lambda: f"rank {rank} to keep rows for a checkpoint")
+        self._kept.discard(serial)
+
+    def on_keep(self, source: int, message: Message) -> None:
+        """KEEP(group, serial number; slots): `source` is about to change these records, which this rank owns."""
+        group, serial = message.numbers
+        self._stores[group].keep_own(widen(message.arrays[0]))
+        self._manager.transport.send(source, Message(Kind.KEPT, (serial,)))
+
+    def on_kept(self, source: int, message: Message) -> None:
+        """KEPT(serial number): `source` has kept what a KEEP was about."""
+        self._kept.add(message.numbers[0])
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the records that this rank owns, and of their states."""
+        return sum(store.memory_bytes for store in self._stores)
