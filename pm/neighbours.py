@@ -107,7 +107,7 @@ class Neighbours:
 
     def _agree_on_whole(self, tables: Sequence[Table]) -> None:
         everyone = set(self._manager.peers)
-        whole = self._on_all([self._readers.get(table.number) == everyone for table in tables])
+        whole = self.on_all([self._readers.get(table.number) == everyone for table in tables])
         self._whole.update(table.number for table, is_whole in zip(tables, whole, strict=True) if is_whole)
 
     def forget(self, table: Table) -> None:
@@ -159,14 +159,14 @@ class Neighbours:
                 block = MappedBlock(map_block(self._machine.processes[0], int(file[0]), size))
             except OSError as error:
                 problem = error
-        everyone_has_it = self._on_all([block is not None])[0]
+        everyone_has_it = self.on_all([block is not None])[0]
         if problem is not None:
             log.warning("rank %d: rows of some tables are sent by message: %s", rank, problem)
         if rank == 0 and block is not None:
             block.close_file()
         return block if everyone_has_it else None
 
-    def _on_all(self, here: Sequence[bool]) -> np.ndarray:
+    def on_all(self, here: Sequence[bool]) -> np.ndarray:
         """Return which of several things hold on all ranks (collective)."""
         from mpi4py import MPI
 

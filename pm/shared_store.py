@@ -195,7 +195,7 @@ class SharedStore(RecordStore):
 
 
 def most_shared_bytes() -> int:
-    """Return how large the records of one kind may be to be laid out by key: half of the machine's memory.
+    """Return how large all records that are laid out by key may be together: half of the machine's memory.
 
     A row that is touched takes a page with its neighbours. What has room as a whole may do so.
     """

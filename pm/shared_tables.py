@@ -40,6 +40,7 @@ class SharedTables:
         self._manager = manager
         self._groups = TableGroups()
         self._stores: list[SharedStore] = []  # by number of group
+        self._bytes = 0  # of address space, of all stores
         self._serials = itertools.count()
         self._kept: set[int] = set()
         self.summing = Summing()
@@ -62,9 +63,11 @@ class SharedTables:
         manager, record_class = self._manager, tables[0].spec.record_class
         rows = sum(table.spec.rows for table in tables)
         size = SharedStore.block_bytes(record_class, rows, manager.ranks)
-        block = manager.neighbours.block_for_all(size) if size <= most_shared_bytes() else None
+        has_room = self._bytes + size <= most_shared_bytes()
+        block = manager.neighbours.block_for_all(size) if manager.neighbours.on_all([has_room])[0] else None
         if block is None:
             return None
+        self._bytes += size
         return SharedStore(record_class, rows, block, manager.rank, manager.ranks, self._be_patient, self._ask_to_keep)
 
     def _be_patient(self, what: str, since: float) -> None:

@@ -1,7 +1,5 @@
 """The matrix example: its matrices, and figures equal to plain PyTorch on 1 and 2 ranks."""
 
-import statistics
-
 import mf
 import numpy as np
 import pytest
@@ -35,11 +33,9 @@ def test_two_ranks_equal_plain_with_the_global_batch(tmp_path):
 @needs_mpi
 def test_two_ranks_without_a_bound_on_staleness_learn_as_well(tmp_path):
     options = ["--rows", 1000, "--columns", 100, "--entries", 60_000, "--epochs", 4, "--batch-size", 64]
-    asynchronous = [*options, "--min-rows", 1, "--staleness", "none"]
-    # How far one rank falls behind is a matter of the machine's other work: one run in ten or so is off by more.
-    errors = [run_on(2, mf, tmp_path, *asynchronous)[-1]["test_rmse"] for _ in range(3)]
+    asynchronous = run_on(2, mf, tmp_path, *options, "--min-rows", 1, "--staleness", "none")
     plain = run_here(mf, "--plain", *options)
-    assert statistics.median(errors) < 1.1 * plain[-1]["test_rmse"] < 0.5
+    assert asynchronous[-1]["test_rmse"] < 1.1 * plain[-1]["test_rmse"] < 0.5
 
 
 def test_planted_factors_are_found():

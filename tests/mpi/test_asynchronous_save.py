@@ -74,10 +74,11 @@ def test_resumed_run_is_the_one_that_went_on_while_it_was_saved(
     resumed.close()
 
 
+@pytest.mark.parametrize("shared_memory", [True, False], ids=["shared", "apart"])
 @pytest.mark.parametrize("staleness", [2, None])
-def test_stale_run_is_what_it_was_at_the_cut(comm, seed, folder, monkeypatch, gate, staleness):
+def test_stale_run_is_what_it_was_at_the_cut(comm, seed, folder, monkeypatch, gate, staleness, shared_memory):
     monkeypatch.setattr("adaloader.checkpoint.tables._CHUNK_BYTES", 400)
-    options = {"staleness": staleness}
+    options = {"staleness": staleness, "shared_memory": shared_memory}
     script = Script(comm, "adagrad", samples=4 * 20 * comm.size, seed=seed, options=options).start().run(4)
     before = script.state()
     gate.clear()

@@ -102,7 +102,14 @@ def test_resumes_under_another_technique_and_staleness(comm, seed, folder):
     begun.save(folder / "saved")
     before = begun.state()
     begun.close()
-    for options in ({"techniques": "none"}, {"techniques": "replication"}, {"staleness": 2}, {"staleness": None}):
+    apart = {"staleness": None, "shared_memory": False}
+    for options in (
+        {"techniques": "none"},
+        {"techniques": "replication"},
+        {"staleness": 2},
+        {"staleness": None},
+        apart,
+    ):
         again = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start(
             model_seed=seed + 2
         )
@@ -116,8 +123,9 @@ def test_resumes_under_another_technique_and_staleness(comm, seed, folder):
         again.close()
 
 
-def test_stale_run_is_saved_and_resumed(comm, seed, folder):
-    options = {"staleness": None, "techniques": "all"}
+@pytest.mark.parametrize("shared_memory", [True, False], ids=["shared", "apart"])
+def test_stale_run_is_saved_and_resumed(comm, seed, folder, shared_memory):
+    options = {"staleness": None, "shared_memory": shared_memory}
     begun = Script(comm, "adagrad", samples=36 * comm.size + 1, seed=seed, options=options).start().run(6)
     begun.save(folder / "saved")
     before = begun.state()

@@ -1,4 +1,4 @@
-"""Loaders with staleness: what None and s promise, and what stays as it is.
+"""Loaders with staleness: what None and s promise, and what stays as it is; in memory that ranks share, and apart.
 
 Where a loss is linear in the rows, its gradients do not depend on how old they are: plain SGD then gives the values
 of plain PyTorch, whatever arrives when.
@@ -12,6 +12,7 @@ import adaloader
 from adaloader import AdaLoader
 
 ROWS, DIM = 120, 3
+SHARED_OR_APART = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared", "apart"])
 TECHNIQUES = ["all", "relocation", "replication", "none"]
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5),
@@ -55,15 +56,14 @@ def train(loader, model, optimizer, epochs: int = 1) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("techniques", TECHNIQUES)
+@pytest.mark.parametrize("techniques", [*TECHNIQUES, "shared"])
 @pytest.mark.parametrize("staleness", [None, 2])
 def test_no_update_is_lost_or_applied_twice(comm, seed, staleness, techniques):
     model, plain = table(seed), table(seed)
     data = sample_set(seed)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    loader = AdaLoader(
-        data, 7, model=model, optimizer=optimizer, min_rows=1, staleness=staleness, techniques=techniques
-    )
+    options = {"techniques": techniques, "shared_memory": False} if techniques != "shared" else {}
+    loader = AdaLoader(data, 7, model=model, optimizer=optimizer, min_rows=1, staleness=staleness, **options)
     train(loader, model, optimizer, epochs=2)
     seen = everything_seen(model, comm)
     train(torch.utils.data.DataLoader(data, 7 * comm.size), plain, plain_sgd := OPTIMIZERS["sgd"](plain.parameters()))
@@ -76,12 +76,15 @@ def test_no_update_is_lost_or_applied_twice(comm, seed, staleness, techniques):
     loader.close()
 
 
+@SHARED_OR_APART
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-def test_all_ranks_agree_at_the_end_of_a_pass(comm, seed, optimizer_name):
+def test_all_ranks_agree_at_the_end_of_a_pass(comm, seed, shared_memory, optimizer_name):
     model = table(seed, sparse=optimizer_name == "sparse_adam")
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     data = sample_set(seed)
-    loader = AdaLoader(data, 8, shuffle=True, model=model, optimizer=optimizer, min_rows=1, staleness=None)
+    loader = AdaLoader(
+        data, 8, shuffle=True, model=model, optimizer=optimizer, min_rows=1, staleness=None, shared_memory=shared_memory
+    )
 
     def squared(b):
         return (model(b[0]).sum(-1) - b[1]).square().mean()
@@ -109,14 +112,17 @@ def test_all_ranks_agree_at_the_end_of_a_pass(comm, seed, optimizer_name):
     loader.close()
 
 
-def test_adagrad_of_rows_that_one_rank_alone_uses_is_plain(comm, seed):
+@SHARED_OR_APART
+def test_adagrad_of_rows_that_one_rank_alone_uses_is_plain(comm, seed, shared_memory):
     """Each rank has rows of its own: what moves there is updated as one process would."""
     model, plain = table(seed), table(seed)
     own = torch.arange(ROWS)[torch.arange(ROWS) % comm.size == comm.rank]
     torch.manual_seed(seed + comm.rank)
     batches = [own[torch.randint(0, len(own), (6,))] for _ in range(20)]
     optimizer = OPTIMIZERS["adagrad"](model.parameters())
-    loader = AdaLoader.wrap(batches, model=model, optimizer=optimizer, min_rows=1, staleness=None)
+    loader = AdaLoader.wrap(
+        batches, model=model, optimizer=optimizer, min_rows=1, staleness=None, shared_memory=shared_memory
+    )
     plain_optimizer = OPTIMIZERS["adagrad"](plain.parameters())
     for ids in loader:
         optimizer.zero_grad()
@@ -131,15 +137,18 @@ def test_adagrad_of_rows_that_one_rank_alone_uses_is_plain(comm, seed):
     loader.close()
 
 
+@SHARED_OR_APART
 @pytest.mark.parametrize("staleness", [1, 3])
-def test_a_rank_is_never_further_behind_than_it_may_be(comm, seed, staleness):
+def test_a_rank_is_never_further_behind_than_it_may_be(comm, seed, shared_memory, staleness):
     """Every rank adds 1 to its own column of a row that all use, at every step."""
     columns = comm.size
     model = nn.Embedding(4, columns).double()
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batches = [torch.tensor([1])] * 40
-    loader = AdaLoader.wrap(batches, model=model, optimizer=optimizer, min_rows=1, staleness=staleness)
+    loader = AdaLoader.wrap(
+        batches, model=model, optimizer=optimizer, min_rows=1, staleness=staleness, shared_memory=shared_memory
+    )
     for step, ids in enumerate(loader):
         optimizer.zero_grad()
         out = model(ids)
@@ -157,11 +166,14 @@ def everything_in(model: nn.Embedding, comm) -> list[list[float]]:
     return comm.allgather(model(torch.tensor([1]))[0].tolist())
 
 
+@SHARED_OR_APART
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adam"])
-def test_values_loaded_in_mid_training_are_what_every_rank_goes_on_from(comm, seed, optimizer_name):
+def test_values_loaded_in_mid_training_are_what_every_rank_goes_on_from(comm, seed, shared_memory, optimizer_name):
     model, other = table(seed), table(seed + 1)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-    loader = AdaLoader(sample_set(seed), 8, model=model, optimizer=optimizer, min_rows=1, staleness=None)
+    loader = AdaLoader(
+        sample_set(seed), 8, model=model, optimizer=optimizer, min_rows=1, staleness=None, shared_memory=shared_memory
+    )
     train(loader, model, optimizer)
     adaloader.load_full_state_dict(model, other.state_dict() if comm.rank == 0 else None)
     for each in everything_seen(model, comm):
@@ -174,12 +186,15 @@ def test_values_loaded_in_mid_training_are_what_every_rank_goes_on_from(comm, se
     loader.close()
 
 
-def test_ranks_with_different_numbers_of_batches(comm, seed):
+@SHARED_OR_APART
+def test_ranks_with_different_numbers_of_batches(comm, seed, shared_memory):
     model, plain = table(seed), table(seed)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     torch.manual_seed(seed + comm.rank)
     batches = [(torch.randint(0, ROWS, (3, 2)), torch.randn(3, 2).double()) for _ in range(5 + 3 * comm.rank)]
-    loader = AdaLoader.wrap(batches, model=model, optimizer=optimizer, min_rows=1, staleness=None)
+    loader = AdaLoader.wrap(
+        batches, model=model, optimizer=optimizer, min_rows=1, staleness=None, shared_memory=shared_memory
+    )
     train(loader, model, optimizer)
     seen = everything_seen(model, comm)
     total = torch.zeros(ROWS, DIM, dtype=torch.float64)
@@ -194,11 +209,21 @@ def test_ranks_with_different_numbers_of_batches(comm, seed):
     loader.close()
 
 
-def test_changes_below_a_threshold_wait_for_the_end_of_the_pass(comm, seed):
+@SHARED_OR_APART
+def test_changes_below_a_threshold_wait_for_the_end_of_the_pass(comm, seed, shared_memory):
     model, plain = table(seed), table(seed)
     data = sample_set(seed)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    loader = AdaLoader(data, 8, model=model, optimizer=optimizer, min_rows=1, staleness=None, update_threshold=1e6)
+    loader = AdaLoader(
+        data,
+        8,
+        model=model,
+        optimizer=optimizer,
+        min_rows=1,
+        staleness=None,
+        shared_memory=shared_memory,
+        update_threshold=1e6,
+    )
     train(loader, model, optimizer)
     train(torch.utils.data.DataLoader(data, 8 * comm.size), plain, OPTIMIZERS["sgd"](plain.parameters()))
     for each in everything_seen(model, comm):
@@ -206,12 +231,15 @@ def test_changes_below_a_threshold_wait_for_the_end_of_the_pass(comm, seed):
     loader.close()
 
 
-def test_dense_parameters_stay_exact(comm, seed):
+@SHARED_OR_APART
+def test_dense_parameters_stay_exact(comm, seed, shared_memory):
     """They are summed at every step whatever the staleness of tables: all ranks have the same."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"table": nn.Embedding(ROWS, DIM), "layer": nn.Linear(DIM, 1)}).double()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    loader = AdaLoader(sample_set(seed), 8, model=model, optimizer=optimizer, min_rows=1, staleness=None)
+    loader = AdaLoader(
+        sample_set(seed), 8, model=model, optimizer=optimizer, min_rows=1, staleness=None, shared_memory=shared_memory
+    )
     for ids, coefficients in loader:
         optimizer.zero_grad()
         (model["layer"](model["table"](ids))[..., 0] * coefficients).square().mean().backward()
