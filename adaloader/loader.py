@@ -72,8 +72,9 @@ class AdaLoader(StatefulDataLoader):
         update_threshold: with staleness: changes of copies that are smaller than this in every value are held back
             until they have added up to it, or a pass is over.
         max_rounds_per_second: with staleness: how often ranks exchange updates, at most.
-        shared_memory: at staleness 0: whether ranks of one machine read each other's rows in memory that they share,
-            without a message; False treats each rank as a machine of its own, as to see what crosses a network, and a
+        shared_memory: whether ranks of one machine read each other's rows in memory that they share, without a message,
+            and with staleness update them there too (if all ranks are on it, and the optimizer is SGD, Adagrad or
+            RowwiseAdagrad); False treats each rank as a machine of its own, as to see what crosses a network, and a
             number (2 or more) each so many ranks of a machine, in turn.
         device_cache_bytes: for models on a CUDA device, on one process: memory there for rows that the batches ahead
             need, with their optimizer state, which are then looked up and updated on the device; None takes a quarter
