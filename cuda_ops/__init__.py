@@ -56,6 +56,9 @@ adagrad_update_shared = _shared.adagrad_update_shared
 rowwise_adagrad_update_shared = _shared.rowwise_adagrad_update_shared
 claim_rows = _shared.claim_rows
 publish_rows = _shared.publish_rows
+store_word = _shared.store_word
+exchange_word = _shared.exchange_word
+all_reached = _shared.all_reached
 half_sgd_update = by_device(_half_update.half_sgd_update)
 half_adagrad_update = by_device(_half_update.half_adagrad_update)
 half_sparse_adam_update = by_device(_half_update.half_sparse_adam_update)
@@ -100,6 +103,7 @@ __all__ = [
     "add_uses",
     "advance",
     "alias_table",
+    "all_reached",
     "bags_backward",
     "caught_up_word",
     "claim_rows",
@@ -107,6 +111,7 @@ __all__ = [
     "dedup",
     "dedup_counts",
     "delta",
+    "exchange_word",
     "expand",
     "find_places",
     "gather",
@@ -144,6 +149,7 @@ __all__ = [
     "sgd_update_shared",
     "sparse_adam_update",
     "slots_by_row",
+    "store_word",
     "sum_segments",
     "take_over",
     "take_places",

@@ -41,11 +41,12 @@ class ConnectedManager(Manager):
         self.on_failure: Callable[[BaseException], None] | None = None
         self.who: Sequence[str] = ()
         self._shut = False
-        self._waiting = Waiting(rank, timeout_seconds, self._count_wait)
+        self._waiting = Waiting(rank, timeout_seconds, self.count_wait)
 
     # Waiting
 
-    def _count_wait(self, seconds: float) -> None:
+    def count_wait(self, seconds: float) -> None:
+        """The trainer's thread has waited for rows."""
         self.traffic.wait_seconds += seconds
         self.traffic.seconds["waiting"] += seconds
 

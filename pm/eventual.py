@@ -35,10 +35,11 @@ from pm.pieces import Summing
 from pm.recorder import Recorder
 from pm.serving import Round
 from pm.shared_tables import SharedTables
+from pm.store import RecordStore
 from pm.synchronous import SynchronousManager
 from pm.table_groups import TableGroups
 from pm.table_plans import JointIntents, TablePlan
-from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
+from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.updates import Updates
 
 _SHARED = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad)
@@ -93,8 +94,10 @@ class EventualManager(SynchronousManager):
         self._groups = TableGroups()
         self._intents = JointIntents(self.node.claims, self._clock)
         self._passes = Passes(self, comm.size)
-        self._shared = SharedTables(self)
         super().__init__(comm, timeout_seconds, shared_memory=shared_memory)
+
+    def _shared_tables(self) -> SharedTables:
+        return SharedTables(self, _SHARED, locks=True)
 
     # Tables
 
@@ -105,8 +108,7 @@ class EventualManager(SynchronousManager):
                 added.append(Table(spec, len(self.tables), None))
                 added[-1].begin_history()
                 self.tables.append(added[-1])
-        additive = [table for table in added if isinstance(table.spec.rule, _SHARED)]
-        shared = self._shared.add(additive)
+        shared = self._add_shared(added)
         with self.structure:
             for number in self._groups.add([table for table in added if table not in shared]):
                 store = self.node.add_group(self._group_of(number)).owned.store
@@ -194,41 +196,31 @@ class EventualManager(SynchronousManager):
 
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
-            return self._shared.owned(table, rows)
+            return super().rows_owned(table, rows)
         with self.structure:
             return rows[self.touch(table, rows) >= 0]
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
-            return self._shared.touch(table, rows)
+            return super().touch(table, rows)
         with self.structure:
             return self.node.grants.find_or_make(self.holdings_of(table), self.keys_of(table, rows))
-
-    def make_rows(self, table: Table, rows: np.ndarray) -> None:
-        if table.store.is_shared:  # any rank may need any of them
-            self._shared.touch(table, rows)
-        else:
-            super().make_rows(table, rows)
 
     # Rows
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
-        self._check_open()
         if table.store.is_shared:
-            return self._shared.plan(next(self._plan_numbers), table, rows, expected)
+            return super().intend(table, rows, expected)
+        self._check_open()
         span = self._groups.span_of(table)
         plan = TablePlan(next(self._plan_numbers), table, rows, expected, rows[:0], table.store, span=span)
         with self.structure:
             self._intents.add(plan)
         return plan
 
-    def find_together(self, tables, keys, rows, starts) -> Stretch | None:
-        self._check_open()
-        return self._shared.find_together(tables, rows, starts)
-
     def release(self, plan: RowPlan) -> None:
-        if plan.table.store.is_shared:
-            plan.released = True
+        if plan.store.is_shared:
+            super().release(plan)
         elif not plan.released:
             with self.structure:
                 self._intents.release(plan)
@@ -239,16 +231,13 @@ class EventualManager(SynchronousManager):
             self._intents.flush()
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
-        if plan.table.store.is_shared:
-            return self._read_shared(plan.table, plan.slots, out)
+        if plan.store.is_shared:
+            return super().read(plan, out)
         return self._pull(plan.group, plan.keys, out, plan.places)
 
-    def _read_shared(self, table: Table, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
-        self.wait_to_read()
-        started = time.perf_counter()
-        table.store.values(slots, out)
-        self.traffic.seconds["gather"] += time.perf_counter() - started
-        return out
+    def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
+        self._wait_to_read()
+        return store.values(slots, out)
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
@@ -256,12 +245,12 @@ class EventualManager(SynchronousManager):
 
     def _read_rows(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
-            return self._read_shared(table, self._shared.touch(table, rows), out)
+            return self._read_shared(table.store, self.shared.touch(table, rows), out)
         span = self._groups.span_of(table)
         return self._pull(span.group, span.keys(rows), out)
 
     def _pull(self, group: int, keys: np.ndarray, out: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
-        self.wait_to_read()
+        self._wait_to_read()
         started = time.perf_counter()
         operation = Operation(Action.PULL, group, keys, out, places=places)
         self.run(operation)
@@ -283,7 +272,7 @@ class EventualManager(SynchronousManager):
         if operation.remaining:
             self.wait_for_rows(lambda: operation.is_done, self.peers)
 
-    def wait_to_read(self) -> None:
+    def _wait_to_read(self) -> None:
         """Wait as long as the bound on staleness demands, and for the end of an epoch that has ended here."""
         self._check_open()
         syncing, steps = self.node.syncing, self.steps
@@ -305,7 +294,7 @@ class EventualManager(SynchronousManager):
         if not len(changed):
             return
         if table.store.is_shared:
-            slots = self._shared.slots(table, rows[changed])
+            slots = self.shared.slots(table, rows[changed])
             table.store.add(slots, values[changed] - before[changed], self._version_after_step())
             return
         holdings, span = self.holdings_of(table), self._groups.span_of(table)
@@ -348,7 +337,7 @@ class EventualManager(SynchronousManager):
         self.traffic.seconds["update"] += time.perf_counter() - started
 
     def _summing_for(self, table: Table) -> Summing:
-        return self._shared.summing if table.store.is_shared else super()._summing_for(table)
+        return self.shared.summing if table.store.is_shared else super()._summing_for(table)
 
     def take_what_has_gathered(self) -> None:
         """Apply what others have sent, while nobody steps."""
@@ -471,7 +460,7 @@ class EventualManager(SynchronousManager):
 
     def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if table.store.is_shared:
-            return self._shared.of_table(table, keys, slots)
+            return super().of_table(table, keys, slots)
         at, rows = self._groups.span_of(table).rows_among(keys)
         return rows, slots[at]
 
@@ -484,14 +473,6 @@ class EventualManager(SynchronousManager):
         with self.structure:
             self.node.grants.changed_from_afar(self.holdings_of(table), slots)
 
-    def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        rows, slots = self.owned_slots(table)
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            part = slots[start : start + _CHUNK_ROWS]
-            self.catch_up(table, part)
-            values = table.store.values(part, np.empty((len(part), table.spec.dim), table.spec.dtype))
-            yield rows[start : start + _CHUNK_ROWS], values, table.store.states(part)
-
     # The background thread
 
     def _receive(self, source: int, message: Message) -> None:
@@ -502,13 +483,8 @@ class EventualManager(SynchronousManager):
         super()._receive(source, message)
 
     def _message_handlers(self) -> dict[Kind, Callable[[int, Message], None]]:
-        of_steps = {
-            Kind.STEP: self._on_step,
-            Kind.EPOCH: self._passes.on_epoch,
-            Kind.KEEP: self._shared.on_keep,
-            Kind.KEPT: self._shared.on_kept,
-        }
-        shared = (Kind.SHARD, Kind.CLOSED, Kind.LAST)
+        of_steps = {Kind.STEP: self._on_step, Kind.EPOCH: self._passes.on_epoch}
+        shared = (Kind.SHARD, Kind.CLOSED, Kind.LAST, Kind.KEEP, Kind.KEPT)
         handlers = super()._message_handlers()
         return {kind: handlers[kind] for kind in shared} | of_steps
 
@@ -525,7 +501,7 @@ class EventualManager(SynchronousManager):
     @property
     def memory_bytes(self) -> int:
         histories = sum(table.history.memory_bytes for table in self.tables if table.history is not None)
-        return histories + self.node.memory_bytes + self._shared.memory_bytes
+        return histories + self.node.memory_bytes + self.shared.memory_bytes
 
     def counted(self) -> Traffic:
         traffic = self.traffic

@@ -90,16 +90,22 @@ class Manager:
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         """Declare tables, all of them at once where they can share stores (collective); return them in order."""
         added = []
-        declared: dict[RecordClass, int] = {}
         for spec in specs:
-            declared[spec.record_class] = declared.get(spec.record_class, 0) + spec.rows
-        for spec in specs:
-            store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
-            self._rows_by_table.append(spec.rows)
-            added.append(Table(spec, len(self.tables), store))
+            added.append(Table(spec, len(self.tables), None))
             added[-1].begin_history()
+            self._rows_by_table.append(spec.rows)
             self.tables.append(added[-1])
+        self._give_stores(added)
         return added
+
+    def _give_stores(self, tables: Sequence[Table]) -> None:
+        """Give stores to tables that have none."""
+        declared: dict[RecordClass, int] = {}
+        for spec in (table.spec for table in tables):
+            declared[spec.record_class] = declared.get(spec.record_class, 0) + spec.rows
+        for table in tables:
+            spec = table.spec
+            table.store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
 
     def _store_for(self, record_class: RecordClass, rows: int, declared_rows: int) -> RecordStore:
         if record_class.catches_up:  # rows are caught up in turn, by slot: such a table has a store of its own
@@ -284,8 +290,9 @@ class Manager:
                 slots[first:end] = self.touch(table, rows[first:end])
         return Stretch(slots, store)
 
-    def wait_to_read(self) -> None:
-        """Wait until rows may be read that are here."""
+    def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Write to `out` `[n, dim]` the current values of records at `slots` (int64 `[n]`), all of them here."""
+        return store.values(slots, out)
 
     def slots_of(self, plan: RowPlan) -> np.ndarray:
         """Return the slots of the plan's rows here; they change when its table is given another rule."""
@@ -482,15 +489,12 @@ class Manager:
 
     def held_rows(self, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (rows, values, states) of the records of `table` that this rank owns, in chunks."""
-        with self._structure:
-            keys, slots = table.store.index.items()
-        mine = table_of(keys) == table.number
-        keys, slots = keys[mine], slots[mine]
-        for start in range(0, len(keys), _CHUNK_ROWS):
+        rows, slots = self.owned_slots(table)
+        for start in range(0, len(rows), _CHUNK_ROWS):
             part = slots[start : start + _CHUNK_ROWS]
             self.catch_up(table, part)
             values = table.store.values(part, np.empty((len(part), table.spec.dim), table.spec.dtype))
-            yield rows_of(keys[start : start + _CHUNK_ROWS]), values, table.store.states(part)
+            yield rows[start : start + _CHUNK_ROWS], values, table.store.states(part)
 
     def gather_table(self, table: Table, receive: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
         """Hand all held rows of `table` to `receive(rows, values, states)` on rank 0, in chunks (collective)."""

@@ -185,14 +185,22 @@ class Neighbours:
         Any thread, while that rank cannot apply a step.
         """
         memory = self._mapped[rank, self._places[rank, table.number]]
-        words = memory.view(table.spec.dtype)
-        machine, stride = self._machine, table.store.stride
+        words, stride = memory.view(table.spec.dtype), table.store.stride
+        self._undisturbed_by([rank], lambda: cuda_ops.gather(words, stride, slots, out, positions=positions))
+
+    def undisturbed(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `read()` returns when no neighbour has written outside of a step meanwhile: it may be called
+        several times."""
+        return self._undisturbed_by(self.peers, read)
+
+    def _undisturbed_by(self, ranks: Sequence[int], read: Callable[[], np.ndarray]) -> np.ndarray:
+        machine = self._machine
         while True:
-            writes = machine.writes(rank)
-            if writes % 2 == 0:
-                cuda_ops.gather(words, stride, slots, out, positions=positions)
-                if machine.writes(rank) == writes:
-                    return
+            before = [machine.writes(rank) for rank in ranks]
+            if not any(count % 2 for count in before):
+                result = read()
+                if before == [machine.writes(rank) for rank in ranks]:
+                    return result
             self._manager.raise_failure()
             time.sleep(_PAUSE_SECONDS)
 

@@ -447,6 +447,8 @@ class Serving:
     def _apply_round(self, arrived: Round) -> None:
         manager, step = self._manager, self.applied
         check_same_step(step, manager.rank, arrived.optimizer, arrived.stepped, manager.describe_hyperparameter())
+        if manager.shared_steps.is_used:
+            manager.shared_steps.apply(step + 1)
         started = time.perf_counter()
         groups = self.groups.pop(step)
         for number in sorted(arrived.pieces):
@@ -460,11 +462,18 @@ class Serving:
         self.applied = step + 1
         del self._rounds[step]
         manager.traffic.seconds["update"] += time.perf_counter() - started
+        if manager.needs_no_messages:
+            return
         for peers in manager.machines.together:
             self._send_to_machine({peer: self._asked[peer].due_by(self.applied) for peer in peers})
             for peer in peers:
                 self._send_ready(peer)
         manager.transport.post(self._send_early)  # after the rows that somebody may be waiting for have left
+
+    def send_ready(self) -> None:
+        """Say to all others how far this rank's rows are."""
+        for peer in self._manager.peers:
+            self._send_ready(peer)
 
     # On demand
 

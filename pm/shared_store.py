@@ -4,14 +4,17 @@ The record of key k is at slot k, in memory that every rank has mapped, and take
 touched. Whoever needs a row first makes its record: what a row starts from does not depend on who does. From then on
 any rank updates it, under a lock of its own (`cuda_ops.sgd_update_shared`), as threads of one process would; lock-free
 readers are Hogwild's (Niu, Recht, Re, Wright 2011). For what must be done once by somebody, as writing a checkpoint,
-each rank owns a range of the keys.
+each rank owns a part of the keys.
+
+At staleness 0 owners alone update records, when no rank reads them (`shared_steps.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 _PAGE_BYTES = 4096
 _PAUSE_SECONDS = 2e-5
+_OWNED_TOGETHER_BITS = 4  # records of some lines of the cache, so that ranks do not write to one line in turns
 _UPDATES = {
     cuda_ops.sgd_update: cuda_ops.sgd_update_shared,
     cuda_ops.adagrad_update: cuda_ops.adagrad_update_shared,
@@ -33,36 +37,37 @@ _UPDATES = {
 
 
 class OwnKeys:
-    """The keys of a shared store whose records were made, of the range that one rank owns. Keys are slots.
+    """The keys of a shared store whose records were made, of those that one rank owns. Keys are slots.
 
     Args:
-        states: uint8 `[any]` by key, as `cuda_ops.claim_rows` has them.
-        first: the first key of `states`.
+        states: uint8 `[rows]` by key, as `cuda_ops.claim_rows` has them.
+        rank, ranks: whose, and how many there are.
     """
 
-    def __init__(self, states: np.ndarray, first: int):
-        self._states, self.first = states, first
+    def __init__(self, states: np.ndarray, rank: int, ranks: int):
+        self._states, self._rank, self._ranks = states, rank, ranks
 
     def __len__(self) -> int:
-        return int(np.count_nonzero(self._states == cuda_ops.MADE))
+        return len(self.items()[0])
 
     @property
     def memory_bytes(self) -> int:
-        return self._states.nbytes
+        return self._states.nbytes // self._ranks
 
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (keys, their slots): the same, int64 `[n]`, ascending."""
-        keys = np.flatnonzero(self._states == cuda_ops.MADE) + self.first
+        keys = np.flatnonzero(self._states == cuda_ops.MADE)
+        keys = keys[owners_of(keys, self._ranks) == self._rank]
         return keys, keys
-
-    def free(self) -> np.ndarray:
-        """Return the slots (int64 `[n]`) up to the last of the range that these are not."""
-        unmade = np.flatnonzero(self._states != cuda_ops.MADE) + self.first
-        return np.concatenate([np.arange(self.first, dtype=np.int64), unmade])
 
     def copy(self) -> OwnKeys:
         """Return what it is now."""
-        return OwnKeys(self._states.copy(), self.first)
+        return OwnKeys(self._states.copy(), self._rank, self._ranks)
+
+
+def owners_of(slots: np.ndarray, ranks: int) -> np.ndarray:
+    """Return the owners of records at `slots` (int64 `[n]` both): by turns, as what is used most is often together."""
+    return (slots >> _OWNED_TOGETHER_BITS) % ranks
 
 
 class SharedStore(RecordStore):
@@ -76,6 +81,7 @@ class SharedStore(RecordStore):
         rows: number of records.
         block: memory of `block_bytes(record_class, rows)`, all zeros when the first rank gets it.
         rank, ranks: this one, and how many there are.
+        locks: whether ranks update the same records at the same time.
         patience: called while another process has what is waited for, with what that is and since when (a time of
             `time.perf_counter`); raises when that is too long, or in vain.
         ask_to_keep: called with (rank, slots int64 `[n]`): has that rank's snapshot keep records; returns when it has.
@@ -90,17 +96,19 @@ class SharedStore(RecordStore):
         block: SharedBlock,
         rank: int,
         ranks: int,
+        locks: bool,
         patience: Callable[[str, float], None],
         ask_to_keep: Callable[[SharedStore, int, np.ndarray], None],
     ):
-        self._writers = np.frombuffer(block.memory, np.int64, ranks)  # not 0: that rank has a snapshot
-        self._states = np.frombuffer(block.memory, np.uint8, rows, _paged(8 * ranks))
-        self._bounds = np.arange(ranks + 1, dtype=np.int64) * rows // ranks
-        self._rank, self._patience, self._ask_to_keep = rank, patience, ask_to_keep
-        first, end = self._bounds[rank : rank + 2].tolist()
+        words = np.frombuffer(block.memory, np.int64, ranks + 1)
+        self._writers = words[:ranks]  # not 0: that rank has a snapshot
+        self._lock = words[ranks:]  # not 0: a rank is in `alone`
+        self._states = np.frombuffer(block.memory, np.uint8, rows, _paged(8 * (ranks + 1)))
+        self._rank, self._ranks, self._locks = rank, ranks, locks
+        self._patience, self._ask_to_keep = patience, ask_to_keep
         self._snapshot: Snapshot | None = None
-        super().__init__(record_class, rows, block, OwnKeys(self._states[first:end], first), _records_at(rows, ranks))
-        self._next_slot = end
+        super().__init__(record_class, rows, block, OwnKeys(self._states, rank, ranks), _records_at(rows, ranks))
+        self._next_slot = rows
 
     @staticmethod
     def block_bytes(record_class: RecordClass, rows: int, ranks: int) -> int:
@@ -110,9 +118,17 @@ class SharedStore(RecordStore):
     def __len__(self) -> int:
         return len(self.index)
 
+    def owners(self, slots: np.ndarray) -> np.ndarray:
+        """Return the ranks that own the records at `slots` (int64 `[n]` both)."""
+        return owners_of(slots, self._ranks)
+
     def owns(self, slots: np.ndarray) -> np.ndarray:
         """Return whether this rank owns the records at `slots` (int64 `[n]`): bool `[n]`."""
-        return (slots >= self._bounds[self._rank]) & (slots < self._bounds[self._rank + 1])
+        return self.owners(slots) == self._rank
+
+    def made(self) -> np.ndarray:
+        """Return the slots of all records that were made, whoever owns them: int64 `[n]`."""
+        return np.flatnonzero(self._states == cuda_ops.MADE)
 
     # Making
 
@@ -150,6 +166,9 @@ class SharedStore(RecordStore):
     # Changing
 
     def update(self, kernel: Callable[..., None], slots: np.ndarray, grads: np.ndarray, *numbers) -> None:
+        if not self._locks:
+            super().update(kernel, slots, grads, *numbers)
+            return
         done, started = 0, 0.0
         locked, dim = _UPDATES[kernel], self.record_class.dim
         while True:
@@ -163,6 +182,17 @@ class SharedStore(RecordStore):
         """Add `values` `[n, dim]` to those of the records at `slots` (int64 `[n]`, distinct)."""
         self.keep(slots)
         self.update(cuda_ops.sgd_update, slots, values, -1.0, 1.0, version)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other rank is inside at the same time."""
+        started = time.perf_counter()
+        while not cuda_ops.exchange_word(self._lock, 0, 0, 1):
+            self._wait("another rank to change rows outside of a step", started)
+        try:
+            yield
+        finally:
+            cuda_ops.store_word(self._lock, 0, 0)
 
     # Snapshots
 
@@ -178,7 +208,7 @@ class SharedStore(RecordStore):
     def keep(self, slots: np.ndarray) -> None:
         if not self._writers.any():
             return
-        owners = np.searchsorted(self._bounds, slots, side="right") - 1
+        owners = self.owners(slots)
         for rank in np.flatnonzero(self._writers).tolist():
             theirs = slots[owners == rank]
             if rank == self._rank:
@@ -191,7 +221,9 @@ class SharedStore(RecordStore):
         super().keep(slots)
 
     def slots_free_in(self, index: OwnKeys) -> np.ndarray:
-        return index.free()
+        is_free = np.ones(self.slots_in_use, bool)
+        is_free[index.items()[1]] = False
+        return is_free
 
 
 def most_shared_bytes() -> int:
@@ -203,7 +235,7 @@ def most_shared_bytes() -> int:
 
 
 def _records_at(rows: int, ranks: int) -> int:
-    return _paged(8 * ranks) + _paged(rows)
+    return _paged(8 * (ranks + 1)) + _paged(rows)
 
 
 def _paged(size: int) -> int:

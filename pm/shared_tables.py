@@ -1,7 +1,9 @@
-"""Tables whose records all ranks read and update in memory that they share: with staleness, on one machine.
+"""Tables whose records are in memory that all ranks share: all ranks are on one machine, and rows move at no step that
+does not touch them.
 
-There is nothing to move, to copy or to merge, so no message is about a row of them but while a checkpoint is being
-written: a lookup reads the record, a step updates it, and what one rank has done all others see.
+There is nothing to move, to copy or to merge, so no message is about a row of them: a lookup reads the record, and a
+step updates it, at staleness 0 by its owner when all ranks have handed over their gradients (`shared_steps.py`), with
+staleness by each rank. (While a checkpoint is being written, whoever changes another's rows has it keep them first.)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pm.tables import RowPlan, Stretch, Table
 from pm.waiting import PeerError
 
 if TYPE_CHECKING:
-    from pm.eventual import EventualManager
+    from pm.synchronous import SynchronousManager
 
 log = logging.getLogger("adaloader")
 
@@ -34,10 +36,12 @@ class SharedTables:
 
     Args:
         manager: of which rank.
+        rules: of the update rules under which tables can be such.
+        locks: whether ranks update the same records at the same time.
     """
 
-    def __init__(self, manager: EventualManager):
-        self._manager = manager
+    def __init__(self, manager: SynchronousManager, rules: tuple[type, ...], *, locks: bool):
+        self._manager, self._rules, self._locks = manager, rules, locks
         self._groups = TableGroups()
         self._stores: list[SharedStore] = []  # by number of group
         self._bytes = 0  # of address space, of all stores
@@ -45,10 +49,16 @@ class SharedTables:
         self._kept: set[int] = set()
         self.summing = Summing()
 
+    def may_take(self, tables: Sequence[Table]) -> list[Table]:
+        """Return those of `tables` that can be such, if there is memory."""
+        if self._manager.neighbours.ranks < self._manager.ranks:  # as on all of them
+            return []
+        return [table for table in tables if isinstance(table.spec.rule, self._rules)]
+
     def add(self, tables: Sequence[Table]) -> list[Table]:
         """Give stores to those of `tables` that can have one that is shared; return them (collective)."""
         taken: list[Table] = []
-        for members in self._groups.alike(tables):
+        for members in self._groups.alike(self.may_take(tables)):
             store = self._store_for(members)
             if store is not None:
                 self._groups.add_group(members)
@@ -68,7 +78,9 @@ class SharedTables:
         if block is None:
             return None
         self._bytes += size
-        return SharedStore(record_class, rows, block, manager.rank, manager.ranks, self._be_patient, self._ask_to_keep)
+        return SharedStore(
+            record_class, rows, block, manager.rank, manager.ranks, self._locks, self._be_patient, self._ask_to_keep
+        )
 
     def _be_patient(self, what: str, since: float) -> None:
         manager = self._manager
@@ -107,6 +119,15 @@ class SharedTables:
         """See `Manager.of_table`."""
         at, rows = self._groups.span_of(table).rows_among(keys)
         return rows, slots[at]
+
+    def positions_of(self, table: Table, slots: np.ndarray) -> np.ndarray:
+        """Return at which of `slots` (int64 `[n]`) rows of `table` are: int64 `[m]`."""
+        return self._groups.span_of(table).rows_among(slots)[0]
+
+    def rows_made(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Return (rows, slots) of all records of `table` that were made, whoever owns them, int64 `[n]` both."""
+        made = table.store.made()
+        return self.of_table(table, made, made)
 
     def plan(self, number: int, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         """See `Manager.intend`."""

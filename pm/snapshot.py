@@ -28,7 +28,7 @@ class Snapshot:
     Args:
         store: of which there is no other snapshot.
         spare_bytes: most memory for records copied aside; room for one record there always is.
-        free: the slots (int64 `[n]`) that are free, or another's.
+        free: the slots (int64 `[n]`, or bool for each) that are free, or another's.
     """
 
     def __init__(self, store: RecordStore, spare_bytes: int, free: np.ndarray):

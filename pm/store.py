@@ -248,7 +248,9 @@ class RecordStore:
         return self._free[: self._free_count]
 
     def slots_free_in(self, index) -> np.ndarray:
-        """Return the slots below `slots_in_use` (int64 `[n]`) that are not of keys of `index`, a copy of its own."""
+        """Return the slots below `slots_in_use` that are not of keys of `index`, a copy of its own: int64 `[n]`, or
+        bool for each.
+        """
         return self.free_slots
 
     @property

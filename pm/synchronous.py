@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 import cuda_ops
+from pm import rules
 from pm.asking import Asking
 from pm.common_rows import CommonRows
 from pm.connected_manager import ConnectedManager
@@ -35,6 +36,8 @@ from pm.pieces import Summing
 from pm.requests import Requests
 from pm.serving import Serving
 from pm.shards import Shards
+from pm.shared_steps import SharedSteps
+from pm.shared_tables import SharedTables
 from pm.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
 from pm.techniques import techniques_named
@@ -63,6 +66,9 @@ class SynchronousManager(ConnectedManager):
     Raises:
         ValueError: if there are no such techniques, or `shared_memory` is a number below 1.
     """
+
+    needs_no_messages = False
+    """Whether steps wait for none: all tables are in memory that all ranks share."""
 
     def __init__(
         self,
@@ -93,6 +99,8 @@ class SynchronousManager(ConnectedManager):
         self.machine_sums = MachineSums(self)
         self.common_rows = CommonRows(self)
         self.in_place = InPlace(self, cached_locations)
+        self.shared = self._shared_tables()
+        self.shared_steps = SharedSteps(self)
         self.inbox = Inbox(self, self._message_handlers())
         self.transport = self._connect(
             comm,
@@ -114,8 +122,11 @@ class SynchronousManager(ConnectedManager):
         """Return which ranks are on which machine (collective); a simulation has its own."""
         return machines_of(comm, self.neighbours.peers)
 
+    def _shared_tables(self) -> SharedTables:
+        return SharedTables(self, (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad, rules.SparseAdam), locks=False)
+
     def _is_urgent(self) -> bool:
-        return self._waiting.waiters > 0 or self.serving.applied < self.steps
+        return self._waiting.waiters > 0 or (self.serving.applied < self.steps and not self.needs_no_messages)
 
     def _after_receiving(self) -> bool:
         """Called on the background thread, again and again; returns whether there was something to do."""
@@ -123,8 +134,35 @@ class SynchronousManager(ConnectedManager):
 
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = super().add_tables(specs)
-        self.neighbours.share(added)  # nobody asks for rows of a table that another rank does not know yet
+        # Nobody asks for rows of a table that another rank does not know yet.
+        self.neighbours.share([table for table in added if not table.store.is_shared])
         return added
+
+    def _give_stores(self, tables: Sequence[Table]) -> None:
+        shared = self._add_shared(tables)
+        super()._give_stores([table for table in tables if table not in shared])
+        if all(table.store.is_shared for table in self.tables):
+            self.needs_no_messages = True
+        else:
+            self._need_messages()
+
+    def _need_messages(self) -> None:
+        """From now on steps wait for messages (collective): what is missing of those before is said."""
+        if self.needs_no_messages:
+            self.needs_no_messages = False
+            self._on_background(self.serving.send_ready)
+
+    def _add_shared(self, tables: Sequence[Table]) -> list[Table]:
+        """Share memory for records of those of `tables` for which that can be; return them (collective)."""
+        block = None
+        if self.in_lockstep and not self.shared_steps.is_used and self.shared.may_take(tables):
+            block = self.neighbours.block_for_all(SharedSteps.block_bytes(self.ranks))
+            if block is None:
+                return []
+        shared = self.shared.add(tables)
+        if block is not None and shared:
+            self.shared_steps.begin(block)
+        return shared
 
     def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
         return self.neighbours.new_store(record_class, capacity)
@@ -138,6 +176,12 @@ class SynchronousManager(ConnectedManager):
 
     def replace_rule(self, table: Table, spec: TableSpec) -> None:
         table.store.await_snapshot()
+        if table.store.is_shared:
+            with self.still():
+                self._need_messages()
+                self._leave_shared(table, spec)
+                self.neighbours.share([table])
+            return
         with self.still(), self.asking.planning:
             self.asking.leave_in_place(table)
             self._on_background(lambda: self._replace_rule(table, spec))
@@ -154,6 +198,18 @@ class SynchronousManager(ConnectedManager):
             super().replace_rule(table, spec)
             notes.clear(slots[mine])
             self.serving.replaced(table, rows_of(keys[mine]), moves)
+
+    def _leave_shared(self, table: Table, spec: TableSpec) -> None:
+        """Move the records of a shared table to the stores of their homes, under another rule (collective)."""
+        rows, slots = self.shared.rows_made(table)
+        mine = self.directory.home_of(table.keys(rows)) == self.rank
+        values = table.store.values(slots[mine], np.empty((int(mine.sum()), spec.dim), spec.dtype))
+        self.barrier()  # all ranks have read theirs
+        with self.structure:
+            table.spec = spec
+            table.begin_history()
+            table.store = self._store_for(spec.record_class, spec.rows, spec.rows)
+            super().load_rows(table, rows[mine], values, None)
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
@@ -204,6 +260,8 @@ class SynchronousManager(ConnectedManager):
         return unmade
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        if table.store.is_shared:
+            return self.shared.touch(table, rows)
         slots = self.slots_here(table, rows)
         if len(slots) and slots.min() < 0:
             row = rows[slots.argmin()]
@@ -214,7 +272,15 @@ class SynchronousManager(ConnectedManager):
         """As `touch`, for rows that never moved and of which this rank is the home."""
         return super().touch(table, rows)
 
+    def make_rows(self, table: Table, rows: np.ndarray) -> None:
+        if table.store.is_shared:  # any rank may need any of them
+            self.shared.touch(table, rows)
+        else:
+            super().make_rows(table, rows)
+
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        if table.store.is_shared:
+            return self.shared.owned(table, rows)
         keys = table.keys(rows)
         with self.structure:
             owned = table.store.index.find(keys) >= 0
@@ -224,13 +290,19 @@ class SynchronousManager(ConnectedManager):
 
     def intend(self, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         self._check_open()
+        if table.store.is_shared:
+            return self.shared.plan(self.next_plan_number(), table, rows, expected)
         return self.asking.intend(table, rows, expected)
 
     def find_together(self, tables, keys, rows, starts) -> Stretch | None:
-        return None
+        self._check_open()
+        return self.shared.find_together(tables, rows, starts)
 
     def release(self, plan: RowPlan) -> None:
-        self.asking.release(plan)
+        if plan.store.is_shared:
+            plan.released = True
+        else:
+            self.asking.release(plan)
 
     def flush_intents(self) -> None:
         self._send_released()
@@ -242,7 +314,30 @@ class SynchronousManager(ConnectedManager):
             for peer in range(self.ranks):
                 self.deliver(peer, Message(Kind.RELEASE, (), (released,)))
 
+    def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
+        self._check_open()
+        self.shared_steps.settle()
+        return self.neighbours.undisturbed(lambda: store.values(slots, out))
+
+    def _read_shared(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
+        started, waited = time.perf_counter(), self.traffic.wait_seconds
+        self.read_here(store, slots, out)
+        self.traffic.seconds["gather"] += time.perf_counter() - started - (self.traffic.wait_seconds - waited)
+        return out
+
+    def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if table.store.is_shared:
+            return self.shared.of_table(table, keys, slots)
+        return super().of_table(table, keys, slots)
+
+    def make_slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        return self.touch(table, rows) if table.store.is_shared else super().make_slots(table, rows)
+
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
+        if plan.table.store.is_shared:
+            return self._read_shared(plan.table.store, plan.slots, out)
+        if plan.store.is_shared:  # its table has another rule since
+            return self.pull(plan.table, plan.rows, out)
         if plan.released or not self.techniques.plans:
             return self.pull(plan.table, plan.rows, out)
         self.asking.read(plan, out)
@@ -251,6 +346,8 @@ class SynchronousManager(ConnectedManager):
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
         self._check_open()
+        if table.store.is_shared:
+            return self._read_shared(table.store, self.shared.touch(table, rows), out)
         self._on_demand.pull(table, rows, out)
         return out
 
@@ -262,6 +359,12 @@ class SynchronousManager(ConnectedManager):
             cuda_ops.gather(table.store.words, table.store.stride, slots, out, positions=positions)
 
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
+        if table.store.is_shared:
+            self._check_open()
+            self.shared_steps.settle()
+            with table.store.alone():
+                self.renorm_own(table, rows, max_norm, norm_type)
+            return
         self.settle()
         limits = np.array([max_norm, norm_type], np.float64)
         (owners,) = self._on_demand.locate([(table, rows)])
@@ -287,18 +390,23 @@ class SynchronousManager(ConnectedManager):
     ) -> None:
         self._check_open()
         started = time.perf_counter()
+        vector = np.empty(0) if vector is None else vector
+        if self.shared_steps.is_used:
+            shared = [gradient for gradient in gradients if gradient.table.store.is_shared]
+            self.shared_steps.publish(shared, groups, optimizer, vector)
         self.serving.groups[self.steps] = groups
-        self._handover.send(gradients)
+        self._handover.send([gradient for gradient in gradients if not gradient.table.store.is_shared])
         for plan in finished:
             self.release(plan)
         self._send_released()
-        step = Message(Kind.STEP, (self.steps, optimizer), (np.empty(0) if vector is None else vector,))
+        step = Message(Kind.STEP, (self.steps, optimizer), (vector,))
         self.steps += 1
         for peer in self.peers:
             self.transport.send(peer, step)
         # Ourselves last: no record leaves in the version after it before it does.
         self.transport.post(partial(self._receive, self.rank, step), wake=False)
-        self.transport.flush()
+        if not self.needs_no_messages:
+            self.transport.flush()
         self.traffic.seconds["exchange"] += time.perf_counter() - started
 
     def locate(self, wanted: Sequence[tuple[Table, np.ndarray]]) -> list[np.ndarray]:
@@ -332,10 +440,15 @@ class SynchronousManager(ConnectedManager):
 
     def settle(self) -> None:
         self._check_open()
-        self._waiting.until(self._is_settled, self.missing.describe_step, self.missing.why_no_step)
+        self.shared_steps.settle()
+        self.wait_for_steps(self._is_settled)
+
+    def wait_for_steps(self, reached: Callable[[], bool]) -> None:
+        """Wait until steps that this rank has handed over have been applied."""
+        self._waiting.until(reached, self.missing.describe_step, self.missing.why_no_step)
 
     def _is_settled(self) -> bool:
-        return self.applied >= self.steps and self.others.all_ready(self.steps)
+        return self.applied >= self.steps and (self.needs_no_messages or self.others.all_ready(self.steps))
 
     def wait_for_rows(self, reached: Callable[[], bool], asked: Sequence[int]) -> None:
         missing = self.missing
@@ -391,6 +504,8 @@ class SynchronousManager(ConnectedManager):
             Kind.LOCATED: self._on_demand.on_located,
             Kind.CLOSED: self._on_closed,
             Kind.LAST: self._on_last,
+            Kind.KEEP: self.shared.on_keep,
+            Kind.KEPT: self.shared.on_kept,
         }
 
     def _on_ready(self, source: int, message: Message) -> None:
@@ -417,7 +532,7 @@ class SynchronousManager(ConnectedManager):
     @property
     def memory_bytes(self) -> int:
         own = self.serving.memory_bytes + self.directory.memory_bytes + self.in_place.memory_bytes
-        return super().memory_bytes + own
+        return super().memory_bytes + own + self.shared.memory_bytes
 
     def _closing(self) -> None:
         self.transport.post(self._wait_for_no_rows)

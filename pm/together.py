@@ -94,9 +94,8 @@ def read_expanded(manager: Manager, plans: Sequence[RowPlan], positions: np.ndar
     stretch = plans[0].stretch
     if stretch is None or any(plan.table.store is not stretch.store for plan in plans):
         return False
-    manager.wait_to_read()
     started = time.perf_counter()
-    stretch.store.values(stretch.slots.take(positions), out)
+    manager.read_here(stretch.store, stretch.slots.take(positions), out)
     manager.traffic.seconds["gather"] += time.perf_counter() - started
     return True
 

@@ -44,6 +44,19 @@ def store_last(typing_context, array, index, value):
     return signature, generate
 
 
+@intrinsic
+def load_first(typing_context, array, index):
+    """Return `array[index]` (contiguous, of integers): what its writer had written before is seen from now on."""
+    signature = array.dtype(array, types.uint64)
+
+    def generate(context, builder, signature, args):
+        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        address = builder.gep(proxy.data, [args[1]])
+        return builder.load_atomic(address, "acquire", signature.args[0].dtype.bitwidth // 8)
+
+    return signature, generate
+
+
 @helper
 def lock_record(steps, last):
     """Take the record whose last-step word is `steps[last]` (`last` a uint64); return False if another has it for

@@ -1,4 +1,5 @@
-"""Records that several processes update in memory that they share, and rows of which one of them makes the record.
+"""Records that several processes update in memory that they share, rows of which one of them makes the record, and
+words by which they tell each other how far they are.
 
 No update is lost: each record is locked while it is updated (`atomic.py`). Readers take no lock: they may see a record
 of which an update is half done.
@@ -6,7 +7,7 @@ of which an update is half done.
 
 import numpy as np
 
-from cuda_ops.cpu.atomic import compare_and_swap, store_last
+from cuda_ops.cpu.atomic import compare_and_swap, load_first, store_last
 from cuda_ops.cpu.checks import in_range, int_vector, writable
 from cuda_ops.cpu.kernels import kernel
 from cuda_ops.cpu.sparse_update import rowwise_adagrad_records
@@ -84,3 +85,43 @@ def _claim(states, rows, before):
 def _publish(states, rows, state):
     for i in range(rows.size):
         store_last(states, np.uint64(rows[i]), state)
+
+
+def store_word(words, at, word):
+    """Set `words.reshape(-1)[at]` (int64) to `word`: what this caller has written before is seen by all that see it."""
+    writable(words, "words", np.int64, words.shape)
+    if not 0 <= at < words.size:
+        raise IndexError(f"at is {at}; there are {words.size} words")
+    _store_word(words.reshape(-1), at, word)
+
+
+def all_reached(words, column, least):
+    """Return whether words[:, column] (int64 [n, m]) are all at least `least`: what their writers have written before
+    is seen from now on.
+    """
+    return bool(_all_reached(words, int(column), int(least)))
+
+
+def exchange_word(words, at, expected, word):
+    """Set `words[at]` (int64 [n]) to `word` if it is `expected`, at once; return whether it was."""
+    return bool(_exchange_word(words, int(at), int(expected), int(word)))
+
+
+@kernel
+def _store_word(words, at, word):
+    store_last(words, np.uint64(at), np.int64(word))
+
+
+@kernel
+def _all_reached(words, column, least):
+    flat = words.reshape(-1)
+    width = words.shape[1]
+    for i in range(len(words)):
+        if load_first(flat, np.uint64(i * width + column)) < least:
+            return False
+    return True
+
+
+@kernel
+def _exchange_word(words, at, expected, word):
+    return compare_and_swap(words, np.uint64(at), expected, word) == expected
