@@ -201,6 +201,23 @@ def managers(comm):
 
 
 @pytest.fixture
+def own_stores(monkeypatch):
+    """Each rank has the rows of which it is the home in a store of its own, which others read.
+
+    So it is where tables are too large to be laid out by key.
+    """
+    monkeypatch.setattr("pm.shared_tables.most_shared_bytes", lambda: 0)
+
+
+@pytest.fixture(params=["one store", "own stores"])
+def stores(request):
+    """Rows of ranks of one machine are in a store of all, or in stores of each."""
+    if request.param == "own stores":
+        request.getfixturevalue("own_stores")
+    return request.param
+
+
+@pytest.fixture
 def seed() -> int:
     """A fresh seed, equal on all ranks, shown when the test fails; `ADALOADER_TEST_SEED` gives it again."""
     drawn = int(os.environ.get("ADALOADER_TEST_SEED", secrets.randbits(31)))

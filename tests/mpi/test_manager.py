@@ -15,9 +15,12 @@ from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, pulled, rea
 from tests.pm.oracle import GROUPS, DenseTable, make_spec, random_gradient
 
 
-@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("shared_memory", [True, False, "own stores"])
 @pytest.mark.parametrize("number", range(8))
-def test_random_programs_equal_dense_tables(managers, seed, number, shared_memory):
+def test_random_programs_equal_dense_tables(managers, seed, number, shared_memory, request):
+    if shared_memory == "own stores":
+        request.getfixturevalue("own_stores")
+        shared_memory = True
     manager = managers(shared_memory=shared_memory)
     World(manager, np.random.default_rng([seed, number])).run()
     assert manager.applied == manager.steps == 14

@@ -106,6 +106,7 @@ def test_rows_move_to_another_machine_and_not_within_one(managers, comm, monkeyp
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", *DENSE_RULES[::3]])
+@pytest.mark.usefixtures("stores")
 def test_neighbours_send_no_rows(managers, comm, rule):
     manager = managers(shared_memory=True)
     assert manager.machine_ranks == manager.ranks
@@ -123,6 +124,7 @@ def test_neighbours_send_no_rows(managers, comm, rule):
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("area_bytes", [0, 2000, 1 << 28])
+@pytest.mark.usefixtures("own_stores")
 def test_gradients_go_through_shared_memory_as_far_as_there_is_room(managers, seed, monkeypatch, area_bytes):
     monkeypatch.setattr(pm.machine, "_AREA_BYTES", area_bytes)
     manager = managers(shared_memory=True)
@@ -141,6 +143,7 @@ def test_gradients_go_through_shared_memory_as_far_as_there_is_room(managers, se
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("own_stores")
 def test_a_slot_is_asked_for_once(managers, comm):
     manager = managers(shared_memory=True)
     (table,) = manager.add_tables([make_spec(0, 200, 4, "float32", "sgd")])
@@ -159,6 +162,7 @@ def test_a_slot_is_asked_for_once(managers, comm):
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("cached", [0, 20])
+@pytest.mark.usefixtures("own_stores")
 def test_slots_that_were_forgotten_are_asked_for_again(managers, comm, cached):
     manager = managers(shared_memory=True, cached_locations=cached)
     (table,) = manager.add_tables([make_spec(0, 900, 2, "float32", "adagrad")])
@@ -180,6 +184,7 @@ def test_one_rank_that_does_not_want_to_share_keeps_all_by_themselves(managers, 
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("own_stores")
 def test_no_more_is_mapped_than_the_address_space_has_room_for(managers, monkeypatch, caplog):
     """Tables of terabytes leave each rank room for its own; what it does not map it gets by message."""
     spec = make_spec(0, 300, 60, "float64", "sgd")
@@ -196,6 +201,7 @@ def test_no_more_is_mapped_than_the_address_space_has_room_for(managers, monkeyp
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("where", ["page", "store", "mapping", "mapping of another rule"])
+@pytest.mark.usefixtures("own_stores")
 def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monkeypatch, caplog, where):
     """On one rank, now and then: results are the same, and that rank says why."""
 
@@ -233,6 +239,7 @@ def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monke
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("stores")
 def test_a_row_that_is_scaled_down_is_never_half_so(managers, comm):
     """Its owner scales rows down (max_norm) while a neighbour reads them."""
     manager = managers(shared_memory=True)
