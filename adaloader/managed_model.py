@@ -327,6 +327,7 @@ class ManagedModel:
             self.reducer.finish_step()
         if optimizer in self._has_stepped_rows:
             self._has_stepped_rows.remove(optimizer)
+            self.manager.go_on()
         else:
             self._step_rows(optimizer, is_skipped=self._unscale_fused(optimizer))
         for table in self.tables:

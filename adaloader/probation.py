@@ -75,6 +75,7 @@ def confirm(table: ManagedTable) -> None:
     for start in range(0, spec.rows, _CHUNK_ROWS):
         rows = np.arange(start, min(start + _CHUNK_ROWS, spec.rows), dtype=np.int64)
         model.manager.make_rows(table.table, rows)
+    model.manager.all_rows_made(table.table)
     table.probation.values = table.probation.states = None  # the spec's fill functions still hold the object
     table.probation = None
     table.all_rows_held = True

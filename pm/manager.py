@@ -195,6 +195,9 @@ class Manager:
         with self._structure:  # no row leaves in between
             self.touch(table, self.rows_owned(table, rows))
 
+    def all_rows_made(self, table: Table) -> None:
+        """The records of all rows of `table` were made: `make_rows` was called for all of them."""
+
     def _initialise_state(self, table: Table, rows: np.ndarray, slots: np.ndarray) -> None:
         if table.store.record_class.state_words:
             table.store.set_states(slots, self._initial_states(table, rows))
@@ -426,6 +429,9 @@ class Manager:
 
     def _version_after_step(self) -> int:
         return self.steps + 1
+
+    def go_on(self) -> None:
+        """Do what can be done now of steps that were handed over; the trainer's thread has time for it."""
 
     def settle(self) -> None:
         """Wait until every step that this rank has handed over is applied (collective)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from pathlib import Path
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _NEVER_OVERCOMMIT = "2"
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+_LARGE_PAGE_BYTES = 1 << 21
+_MADV_COLLAPSE = 25  # of Linux 6.1 and later; not in Python's mmap module
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class SharedBlock:
@@ -35,7 +40,7 @@ class SharedBlock:
         self.size = size
         self.file = os.memfd_create("adaloader", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self.file, size)
+            os.ftruncate(self.file, _file_size(size))
             self.memory = _map(self.file, size)
         except BaseException:
             self.close_file()
@@ -47,6 +52,17 @@ class SharedBlock:
             os.close(self.file)
             self.file = -1
 
+    def use_large_pages(self, begin: int, end: int) -> bool:
+        """Have bytes [begin, end), all of which were written, in large pages; return whether that could be done.
+
+        It takes a copy. Kernels without this, and memory without room for it, serve small pages as before.
+        """
+        at = _address(self.memory)
+        first = -(-(at + begin) // _LARGE_PAGE_BYTES) * _LARGE_PAGE_BYTES
+        length = (at + end - first) // _LARGE_PAGE_BYTES * _LARGE_PAGE_BYTES
+        # mmap.madvise would keep the interpreter's lock for all that time.
+        return length <= 0 or _madvise(first, length, _MADV_COLLAPSE) == 0
+
     def __del__(self):
         if hasattr(self, "file"):
             self.close_file()
@@ -56,10 +72,10 @@ class SharedBlock:
 class MappedBlock:
     """The `SharedBlock` of another process, mapped here."""
 
-    memory: mmap.mmap
+    memory: memoryview
 
 
-def map_block(process: int, file: int, size: int) -> mmap.mmap:
+def map_block(process: int, file: int, size: int) -> memoryview:
     """Map the `SharedBlock` that another process of this user has open under the number `file`.
 
     Raises:
@@ -67,15 +83,48 @@ def map_block(process: int, file: int, size: int) -> mmap.mmap:
     """
     opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
     try:
-        if os.fstat(opened).st_size != size:
+        if os.fstat(opened).st_size != _file_size(size):
             raise OSError(f"file {file} of process {process} has not {size} bytes")
         return _map(opened, size)
     finally:
         os.close(opened)
 
 
-def _map(file: int, size: int) -> mmap.mmap:
+def _file_size(size: int) -> int:
+    """Return how large the file of a block is: room before and behind lets it be mapped where large pages begin."""
+    return size + 2 * _LARGE_PAGE_BYTES
+
+
+def _map(file: int, size: int) -> memoryview:
+    """Map a block, which begins at the second large page of its file, so that both begin at a multiple of one.
+
+    Where a mapping is put, the system says; one of the same length is put there again once the first is gone.
+    """
     try:
-        return mmap.mmap(file, size, flags=mmap.MAP_SHARED | MAP_NORESERVE)
+        mapping = _map_from(file, size, 0)
+        pages = _address(mapping) % _LARGE_PAGE_BYTES // mmap.PAGESIZE
+        if pages:
+            mapping.close()
+            mapping = _map_from(file, size, pages * mmap.PAGESIZE)
     except (ValueError, OverflowError) as error:  # how Python says that a size cannot be mapped
         raise OSError(f"cannot map {size} bytes ({error})") from error
+    begin = _LARGE_PAGE_BYTES - pages * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        advise_huge_pages(mapping)
+    return memoryview(mapping)[begin : begin + size]
+
+
+def _map_from(file: int, size: int, offset: int) -> mmap.mmap:
+    return mmap.mmap(file, size + _LARGE_PAGE_BYTES, flags=mmap.MAP_SHARED | MAP_NORESERVE, offset=offset)
+
+
+def _address(memory: mmap.mmap | memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def advise_huge_pages(memory: mmap.mmap) -> None:
+    """Ask for large pages: random rows of a big table otherwise miss the TLB at every access."""
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them serves small pages, which is slower and as right
+        return

@@ -168,6 +168,12 @@ class SharedSteps:
                 self._apply(step)
                 self._say(_APPLIED, step + 1)
 
+    def go_on(self) -> None:
+        """Apply the steps that this rank has handed over, if all ranks have."""
+        steps = self._manager.steps
+        if self.is_used and cuda_ops.all_reached(self._words, _PUBLISHED, steps):
+            self.apply(steps)
+
     def _apply(self, step: int) -> None:
         manager = self._manager
         started = time.perf_counter()

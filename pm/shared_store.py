@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _PAGE_BYTES = 4096
 _PAUSE_SECONDS = 2e-5
+_LEAST_LARGE_BYTES, _ENLARGED_BYTES = 1 << 24, 1 << 23
 _OWNED_TOGETHER_BITS = 4  # records of some lines of the cache, so that ranks do not write to one line in turns
 _UPDATES = {
     cuda_ops.sgd_update: cuda_ops.sgd_update_shared,
@@ -107,6 +109,7 @@ class SharedStore(RecordStore):
         self._rank, self._ranks, self._locks = rank, ranks, locks
         self._patience, self._ask_to_keep = patience, ask_to_keep
         self._snapshot: Snapshot | None = None
+        self._is_enlarging = False
         super().__init__(record_class, rows, block, OwnKeys(self._states, rank, ranks), _records_at(rows, ranks))
         self._next_slot = rows
 
@@ -152,6 +155,22 @@ class SharedStore(RecordStore):
             absent = absent[before == cuda_ops.BEING_MADE]
             if len(absent):
                 self._wait("another rank to make records", started)
+
+    def use_large_pages(self) -> None:
+        """Have records in large pages, if all were made, and there are enough of them to matter: in the background.
+
+        One rank does so for all. Rows that are to be made yet would take memory before they are needed.
+        """
+        size = RecordStore.bytes_of(self.record_class, self.capacity)
+        if self._rank == 0 and size >= _LEAST_LARGE_BYTES and not self._is_enlarging:
+            if (self._states == cuda_ops.MADE).all():
+                self._is_enlarging = True
+                threading.Thread(target=self._enlarge_pages, name="adaloader-pages", daemon=True).start()
+
+    def _enlarge_pages(self) -> None:
+        for begin in range(0, self.block.size, _ENLARGED_BYTES):
+            if not self.block.use_large_pages(begin, min(begin + _ENLARGED_BYTES, self.block.size)):
+                return
 
     def set_new(self, slots: np.ndarray, values: np.ndarray, states: np.ndarray) -> None:
         """Write values `[n, dim]` and states `[n, state_words]` of records that nobody else sees yet."""
@@ -235,6 +254,7 @@ def most_shared_bytes() -> int:
 
 
 def _records_at(rows: int, ranks: int) -> int:
+    """Return where in a block the records begin."""
     return _paged(8 * (ranks + 1)) + _paged(rows)
 
 

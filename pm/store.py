@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import cuda_ops
-from pm.shared_memory import MAP_NORESERVE, SharedBlock
+from pm.shared_memory import MAP_NORESERVE, SharedBlock, advise_huge_pages
 from pm.snapshot import Snapshot
 
 _STEP_BYTES = 8
@@ -82,8 +82,8 @@ class RecordStore:
         reserved_bytes = self.bytes_of(record_class, capacity)
         self.block = block
         self._memory = self._reserve(reserved_bytes) if block is None else block.memory
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            _advise_huge_pages(self._memory)
+        if block is None and hasattr(mmap, "MADV_HUGEPAGE"):
+            advise_huge_pages(self._memory)
         self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride, offset=offset)
         self.steps = np.frombuffer(self._memory, np.int64, reserved_bytes // _STEP_BYTES, offset)
         self.index = cuda_ops.KeyIndex() if index is None else index
@@ -264,13 +264,5 @@ def reserve_zeros(count: int, dtype: type) -> np.ndarray:
     size = max(1, count) * np.dtype(dtype).itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     if size >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        _advise_huge_pages(memory)
+        advise_huge_pages(memory)
     return np.frombuffer(memory, dtype, count)
-
-
-def _advise_huge_pages(memory: mmap.mmap) -> None:
-    """Ask for large pages: random rows of a big table otherwise miss the TLB at every access."""
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them serves small pages, which is slower and as right
-        return

@@ -278,6 +278,10 @@ class SynchronousManager(ConnectedManager):
         else:
             super().make_rows(table, rows)
 
+    def all_rows_made(self, table: Table) -> None:
+        if table.store.is_shared:
+            table.store.use_large_pages()
+
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
             return self.shared.owned(table, rows)
@@ -437,6 +441,9 @@ class SynchronousManager(ConnectedManager):
         return arrived.optimizer[source], arrived.stepped[source]
 
     # Waiting
+
+    def go_on(self) -> None:
+        self.shared_steps.go_on()
 
     def settle(self) -> None:
         self._check_open()
