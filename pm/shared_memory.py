@@ -68,7 +68,7 @@ class SharedBlock:
             self.close_file()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MappedBlock:
     """The `SharedBlock` of another process, mapped here."""
 
