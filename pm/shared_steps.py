@@ -35,8 +35,9 @@ _PUBLISHED, _APPLIED, _HEADERS = 0, 1, 2
 _HALF_BYTES = 1 << 32  # of address space
 _ALIGNED_BYTES = 64
 # Looks at the others' words before a rank waits for messages to wake it: how many in all, how many of these with no
-# more between them than letting others have the processor, and how long there is between the rest.
-_LOOKS, _LOOKS_AT_ONCE, _PAUSE_SECONDS = 100, 20, 2e-5
+# more between them than letting others have the processor, and the pauses between the rest: some ten milliseconds.
+_LOOKS, _LOOKS_AT_ONCE = 50, 10
+_SHORTEST_PAUSE_SECONDS, _BACK_OFF = 2e-5, 1.1
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,13 @@ class SharedSteps:
         if cuda_ops.all_reached(words, what, steps):
             return
         started = time.perf_counter()
+        pause = _SHORTEST_PAUSE_SECONDS
         for look in range(_LOOKS):
-            time.sleep(_PAUSE_SECONDS if look >= _LOOKS_AT_ONCE else 0)
+            if look < _LOOKS_AT_ONCE:
+                time.sleep(0)
+            else:
+                time.sleep(pause)
+                pause *= _BACK_OFF
             if cuda_ops.all_reached(words, what, steps):
                 manager.count_wait(time.perf_counter() - started)
                 return
