@@ -4,7 +4,8 @@ A `Manager` serves one rank; a `SynchronousManager` several, over MPI, with resu
 ranks need not wait for each other, a `Node` (`node.py`: the protocol without input or output) is run by a `Runtime`, on
 which `ParameterManager`, the manager by hand, stands. Records live in `store.py`, who owns a key is asked of
 `directory.py` (`locations.py` of a node), and one background thread per rank (`transport.py`) moves typed messages
-(`messages.py`). Ranks of one machine read each other's records in shared memory (`neighbours.py`, `in_place.py`).
+(`messages.py`). Ranks of one machine read each other's records in shared memory (`neighbours.py`, `in_place.py`); where
+all are on one, most tables are in a store of all of them (`shared_tables.py`, `shared_store.py`, `shared_steps.py`).
 The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then `synchronous.py`,
 `asking.py` (intents), `serving.py` (owning rows) and `moving.py` (giving them away); for the asynchronous protocol
 `node.py`.

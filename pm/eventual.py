@@ -24,7 +24,7 @@ import cuda_ops
 from pm import rules
 from pm.agreement import check_same_step
 from pm.holdings import Group, Holdings
-from pm.manager import Traffic
+from pm.manager import Manager, Traffic
 from pm.messages import Kind, Message
 from pm.moves import Moves
 from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, Node
@@ -237,7 +237,7 @@ class EventualManager(SynchronousManager):
 
     def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
         self._wait_to_read()
-        return store.values(slots, out)
+        return Manager.read_here(self, store, slots, out)
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         self.traffic.on_demand_pulls += 1
@@ -245,7 +245,7 @@ class EventualManager(SynchronousManager):
 
     def _read_rows(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
-            return self._read_shared(table.store, self.shared.touch(table, rows), out)
+            return self.read_here(table.store, self.shared.touch(table, rows), out)
         span = self._groups.span_of(table)
         return self._pull(span.group, span.keys(rows), out)
 

@@ -295,7 +295,10 @@ class Manager:
 
     def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Write to `out` `[n, dim]` the current values of records at `slots` (int64 `[n]`), all of them here."""
-        return store.values(slots, out)
+        started = time.perf_counter()
+        store.values(slots, out)
+        self.traffic.seconds["gather"] += time.perf_counter() - started
+        return out
 
     def slots_of(self, plan: RowPlan) -> np.ndarray:
         """Return the slots of the plan's rows here; they change when its table is given another rule."""
@@ -314,12 +317,9 @@ class Manager:
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
         """Write the plan's rows at the current version to `out` `[U, dim]`, waiting for those not here yet."""
-        started = time.perf_counter()
         slots = self.slots_of(plan)
         self.catch_up(plan.table, slots, states=False)
-        plan.table.store.values(slots, out)
-        self.traffic.seconds["gather"] += time.perf_counter() - started
-        return out
+        return self.read_here(plan.table.store, slots, out)
 
     def pull(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Write distinct `rows` (int64 `[n]`, in range) at the current version to `out` `[n, dim]`, on demand."""

@@ -69,7 +69,10 @@ class OwnKeys:
 
 def owners_of(slots: np.ndarray, ranks: int) -> np.ndarray:
     """Return the owners of records at `slots` (int64 `[n]` both): by turns, as what is used most is often together."""
-    return (slots >> _OWNED_TOGETHER_BITS) % ranks
+    together = slots >> _OWNED_TOGETHER_BITS
+    if ranks & (ranks - 1) == 0:
+        return together & (ranks - 1)  # in a fifth of the time that a division takes
+    return together % ranks
 
 
 class SharedStore(RecordStore):

@@ -43,7 +43,7 @@ class SharedTables:
     def __init__(self, manager: SynchronousManager, rules: tuple[type, ...], *, locks: bool):
         self._manager, self._rules, self._locks = manager, rules, locks
         self._groups = TableGroups()
-        self._stores: list[SharedStore] = []  # by number of group
+        self._stores: list[SharedStore | None] = []  # by number of group; None: no table is in it any more
         self._bytes = 0  # of address space, of all stores
         self._serials = itertools.count()
         self._kept: set[int] = set()
@@ -81,6 +81,12 @@ class SharedTables:
         return SharedStore(
             record_class, rows, block, manager.rank, manager.ranks, self._locks, self._be_patient, self._ask_to_keep
         )
+
+    def left(self, store: SharedStore) -> None:
+        """A table has left a store: give that back with its last one."""
+        if not any(table.store is store for table in self._manager.tables):
+            self._stores[self._stores.index(store)] = None
+            self._bytes -= store.block.size
 
     def _be_patient(self, what: str, since: float) -> None:
         manager = self._manager
@@ -170,4 +176,4 @@ class SharedTables:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the records that this rank owns, and of their states."""
-        return sum(store.memory_bytes for store in self._stores)
+        return sum(store.memory_bytes for store in self._stores if store is not None)

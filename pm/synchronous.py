@@ -206,10 +206,11 @@ class SynchronousManager(ConnectedManager):
         values = table.store.values(slots[mine], np.empty((int(mine.sum()), spec.dim), spec.dtype))
         self.barrier()  # all ranks have read theirs
         with self.structure:
-            table.spec = spec
+            old, table.spec = table.store, spec
             table.begin_history()
             table.store = self._store_for(spec.record_class, spec.rows, spec.rows)
             super().load_rows(table, rows[mine], values, None)
+            self.shared.left(old)
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
@@ -321,13 +322,8 @@ class SynchronousManager(ConnectedManager):
     def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
         self._check_open()
         self.shared_steps.settle()
-        return self.neighbours.undisturbed(lambda: store.values(slots, out))
-
-    def _read_shared(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
-        started, waited = time.perf_counter(), self.traffic.wait_seconds
-        self.read_here(store, slots, out)
-        self.traffic.seconds["gather"] += time.perf_counter() - started - (self.traffic.wait_seconds - waited)
-        return out
+        read = super().read_here
+        return self.neighbours.undisturbed(lambda: read(store, slots, out))
 
     def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if table.store.is_shared:
@@ -339,7 +335,7 @@ class SynchronousManager(ConnectedManager):
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
         if plan.table.store.is_shared:
-            return self._read_shared(plan.table.store, plan.slots, out)
+            return self.read_here(plan.table.store, plan.slots, out)
         if plan.store.is_shared:  # its table has another rule since
             return self.pull(plan.table, plan.rows, out)
         if plan.released or not self.techniques.plans:
@@ -351,7 +347,7 @@ class SynchronousManager(ConnectedManager):
         self.traffic.on_demand_pulls += 1
         self._check_open()
         if table.store.is_shared:
-            return self._read_shared(table.store, self.shared.touch(table, rows), out)
+            return self.read_here(table.store, self.shared.touch(table, rows), out)
         self._on_demand.pull(table, rows, out)
         return out
 

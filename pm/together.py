@@ -6,7 +6,6 @@ ranks change. Else these functions do for each table by itself what they would d
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,9 +93,7 @@ def read_expanded(manager: Manager, plans: Sequence[RowPlan], positions: np.ndar
     stretch = plans[0].stretch
     if stretch is None or any(plan.table.store is not stretch.store for plan in plans):
         return False
-    started = time.perf_counter()
     manager.read_here(stretch.store, stretch.slots.take(positions), out)
-    manager.traffic.seconds["gather"] += time.perf_counter() - started
     return True
 
 
