@@ -31,7 +31,7 @@ from cuda_ops.cpu.gaps import (
     value_step,
     word_of,
 )
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch, unowned
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch_all, unowned
 
 COLUMNS = 10 + LOGS + 1
 _VALUE_LOG, _FIRST_LOG, _SECOND_LOG = 10, 11, 12
@@ -93,7 +93,7 @@ def advance(kind, words, stride, dim, longs, slots, grad, zeros, stepping, histo
     stop = len(history) - 1 if stepping else len(history)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
-            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+            touch_all(words, slots[i + ROWS_AHEAD] * stride, stride)
         begin = slots[i] * stride
         last = (slots[i] + 1) * record_longs - 1
         value = part(words, begin, dim)
