@@ -111,7 +111,17 @@ def touch(words, begin, count):
     Without divisions, which took longer than the copy of a short row (an array's itemsize is no constant to Numba).
     """
     line_words = _CACHE_LINE_BYTES >> (2 + (words.itemsize >> 3))
-    last = min(count, _TOUCHED_LINES * line_words) - 1
+    _touch_up_to(words, begin, min(count, _TOUCHED_LINES * line_words) - 1, line_words)
+
+
+@helper
+def touch_all(words, begin, count):
+    """As `touch`, of every line: for kernels whose arithmetic leaves the first cache the time to take them in."""
+    _touch_up_to(words, begin, count - 1, _CACHE_LINE_BYTES >> (2 + (words.itemsize >> 3)))
+
+
+@helper
+def _touch_up_to(words, begin, last, line_words):
     prefetch(words, begin)
     word = line_words
     while word < last:
@@ -119,17 +129,6 @@ def touch(words, begin, count):
         word += line_words
     if last > 0:
         prefetch(words, begin + last)
-
-
-@helper
-def touch_all(words, begin, count):
-    """As `touch`, of every line: for kernels whose arithmetic leaves the first cache the time to take them in."""
-    line_words = _CACHE_LINE_BYTES >> (2 + (words.itemsize >> 3))
-    word = 0
-    while word < count - 1:
-        prefetch(words, begin + word)
-        word += line_words
-    prefetch(words, begin + count - 1)
 
 
 @kernel
