@@ -12,7 +12,7 @@ decay; coupled decay makes a gradient of the value itself, so that only rows tha
 
 import numpy as np
 
-from cuda_ops.cpu.adam_steps import ADAMAX, AMSGRAD, EPS, NADAM, RADAM, VALUE_FACTOR, adam, adamax, nadam, radam
+from cuda_ops.cpu.adam_steps import ADAM, ADAMAX, AMSGRAD, EPS, NADAM, RADAM, VALUE_FACTOR, adam, adamax, nadam, radam
 from cuda_ops.cpu.gaps import (
     COEFFICIENT,
     DIES_OUT,
@@ -31,7 +31,7 @@ from cuda_ops.cpu.gaps import (
     value_step,
     word_of,
 )
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch, unowned
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, own_row, part, touch_all, unowned
 
 COLUMNS = 10 + LOGS + 1
 _VALUE_LOG, _FIRST_LOG, _SECOND_LOG = 10, 11, 12
@@ -91,9 +91,10 @@ def advance(kind, words, stride, dim, longs, slots, grad, zeros, stepping, histo
     record_longs = stride * words.itemsize // 8
     zeros, history, bounds = unowned(zeros), unowned(history), unowned(bounds)
     stop = len(history) - 1 if stepping else len(history)
+    last_step = own_row(history, len(history) - 1, COLUMNS)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
-            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+            touch_all(words, slots[i + ROWS_AHEAD] * stride, stride)
         begin = slots[i] * stride
         last = (slots[i] + 1) * record_longs - 1
         value = part(words, begin, dim)
@@ -117,7 +118,11 @@ def advance(kind, words, stride, dim, longs, slots, grad, zeros, stepping, histo
                 _step(kind, value, m, v, largest, zeros, dtype(0), history, at, until)
                 at = until
         if stepping:
-            _step(kind, value, m, v, largest, part(grad, i * dim, dim), dtype(scale), history, stop, stop + 1)
+            row = part(grad, i * dim, dim)
+            if kind == ADAM:  # its scalars stay in registers; those of RAdam would be rounded otherwise
+                adam(value, m, v, v, row, dtype(scale), last_step, 0, 1, False)
+            else:
+                _step(kind, value, m, v, largest, row, dtype(scale), history, stop, stop + 1)
             longs[last] = version
             at = caught = len(history)
         longs[last - 1] = word_of(at, max(at, caught))

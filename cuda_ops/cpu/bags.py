@@ -7,7 +7,7 @@ is left out, as if it were not in its bag. A bag of none is zero.
 import numpy as np
 
 from cuda_ops.cpu.checks import float_matrix, in_range, int_vector, plain_input, writable
-from cuda_ops.cpu.kernels import fused_kernel
+from cuda_ops.cpu.kernels import fused_kernel, kernel
 
 MODES = {"sum": 0, "mean": 1, "max": 2}
 _MEAN, _MAX = MODES["mean"], MODES["max"]
@@ -39,7 +39,7 @@ def reduce_bags(slab, positions, offsets, mode="sum", weights=None, skip=-1, out
     number, positions, offsets, weights = check_bags(mode, positions, offsets, weights, slab.dtype)
     shape = (offsets.size, slab.shape[1])
     out = np.empty(shape, slab.dtype) if out is None else writable(out, "out", slab.dtype, shape)
-    _in_slab(positions, len(slab), skip)
+    _in_slab(positions, len(slab), int(skip))
     if number == _MAX:
         chosen = np.empty(shape, np.int64)
         _maxima(slab, positions, offsets, int(skip), out, chosen)
@@ -71,7 +71,7 @@ def bags_backward(grad, positions, offsets, out, mode="sum", weights=None, skip=
     if len(grad) != offsets.size:
         raise ValueError(f"grad has {len(grad)} rows for {offsets.size} bags")
     writable(out, "out", grad.dtype, (len(out), grad.shape[1]))
-    _in_slab(positions, len(out), skip)
+    _in_slab(positions, len(out), int(skip))
     if number != _MAX:
         _backward(grad, positions, offsets, weights, number == _MEAN, int(skip), out)
         return out
@@ -104,36 +104,78 @@ def check_bags(mode, positions, offsets, weights, dtype):
 
 
 def _in_slab(positions, rows, skip):
-    outside = ((positions < 0) | (positions >= rows)) & (positions != skip)
-    if outside.any():
-        at = int(outside.argmax())
+    at = _first_outside(positions, rows, skip)
+    if at >= 0:
         raise IndexError(f"positions[{at}] is {positions[at]}, neither in [0, {rows}) nor the skipped {skip}")
+
+
+@kernel
+def _first_outside(positions, rows, skip):
+    """First of `positions` that is neither in [0, rows) nor `skip`; -1 if there is none."""
+    outside = False
+    for i in range(positions.size):
+        outside |= (np.uint64(positions[i]) >= np.uint64(rows)) & (positions[i] != skip)
+    if outside:
+        for i in range(positions.size):
+            if np.uint64(positions[i]) >= np.uint64(rows) and positions[i] != skip:
+                return i
+    return -1
 
 
 @fused_kernel
 def _sums(slab, positions, offsets, weights, mean, skip, out):
     bags, dim = out.shape
     rows, sums = slab.reshape(-1), out.reshape(-1)
-    one = slab.dtype.type(1)
+    dtype = slab.dtype.type
+    one = dtype(1)
+    weighted = weights.size > 0
+    if dim == 1:  # without loops over one word
+        for bag in range(bags):
+            word_sum, count = dtype(0), 0
+            for i in range(offsets[bag], offsets[bag + 1] if bag + 1 < bags else positions.size):
+                at = np.uint64(i)
+                if positions[at] != skip:
+                    count += 1
+                    word = rows[np.uint64(positions[at])]
+                    word_sum += weights[at] * word if weighted else word
+            sums[np.uint64(bag)] = word_sum * (one / dtype(count)) if mean and count > 1 else word_sum
+        return
     for bag in range(bags):
+        end = offsets[bag + 1] if bag + 1 < bags else positions.size
         target = np.uint64(bag * dim)
         for j in range(dim):
             sums[target + np.uint64(j)] = 0
         count = 0
-        for i in range(offsets[bag], offsets[bag + 1] if bag + 1 < bags else positions.size):
-            if positions[i] == skip:
+        i = offsets[bag]
+        while i < end:
+            at = np.uint64(i)
+            if not weighted and i + 3 < end:
+                p0, p1 = positions[at], positions[at + np.uint64(1)]
+                p2, p3 = positions[at + np.uint64(2)], positions[at + np.uint64(3)]
+                if (p0 != skip) & (p1 != skip) & (p2 != skip) & (p3 != skip):
+                    # Added one after the other, as alone; but the sum goes through memory once.
+                    r0, r1, r2, r3 = np.uint64(p0 * dim), np.uint64(p1 * dim), np.uint64(p2 * dim), np.uint64(p3 * dim)
+                    for j in range(dim):
+                        u = np.uint64(j)
+                        total = ((sums[target + u] + rows[r0 + u]) + rows[r1 + u]) + rows[r2 + u]
+                        sums[target + u] = total + rows[r3 + u]
+                    count += 4
+                    i += 4
+                    continue
+            i += 1
+            if positions[at] == skip:
                 continue
             count += 1
-            source = np.uint64(positions[i] * dim)
-            if weights.size:
-                weight = weights[i]
+            source = np.uint64(positions[at] * dim)
+            if weighted:
+                weight = weights[at]
                 for j in range(dim):
                     sums[target + np.uint64(j)] += weight * rows[source + np.uint64(j)]
             else:
                 for j in range(dim):
                     sums[target + np.uint64(j)] += rows[source + np.uint64(j)]
         if mean and count > 1:
-            share = one / slab.dtype.type(count)
+            share = one / dtype(count)
             for j in range(dim):
                 sums[target + np.uint64(j)] *= share
 
@@ -175,6 +217,9 @@ def _backward(grad, positions, offsets, weights, mean, skip, out):
             if positions[i] == skip:
                 continue
             factor = weights[i] if weights.size else share
+            if dim == 1:  # without a loop over one word
+                sums[np.uint64(positions[i])] += factor * rows[source]
+                continue
             target = np.uint64(positions[i] * dim)
             for j in range(dim):
                 sums[target + np.uint64(j)] += factor * rows[source + np.uint64(j)]

@@ -12,7 +12,8 @@ from cuda_ops.cpu.kernels import kernel, mix, prefetch
 
 _MIN_PLACES = 1024
 _LAST_GENERATION = (1 << 31) - 1
-_IDS_AHEAD = 16
+# 26,624 ids took 2.3 ns each with 64 and 128, 2.7 with more; half a million 3.8 with 128, 5.1 with 64.
+_IDS_AT_ONCE = 128
 
 
 class DedupScratch:
@@ -78,24 +79,30 @@ def _dedup(ids, table, generation, unique, inverse):
     mask = table.size - 1
     fresh = np.int64(generation) << 32
     count = 0
-    for i in range(ids.size):
-        if i + _IDS_AHEAD < ids.size:
-            prefetch(table, np.int64(mix(ids[i + _IDS_AHEAD])) & mask)
-        key = ids[i]
-        # Written before it is known to be new, so that new ids and old ones are told apart without a branch:
-        # there is no pattern in which they come that a processor could predict.
-        unique[count] = key
-        place = np.int64(mix(key)) & mask
-        while True:
-            word = table[place]
-            known = (word >> 32) == generation
-            position = word & 0xFFFFFFFF if known else count
-            if unique[position] == key:
-                break
-            place = (place + 1) & mask
-        table[place] = fresh | position
-        inverse[i] = position
-        count += not known
+    for begin in range(0, ids.size, _IDS_AT_ONCE):
+        end = min(begin + _IDS_AT_ONCE, ids.size)
+        # Places are worked out in vectors, kept where their positions will be, and asked for before the first is read.
+        for i in range(begin, end):
+            inverse[np.uint64(i)] = np.int64(mix(ids[np.uint64(i)])) & mask
+        for i in range(begin, end):
+            prefetch(table, inverse[np.uint64(i)])
+        for i in range(begin, end):
+            at = np.uint64(i)
+            key = ids[at]
+            # Written before it is known to be new, so that new ids and old ones are told apart without a branch:
+            # there is no pattern in which they come that a processor could predict.
+            unique[np.uint64(count)] = key
+            place = inverse[at]
+            while True:
+                word = table[np.uint64(place)]
+                known = (word >> 32) == generation
+                position = word & 0xFFFFFFFF if known else count
+                if unique[np.uint64(position)] == key:
+                    break
+                place = (place + 1) & mask
+            table[np.uint64(place)] = fresh | position
+            inverse[at] = position
+            count += not known
     return count
 
 

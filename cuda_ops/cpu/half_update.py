@@ -18,11 +18,11 @@ from cuda_ops.cpu.checks import (
     word_range,
     writable,
 )
-from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM, element_step
+from cuda_ops.cpu.half_rows import update_of
+from cuda_ops.cpu.half_steps import ADAGRAD, ROWWISE_ADAGRAD, SGD, SPARSE_ADAM
 from cuda_ops.cpu.halves import at_random, to_nearest, widen
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, kernel, part, touch, unowned
+from cuda_ops.cpu.kernels import kernel, part
 from cuda_ops.cpu.philox import fill_words, room_for
-from cuda_ops.cpu.sparse_update import sum_of_squares
 
 
 def widen_rows(rows, out=None):
@@ -169,9 +169,10 @@ def _half_update(
         raise ValueError(f"{keys.size} keys given for {slots.size} slots")
     in_range(slots, count, "slots")
     numbers = tuple(np.float32(number) for number in (-lr, eps, weight, weight2, scale))
-    arrays = (halves.view(np.int16), words, steps, slots, grad, keys, np.empty(dim, np.float32))
-    rounding = (halves.dtype == BFLOAT16, seed_and_version(seed, version)[0], int(version))
-    _update(optimizer, *arrays, stride, numbers, *rounding, *room_for((dim + 3) // 4 if seed is not None else 0))
+    arrays = (halves.view(np.int16), words, steps, slots, grad, keys)
+    update = update_of(optimizer, halves.dtype == BFLOAT16, seed is not None)
+    room = room_for((dim + 3) // 4 if seed is not None else 0)
+    update(*arrays, stride, numbers, seed_and_version(seed, version)[0], int(version), *room)
 
 
 @kernel
@@ -200,60 +201,3 @@ def _narrow_rows_at_random(rows, out, bfloat, keys, seed, version, random, count
         row, rounded = part(rows, i * dim, dim), part(out, i * dim, dim)
         for j in range(dim):
             rounded[j] = at_random(row[j], bfloat, of_row[j])
-
-
-@fused_kernel
-def _update(
-    optimizer, halves, words, steps, slots, grad, keys, values, stride, numbers, bfloat, seed, version, random, counters
-):
-    """To the nearest where there is no room for random words."""
-    minus_lr, eps, weight, weight2, scale = numbers
-    dim = grad.shape[1]
-    values = unowned(values)  # steps and roundings in loops of their own, for the compiler to vectorise
-    blocks = (dim + 3) // 4
-    words_of = np.uint64(version), np.uint64(seed), np.uint64(seed) >> np.uint64(32)
-    drawn = first_drawn = 0
-    for i in range(slots.size):
-        if i + ROWS_AHEAD < slots.size:
-            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
-        first_at = slots[i] * stride + (dim + 1) // 2
-        value, row = part(halves, 2 * slots[i] * stride, dim), part(grad, i * dim, dim)
-        if optimizer == ROWWISE_ADAGRAD:
-            total = words[first_at] + np.float32(sum_of_squares(row, np.uint64(0), dim, scale) / dim)
-            words[first_at] = total
-            for j in range(dim):
-                g = scale * row[j]
-                values[j], _, _ = element_step(
-                    ROWWISE_ADAGRAD, widen(value[j], bfloat), total, total, g, minus_lr, eps, weight, weight2
-                )
-        elif optimizer == SGD:
-            for j in range(dim):
-                g = scale * row[j]
-                values[j], _, _ = element_step(
-                    SGD, widen(value[j], bfloat), scale, scale, g, minus_lr, eps, weight, weight2
-                )
-        elif optimizer == ADAGRAD:
-            first = part(words, first_at, dim)
-            for j in range(dim):
-                g = scale * row[j]
-                values[j], first[j], _ = element_step(
-                    ADAGRAD, widen(value[j], bfloat), first[j], scale, g, minus_lr, eps, weight, weight2
-                )
-        else:
-            first, second = part(words, first_at, dim), part(words, first_at + dim, dim)
-            for j in range(dim):
-                g = scale * row[j]
-                values[j], first[j], second[j] = element_step(
-                    SPARSE_ADAM, widen(value[j], bfloat), first[j], second[j], g, minus_lr, eps, weight, weight2
-                )
-        if random.size:
-            if i == drawn:
-                first_drawn = i
-                drawn += fill_words(random, counters, keys, i, blocks, *words_of)
-            of_row = part(random, 4 * (i - first_drawn) * blocks, dim)
-            for j in range(dim):
-                value[j] = at_random(values[j], bfloat, of_row[j])
-        else:
-            for j in range(dim):
-                value[j] = to_nearest(values[j], bfloat)
-        steps[(slots[i] + 1) * (stride // 2) - 1] = version

@@ -95,6 +95,34 @@ def unowned(typing_context, array):
     return array(array), generate
 
 
+@intrinsic(prefer_literal=True)
+def own_row(typing_context, matrix, row, columns):
+    """A copy of one row of `matrix` (contiguous), as a matrix of that row; `columns` must be a constant.
+
+    Nothing else can write where it lies, so that what a loop reads of it is read once, into registers. It must not
+    leave the kernel that makes it, nor be made in a loop.
+    """
+    view_type = types.Array(matrix.dtype, 2, "C")
+    count = columns.literal_value
+
+    def generate(context, builder, signature, args):
+        source = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        item = context.get_data_type(matrix.dtype)
+        word = context.get_value_type(types.intp)
+        data = cgutils.alloca_once(builder, item, size=count)
+        first = builder.mul(args[1], word(count))
+        for k in range(count):
+            value = builder.load(builder.gep(source.data, [builder.add(first, word(k))]))
+            builder.store(value, builder.gep(data, [word(k)]))
+        view = context.make_array(view_type)(context, builder)
+        bytes_each = context.get_abi_sizeof(item)
+        shape, strides = [word(1), word(count)], [word(count * bytes_each), word(bytes_each)]
+        context.populate_array(view, data=data, shape=shape, strides=strides, itemsize=word(bytes_each), meminfo=None)
+        return view._getvalue()
+
+    return view_type(matrix, types.int64, columns), generate
+
+
 @helper
 def mix(key):
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014): int64 key to a well mixed uint64."""
@@ -111,7 +139,17 @@ def touch(words, begin, count):
     Without divisions, which took longer than the copy of a short row (an array's itemsize is no constant to Numba).
     """
     line_words = _CACHE_LINE_BYTES >> (2 + (words.itemsize >> 3))
-    last = min(count, _TOUCHED_LINES * line_words) - 1
+    _touch_up_to(words, begin, min(count, _TOUCHED_LINES * line_words) - 1, line_words)
+
+
+@helper
+def touch_all(words, begin, count):
+    """As `touch`, of every line: for kernels whose arithmetic leaves the first cache the time to take them in."""
+    _touch_up_to(words, begin, count - 1, _CACHE_LINE_BYTES >> (2 + (words.itemsize >> 3)))
+
+
+@helper
+def _touch_up_to(words, begin, last, line_words):
     prefetch(words, begin)
     word = line_words
     while word < last:

@@ -23,7 +23,7 @@ from cuda_ops.cpu.gaps import (
     value_step,
     word_of,
 )
-from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch, unowned
+from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, part, touch_all, unowned
 
 LR, KEPT, WEIGHT, EPS, WEIGHT_DECAY, MOMENTUM = range(6)
 COLUMNS = 6 + LOGS + 1
@@ -137,7 +137,7 @@ def advance(
     stop = len(history) - 1 if stepping else len(history)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
-            touch(words, slots[i + ROWS_AHEAD] * stride, stride)
+            touch_all(words, slots[i + ROWS_AHEAD] * stride, stride)
         begin = slots[i] * stride
         last = (slots[i] + 1) * record_longs - 1
         value = part(words, begin, dim)

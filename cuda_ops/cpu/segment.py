@@ -101,8 +101,17 @@ def _segment_sum(grad, inverse, out, skip):
     # A row could instead be written, not added, where its segment is seen first; the mispredicted branches
     # cost more than zeroing first (0.18 against 0.10 ms for 26,624 rows of 16 floats; equal at 128).
     sums[:] = 0
+    if dim == 1:  # without a loop over one word: 0.5 ns a row in place of 1.0
+        for i in range(inverse.size):
+            segment = inverse[np.uint64(i)]
+            if segment == skip:
+                continue
+            if np.uint64(segment) >= np.uint64(segments):
+                return i
+            sums[np.uint64(segment)] += rows[np.uint64(i)]
+        return -1
     for i in range(inverse.size):
-        segment = inverse[i]
+        segment = inverse[np.uint64(i)]
         if segment == skip:
             continue
         if np.uint64(segment) >= np.uint64(segments):

@@ -4,6 +4,7 @@ import numpy as np
 
 from cuda_ops.cpu.atomic import lock_record, unlock_record
 from cuda_ops.cpu.kernels import ROWS_AHEAD, fused_kernel, inlined, touch
+from cuda_ops.cpu.squares import LANES, squares_of_eights
 from cuda_ops.cpu.update import check_update
 
 
@@ -54,19 +55,8 @@ def sum_of_squares(flat, row, dim, scale):
 
     Eight sums side by side, of every eighth square: one alone would wait for each addition.
     """
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    whole = dim - dim % 8
-    for j in range(0, whole, 8):
-        at = row + np.uint64(j)
-        s0 += _square(scale * flat[at])
-        s1 += _square(scale * flat[at + np.uint64(1)])
-        s2 += _square(scale * flat[at + np.uint64(2)])
-        s3 += _square(scale * flat[at + np.uint64(3)])
-        s4 += _square(scale * flat[at + np.uint64(4)])
-        s5 += _square(scale * flat[at + np.uint64(5)])
-        s6 += _square(scale * flat[at + np.uint64(6)])
-        s7 += _square(scale * flat[at + np.uint64(7)])
-    total = ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
+    whole = dim - dim % LANES
+    total = squares_of_eights(flat, row, whole, scale)
     for j in range(whole, dim):
         total += _square(scale * flat[row + np.uint64(j)])
     return total
