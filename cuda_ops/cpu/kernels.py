@@ -97,7 +97,8 @@ def unowned(typing_context, array):
 
 @intrinsic(prefer_literal=True)
 def own_row(typing_context, matrix, row, columns):
-    """A copy of one row of `matrix` (contiguous), as a matrix of that row; `columns` must be a constant.
+    """A copy of one row of `matrix` (contiguous), as a matrix of that row; `columns` must be a constant. Of a row below
+    0 there is nothing, and what the copy has must not be read.
 
     Nothing else can write where it lies, so that what a loop reads of it is read once, into registers. It must not
     leave the kernel that makes it, nor be made in a loop.
@@ -111,9 +112,10 @@ def own_row(typing_context, matrix, row, columns):
         word = context.get_value_type(types.intp)
         data = cgutils.alloca_once(builder, item, size=count)
         first = builder.mul(args[1], word(count))
-        for k in range(count):
-            value = builder.load(builder.gep(source.data, [builder.add(first, word(k))]))
-            builder.store(value, builder.gep(data, [word(k)]))
+        with builder.if_then(builder.icmp_signed(">=", args[1], word(0))):
+            for k in range(count):
+                value = builder.load(builder.gep(source.data, [builder.add(first, word(k))]))
+                builder.store(value, builder.gep(data, [word(k)]))
         view = context.make_array(view_type)(context, builder)
         bytes_each = context.get_abi_sizeof(item)
         shape, strides = [word(1), word(count)], [word(count * bytes_each), word(bytes_each)]

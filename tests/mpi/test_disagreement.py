@@ -218,7 +218,7 @@ def test_ranks_with_different_hyperparameters(comm, name):
     assert f"{name} of parameter group 1 (Adagrad)" in text
     assert f"{mine!r} on rank 1" in text
     assert f"{others!r} on rank {', '.join(str(r) for r in range(comm.size) if r != 1)}" in text
-    assert seen in (4, 5)
+    assert seen in (3, 4, 5)  # in that very step, or at the next lookup
     loader.close()
 
 
