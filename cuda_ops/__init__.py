@@ -32,7 +32,7 @@ from cuda_ops.cpu.by_row import ELSEWHERE, slots_by_row
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.cpu.same import same_ids
-from cuda_ops.cpu.shared import ABSENT, BEING_MADE, MADE
+from cuda_ops.cpu.shared import ABSENT, BEING_MADE
 from cuda_ops.dispatch import by_device
 from cuda_ops.trust import trusted
 
@@ -58,6 +58,7 @@ claim_rows = _shared.claim_rows
 publish_rows = _shared.publish_rows
 store_word = _shared.store_word
 exchange_word = _shared.exchange_word
+add_to_word = _shared.add_to_word
 all_reached = _shared.all_reached
 half_sgd_update = by_device(_half_update.half_sgd_update)
 half_adagrad_update = by_device(_half_update.half_adagrad_update)
@@ -96,10 +97,10 @@ __all__ = [
     "DedupScratch",
     "ELSEWHERE",
     "KeyIndex",
-    "MADE",
     "adagrad_update",
     "adagrad_update_shared",
     "add_holds",
+    "add_to_word",
     "add_uses",
     "advance",
     "alias_table",

@@ -294,7 +294,7 @@ class EventualManager(SynchronousManager):
         if not len(changed):
             return
         if table.store.is_shared:
-            slots = self.shared.slots(table, rows[changed])
+            slots = self.touch(table, rows[changed])
             table.store.add(slots, values[changed] - before[changed], self._version_after_step())
             return
         holdings, span = self.holdings_of(table), self._groups.span_of(table)

@@ -118,12 +118,13 @@ class SharedSteps:
         store: SharedStore = first.table.store
         if len(run) > 1:
             part = slice(first.plan.first, run[-1].plan.first + len(run[-1].rows))
-            slots, values = first.plan.stretch.slots[part], first.sums[part]
+            stretch = first.plan.stretch
+            slots, keys, values = stretch.slots[part], stretch.keys[part], first.sums[part]
         else:
-            plan, shared = first.plan, manager.shared
-            slots = shared.touch(first.table, first.rows) if plan is None else shared.slots(first.table, first.rows)
-            values = first.values
-        order, counts = cuda_ops.partition(store.owners(slots), manager.ranks)
+            plan, values = first.plan, first.values
+            slots = manager.touch(first.table, first.rows) if plan is None else plan.slots
+            keys = manager.shared.keys(first.table, first.rows)
+        order, counts = cuda_ops.partition(store.owners(keys), manager.ranks)
         flat, dim = np.ascontiguousarray(values).reshape(-1), first.table.spec.dim
         left = self._room(len(order) * dim * flat.itemsize).view(flat.dtype).reshape(len(order), dim)
         cuda_ops.gather(flat, dim, order, left)

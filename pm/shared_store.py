@@ -1,12 +1,11 @@
-"""Records that all ranks of a machine read and update where they are: with staleness, no row of them moves.
+"""Records that all ranks of a machine have mapped, in one store: no row of it moves.
 
-The record of key k is at slot k, in memory that every rank has mapped, and takes memory page by page as rows are first
-touched. Whoever needs a row first makes its record: what a row starts from does not depend on who does. From then on
-any rank updates it, under a lock of its own (`cuda_ops.sgd_update_shared`), as threads of one process would; lock-free
-readers are Hogwild's (Niu, Recht, Re, Wright 2011). For what must be done once by somebody, as writing a checkpoint,
-each rank owns a part of the keys.
-
-At staleness 0 owners alone update records, when no rank reads them (`shared_steps.py`).
+An array that all see says where the record of each key is, 4 bytes a key; records take memory as they are made, one
+after the other. Whoever needs a row first makes its record: what a row starts from does not depend on who does. With
+staleness any rank updates it from then on, under a lock of its own (`cuda_ops.sgd_update_shared`), as threads of one
+process would; lock-free readers are Hogwild's (Niu, Recht, Re, Wright 2011). At staleness 0 owners alone update
+records, when no rank reads them (`shared_steps.py`). For that, and for what must be done once by somebody, as writing a
+checkpoint, each rank owns a part of the keys.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ from pm.store import RecordClass, RecordStore
 if TYPE_CHECKING:
     from pm.snapshot import Snapshot
 
+MOST_ROWS = (1 << 31) - 2
+"""How many keys one such store may have."""
 _PAGE_BYTES = 4096
+_IS_ALONE, _SLOTS = 0, 1
 _PAUSE_SECONDS = 2e-5
 _LEAST_LARGE_BYTES, _ENLARGED_BYTES = 1 << 24, 1 << 23
 _OWNED_TOGETHER_BITS = 4  # records of some lines of the cache, so that ranks do not write to one line in turns
@@ -39,37 +41,37 @@ _UPDATES = {
 
 
 class OwnKeys:
-    """The keys of a shared store whose records were made, of those that one rank owns. Keys are slots.
+    """The keys of a shared store that have records, of those that one rank owns.
 
     Args:
-        states: uint8 `[rows]` by key, as `cuda_ops.claim_rows` has them.
+        table: int32 `[rows]` by key, as `cuda_ops.claim_rows` has it.
         rank, ranks: whose, and how many there are.
     """
 
-    def __init__(self, states: np.ndarray, rank: int, ranks: int):
-        self._states, self._rank, self._ranks = states, rank, ranks
+    def __init__(self, table: np.ndarray, rank: int, ranks: int):
+        self._table, self._rank, self._ranks = table, rank, ranks
 
     def __len__(self) -> int:
         return len(self.items()[0])
 
     @property
     def memory_bytes(self) -> int:
-        return self._states.nbytes // self._ranks
+        return self._table.nbytes // self._ranks
 
     def items(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (keys, their slots): the same, int64 `[n]`, ascending."""
-        keys = np.flatnonzero(self._states == cuda_ops.MADE)
+        """Return (keys, their slots), int64 `[n]` both, keys ascending."""
+        keys = np.flatnonzero(self._table > 0)
         keys = keys[owners_of(keys, self._ranks) == self._rank]
-        return keys, keys
+        return keys, self._table[keys].astype(np.int64) - 1
 
     def copy(self) -> OwnKeys:
         """Return what it is now."""
-        return OwnKeys(self._states.copy(), self._rank, self._ranks)
+        return OwnKeys(self._table.copy(), self._rank, self._ranks)
 
 
-def owners_of(slots: np.ndarray, ranks: int) -> np.ndarray:
-    """Return the owners of records at `slots` (int64 `[n]` both): by turns, as what is used most is often together."""
-    together = slots >> _OWNED_TOGETHER_BITS
+def owners_of(keys: np.ndarray, ranks: int) -> np.ndarray:
+    """Return the owners of `keys` (int64 `[n]` both): by turns, for what is used most is often together."""
+    together = keys >> _OWNED_TOGETHER_BITS
     if ranks & (ranks - 1) == 0:
         return together & (ranks - 1)  # in a fifth of the time that a division takes
     return together % ranks
@@ -78,12 +80,13 @@ def owners_of(slots: np.ndarray, ranks: int) -> np.ndarray:
 class SharedStore(RecordStore):
     """A store of which every rank of the machine has one over the same memory.
 
-    Invariant: a record whose state is `MADE` is changed under its lock alone, or while nothing else is done (`still`).
-    While another rank's `snapshot` is being written, whoever changes records that this one owns has it keep them first.
+    Invariant: the record of a key is at the slot that the array says, from when it says one; it is changed under its
+    lock, by its owner in a step, or while nothing else is done (`still`). While a rank's `snapshot` is being written,
+    whoever changes records that it owns has it keep them first.
 
     Args:
         record_class: the layout; rows must not move at steps that do not touch them.
-        rows: number of records.
+        rows: number of keys.
         block: memory of `block_bytes(record_class, rows)`, all zeros when the first rank gets it.
         rank, ranks: this one, and how many there are.
         locks: whether ranks update the same records at the same time.
@@ -105,59 +108,82 @@ class SharedStore(RecordStore):
         patience: Callable[[str, float], None],
         ask_to_keep: Callable[[SharedStore, int, np.ndarray], None],
     ):
-        words = np.frombuffer(block.memory, np.int64, ranks + 1)
+        layout = _Layout(rows, ranks)
+        words = np.frombuffer(block.memory, np.int64, ranks + 2)
         self._writers = words[:ranks]  # not 0: that rank has a snapshot
-        self._lock = words[ranks:]  # not 0: a rank is in `alone`
-        self._states = np.frombuffer(block.memory, np.uint8, rows, _paged(8 * (ranks + 1)))
+        self._common = words[ranks:]  # whether a rank is in `alone`, and the number of slots given out
+        self._table = np.frombuffer(block.memory, np.int32, rows, layout.table)
+        self._keys = np.frombuffer(block.memory, np.int64, rows, layout.keys)  # by slot
         self._rank, self._ranks, self._locks = rank, ranks, locks
         self._patience, self._ask_to_keep = patience, ask_to_keep
         self._snapshot: Snapshot | None = None
         self._is_enlarging = False
-        super().__init__(record_class, rows, block, OwnKeys(self._states, rank, ranks), _records_at(rows, ranks))
-        self._next_slot = rows
+        super().__init__(record_class, rows, block, OwnKeys(self._table, rank, ranks), layout.records)
 
     @staticmethod
     def block_bytes(record_class: RecordClass, rows: int, ranks: int) -> int:
         """Return how many bytes of address space the records of so many rows take, with what is beside them."""
-        return _records_at(rows, ranks) + RecordStore.bytes_of(record_class, rows)
+        return _Layout(rows, ranks).records + RecordStore.bytes_of(record_class, rows)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def owners(self, slots: np.ndarray) -> np.ndarray:
-        """Return the ranks that own the records at `slots` (int64 `[n]` both)."""
-        return owners_of(slots, self._ranks)
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the records that this rank owns, and of its part of what says where they are."""
+        return len(self) * (self.record_class.record_bytes + self._keys.itemsize) + self.index.memory_bytes
 
-    def owns(self, slots: np.ndarray) -> np.ndarray:
-        """Return whether this rank owns the records at `slots` (int64 `[n]`): bool `[n]`."""
-        return self.owners(slots) == self._rank
+    @property
+    def slots_in_use(self) -> int:
+        return int(self._common[_SLOTS])
 
-    def made(self) -> np.ndarray:
-        """Return the slots of all records that were made, whoever owns them: int64 `[n]`."""
-        return np.flatnonzero(self._states == cuda_ops.MADE)
+    def owners(self, keys: np.ndarray) -> np.ndarray:
+        """Return the ranks that own `keys` (int64 `[n]` both)."""
+        return owners_of(keys, self._ranks)
+
+    def owns(self, keys: np.ndarray) -> np.ndarray:
+        """Return whether this rank owns `keys` (int64 `[n]`): bool `[n]`."""
+        return self.owners(keys) == self._rank
+
+    def made(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (keys, slots) of all records, whoever owns them: int64 `[n]` both."""
+        keys = np.flatnonzero(self._table > 0)
+        return keys, self._table[keys].astype(np.int64) - 1
+
+    def keys_at(self, slots: np.ndarray) -> np.ndarray:
+        """Return the keys of the records at `slots`, int64 `[n]` both."""
+        return self._keys[slots]
 
     # Making
 
-    def make(self, slots: np.ndarray, fill: Callable[[np.ndarray], None]) -> None:
-        """Have the records at `slots` (int64 `[n]`, distinct) made; `fill(some)` writes those that nobody has made.
+    def make(self, keys: np.ndarray, fill: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
+        """Return the slots of distinct `keys`, int64 `[n]` both; `fill(keys, slots)` writes records that nobody has.
 
         Any thread. It waits for those that another is making.
         """
-        absent = slots[self._states[slots] != cuda_ops.MADE]
+        slots = self._table[keys].astype(np.int64) - 1
+        absent = np.flatnonzero(slots < 0)
         started = time.perf_counter()
         while len(absent):
-            before = cuda_ops.claim_rows(self._states, absent)
-            mine = absent[before == cuda_ops.ABSENT]
+            before = cuda_ops.claim_rows(self._table, keys[absent])
+            mine = keys[absent[before == cuda_ops.ABSENT]]
             if len(mine):
-                try:
-                    fill(mine)
-                except BaseException:
-                    cuda_ops.publish_rows(self._states, mine, cuda_ops.ABSENT)
-                    raise
-                cuda_ops.publish_rows(self._states, mine, cuda_ops.MADE)
+                self._make(mine, fill)
             absent = absent[before == cuda_ops.BEING_MADE]
             if len(absent):
                 self._wait("another rank to make records", started)
+        return self._table[keys].astype(np.int64) - 1 if slots.size and slots.min() < 0 else slots
+
+    def _make(self, keys: np.ndarray, fill: Callable[[np.ndarray, np.ndarray], None]) -> None:
+        first = cuda_ops.add_to_word(self._common, _SLOTS, len(keys))
+        slots = np.arange(first, first + len(keys), dtype=np.int64)
+        try:
+            self._keys[slots] = keys
+            fill(keys, slots)
+        except BaseException:  # the slots are lost
+            cuda_ops.publish_rows(self._table, keys, np.full(len(keys), cuda_ops.ABSENT))
+            raise
+        cuda_ops.publish_rows(self._table, keys, slots + 1)
 
     def use_large_pages(self) -> None:
         """Have records in large pages, if all were made, and there are enough of them to matter: in the background.
@@ -166,7 +192,7 @@ class SharedStore(RecordStore):
         """
         size = RecordStore.bytes_of(self.record_class, self.capacity)
         if self._rank == 0 and size >= _LEAST_LARGE_BYTES and not self._is_enlarging:
-            if (self._states == cuda_ops.MADE).all():
+            if (self._table > 0).all():
                 self._is_enlarging = True
                 threading.Thread(target=self._enlarge_pages, name="adaloader-pages", daemon=True).start()
 
@@ -209,12 +235,12 @@ class SharedStore(RecordStore):
     def alone(self) -> Iterator[None]:
         """No other rank is inside at the same time."""
         started = time.perf_counter()
-        while not cuda_ops.exchange_word(self._lock, 0, 0, 1):
+        while not cuda_ops.exchange_word(self._common, _IS_ALONE, 0, 1):
             self._wait("another rank to change rows outside of a step", started)
         try:
             yield
         finally:
-            cuda_ops.store_word(self._lock, 0, 0)
+            cuda_ops.store_word(self._common, _IS_ALONE, 0)
 
     # Snapshots
 
@@ -230,7 +256,7 @@ class SharedStore(RecordStore):
     def keep(self, slots: np.ndarray) -> None:
         if not self._writers.any():
             return
-        owners = self.owners(slots)
+        owners = self.owners(self._keys[slots])
         for rank in np.flatnonzero(self._writers).tolist():
             theirs = slots[owners == rank]
             if rank == self._rank:
@@ -243,22 +269,24 @@ class SharedStore(RecordStore):
         super().keep(slots)
 
     def slots_free_in(self, index: OwnKeys) -> np.ndarray:
-        is_free = np.ones(self.slots_in_use, bool)
-        is_free[index.items()[1]] = False
+        _, slots = index.items()
+        is_free = np.ones(max(self.slots_in_use, int(slots.max(initial=-1)) + 1), bool)
+        is_free[slots] = False
         return is_free
 
 
-def most_shared_bytes() -> int:
-    """Return how large all records that are laid out by key may be together: half of the machine's memory.
-
-    A row that is touched takes a page with its neighbours. What has room as a whole may do so.
-    """
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def most_keys() -> int:
+    """Return how many keys all such stores may have together: an eighth of the machine's memory has arrays for them."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // np.dtype(np.int32).itemsize
 
 
-def _records_at(rows: int, ranks: int) -> int:
-    """Return where in a block the records begin."""
-    return _paged(8 * (ranks + 1)) + _paged(rows)
+class _Layout:
+    """Where in a block what is beside the records begins, and where they do."""
+
+    def __init__(self, rows: int, ranks: int):
+        self.table = _paged(8 * (ranks + 2))
+        self.keys = self.table + _paged(4 * rows)
+        self.records = self.keys + _paged(8 * rows)
 
 
 def _paged(size: int) -> int:

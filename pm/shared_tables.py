@@ -18,7 +18,7 @@ import numpy as np
 
 from pm.messages import Kind, Message, narrow, widen
 from pm.pieces import Summing
-from pm.shared_store import SharedStore, most_shared_bytes
+from pm.shared_store import MOST_ROWS, SharedStore, most_keys
 from pm.table_groups import TableGroups
 from pm.tables import RowPlan, Stretch, Table
 from pm.waiting import PeerError
@@ -44,7 +44,7 @@ class SharedTables:
         self._manager, self._rules, self._locks = manager, rules, locks
         self._groups = TableGroups()
         self._stores: list[SharedStore | None] = []  # by number of group; None: no table is in it any more
-        self._bytes = 0  # of address space, of all stores
+        self._rows = 0  # of all stores
         self._serials = itertools.count()
         self._kept: set[int] = set()
         self.summing = Summing()
@@ -72,12 +72,13 @@ class SharedTables:
         """Map memory for the records of `tables` on all ranks, or on none (collective)."""
         manager, record_class = self._manager, tables[0].spec.record_class
         rows = sum(table.spec.rows for table in tables)
-        size = SharedStore.block_bytes(record_class, rows, manager.ranks)
-        has_room = self._bytes + size <= most_shared_bytes()
-        block = manager.neighbours.block_for_all(size) if manager.neighbours.on_all([has_room])[0] else None
+        has_room = self._rows + rows <= most_keys() and rows <= MOST_ROWS
+        if not manager.neighbours.on_all([has_room])[0]:
+            return None
+        block = manager.neighbours.block_for_all(SharedStore.block_bytes(record_class, rows, manager.ranks))
         if block is None:
             return None
-        self._bytes += size
+        self._rows += rows
         return SharedStore(
             record_class, rows, block, manager.rank, manager.ranks, self._locks, self._be_patient, self._ask_to_keep
         )
@@ -86,7 +87,7 @@ class SharedTables:
         """A table has left a store: give that back with its last one."""
         if not any(table.store is store for table in self._manager.tables):
             self._stores[self._stores.index(store)] = None
-            self._bytes -= store.block.size
+            self._rows -= store.capacity
 
     def _be_patient(self, what: str, since: float) -> None:
         manager = self._manager
@@ -98,28 +99,26 @@ class SharedTables:
 
     # Rows
 
-    def slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        """Return the slots of `rows` (int64 `[n]` both)."""
+    def keys(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the keys of `rows` in the table's store (int64 `[n]` both)."""
         return self._groups.span_of(table).keys(rows)
 
     def touch(self, table: Table, rows: np.ndarray) -> np.ndarray:
         """Return the slots of distinct `rows` (int64 `[n]` both); make the records that nobody has made. Any thread."""
-        slots = self.slots(table, rows)
-        self._make(table.store, slots)
-        return slots
+        return self._make(table.store, self.keys(table, rows))
 
-    def _make(self, store: SharedStore, slots: np.ndarray) -> None:
-        def fill(some: np.ndarray) -> None:
+    def _make(self, store: SharedStore, keys: np.ndarray) -> np.ndarray:
+        def fill(some: np.ndarray, slots: np.ndarray) -> None:
             for table, at, rows in self._groups.split(self._stores.index(store), some):
                 values, states = self._manager.initial_rows(table, rows)
-                store.set_new(some[at], values, states)
+                store.set_new(slots[at], values, states)
 
         with self._manager.structure:  # what rows start from does not go meanwhile
-            store.make(slots, fill)
+            return store.make(keys, fill)
 
     def owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         """Return those of `rows` (int64 `[n]`) that this rank owns."""
-        return rows[table.store.owns(self.slots(table, rows))]
+        return rows[table.store.owns(self.keys(table, rows))]
 
     def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Manager.of_table`."""
@@ -128,16 +127,17 @@ class SharedTables:
 
     def positions_of(self, table: Table, slots: np.ndarray) -> np.ndarray:
         """Return at which of `slots` (int64 `[n]`) rows of `table` are: int64 `[m]`."""
-        return self._groups.span_of(table).rows_among(slots)[0]
+        return self._groups.span_of(table).rows_among(table.store.keys_at(slots))[0]
 
     def rows_made(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows, slots) of all records of `table` that were made, whoever owns them, int64 `[n]` both."""
-        made = table.store.made()
-        return self.of_table(table, made, made)
+        return self.of_table(table, *table.store.made())
 
     def plan(self, number: int, table: Table, rows: np.ndarray, expected: int) -> RowPlan:
         """See `Manager.intend`."""
-        return RowPlan(number, table, rows, expected, self._at_hand(table, self.touch(table, rows)), table.store)
+        keys = self.keys(table, rows)
+        self._count_neighbours(table.store, keys)
+        return RowPlan(number, table, rows, expected, self._make(table.store, keys), table.store)
 
     def find_together(self, tables: Sequence[Table], rows: np.ndarray, starts: Sequence[int]) -> Stretch | None:
         """See `Manager.find_together`."""
@@ -145,13 +145,12 @@ class SharedTables:
         if not store.is_shared or any(table.store is not store for table in tables):
             return None
         firsts = [self._groups.span_of(table).first for table in tables]
-        slots = rows + np.repeat(firsts, np.diff(starts))
-        self._make(store, slots)
-        return Stretch(self._at_hand(tables[0], slots), store)
+        keys = rows + np.repeat(firsts, np.diff(starts))
+        self._count_neighbours(store, keys)
+        return Stretch(self._make(store, keys), store, keys)
 
-    def _at_hand(self, table: Table, slots: np.ndarray) -> np.ndarray:
-        self._manager.traffic.neighbour_rows += len(slots) - int(np.count_nonzero(table.store.owns(slots)))
-        return slots
+    def _count_neighbours(self, store: SharedStore, keys: np.ndarray) -> None:
+        self._manager.traffic.neighbour_rows += len(keys) - int(np.count_nonzero(store.owns(keys)))
 
     # Snapshots
 

@@ -35,7 +35,7 @@ class Snapshot:
         from pm.store import reserve_zeros  # which knows of this class
 
         self._store = store
-        self._count = store.slots_in_use
+        self._count = len(free) if free.dtype == bool else store.slots_in_use
         self._place = reserve_zeros(self._count, np.int32)
         self._place[free] = _TAKEN
         rows = max(1, min(spare_bytes // store.record_class.record_bytes, self._count))

@@ -104,10 +104,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The slots (int64 `[U]`, in `store`) of the rows of several plans, one after the other: see `pm.together`."""
+    """The slots (int64 `[U]`, in `store`) of the rows of several plans, one after the other: see `pm.together`.
+
+    Of a store that ranks share, `keys` (int64 `[U]`) are theirs in it.
+    """
 
     slots: np.ndarray
     store: RecordStore
+    keys: np.ndarray | None = None
 
 
 @dataclass(slots=True)

@@ -31,6 +31,18 @@ def compare_and_swap(typing_context, array, index, expected, new):
 
 
 @intrinsic
+def add_at_once(typing_context, array, index, number):
+    """Add `number` to `array[index]` (contiguous, of integers), at once; return what it was."""
+    signature = array.dtype(array, types.uint64, array.dtype)
+
+    def generate(context, builder, signature, args):
+        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", builder.gep(proxy.data, [args[1]]), args[2], "acq_rel")
+
+    return signature, generate
+
+
+@intrinsic
 def store_last(typing_context, array, index, value):
     """Set `array[index]` (contiguous, of integers) to `value`: whoever sees it sees all that was written before."""
     signature = types.void(array, types.uint64, array.dtype)

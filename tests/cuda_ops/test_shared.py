@@ -97,25 +97,55 @@ def test_no_update_of_threads_at_the_same_records_is_lost():
 @given(seed=st.integers(0, 2**32), n=st.integers(0, 50))
 def test_a_row_is_claimed_once(seed, n):
     rng = np.random.default_rng(seed)
-    states = rng.integers(0, 3, 60).astype(np.uint8)
-    before, rows = states.copy(), rng.permutation(60)[:n]
-    found = cuda_ops.claim_rows(states, rows)
+    table = rng.integers(-1, 4, 60).astype(np.int32)
+    before, rows = table.copy(), rng.permutation(60)[:n]
+    found = cuda_ops.claim_rows(table, rows)
     assert (found == before[rows]).all()
-    assert (states == np.where((before == cuda_ops.ABSENT) & np.isin(np.arange(60), rows), 1, before)).all()
-    again = cuda_ops.claim_rows(states, rows)
-    assert not (again == cuda_ops.ABSENT).any()
+    claimed = (before == cuda_ops.ABSENT) & np.isin(np.arange(60), rows)
+    assert (table == np.where(claimed, cuda_ops.BEING_MADE, before)).all()
+    assert not (cuda_ops.claim_rows(table, rows) == cuda_ops.ABSENT).any()
     mine = rows[found == cuda_ops.ABSENT]
-    cuda_ops.publish_rows(states, mine, cuda_ops.MADE)
-    assert (states[mine] == cuda_ops.MADE).all()
+    cuda_ops.publish_rows(table, mine, mine + 1)
+    assert (table[mine] == mine + 1).all()
+    with pytest.raises(ValueError, match="entries given"):
+        cuda_ops.publish_rows(table, rows, np.zeros(n + 1))
 
 
 @pytest.mark.parametrize("bad", [-1, 60])
 def test_rows_out_of_range_are_refused(bad):
-    states = np.zeros(60, np.uint8)
-    for call in (cuda_ops.claim_rows, lambda s, r: cuda_ops.publish_rows(s, r, cuda_ops.MADE)):
+    table = np.zeros(60, np.int32)
+    for call in (cuda_ops.claim_rows, lambda t, r: cuda_ops.publish_rows(t, r, np.ones(2))):
         with pytest.raises(IndexError):
-            call(states, np.array([3, bad]))
-    assert not states.any()
+            call(table, np.array([3, bad]))
+    assert not table.any()
     mine = Records(np.random.default_rng(0), 60, 2, "float32", 0)
     with pytest.raises(IndexError):
         mine.of(cuda_ops.sgd_update_shared, np.array([3, bad]), np.ones((2, 2), np.float32), 1.0, 1.0, 1)
+
+
+def test_words_are_changed_at_once():
+    words = np.zeros(3, np.int64)
+    cuda_ops.add_to_word(words, 1, 0)
+
+    def count() -> None:
+        for _ in range(2000):
+            cuda_ops.add_to_word(words, 1, 2)
+            while not cuda_ops.exchange_word(words, 0, 0, 1):
+                pass
+            words[2] = words[2] + 1
+            cuda_ops.store_word(words, 0, 0)
+
+    threads = [threading.Thread(target=count) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert words.tolist() == [0, 12_000, 6000]
+
+
+def test_words_of_all_are_compared_in_one_column():
+    words = np.array([[5, 9], [4, 9], [6, 1]])
+    assert cuda_ops.all_reached(words, 0, 4) and not cuda_ops.all_reached(words, 0, 5)
+    assert not cuda_ops.all_reached(words, 1, 2) and cuda_ops.all_reached(words[:0], 1, 2)
+    with pytest.raises(IndexError):
+        cuda_ops.store_word(words, 6, 1)

@@ -204,9 +204,9 @@ def managers(comm):
 def own_stores(monkeypatch):
     """Each rank has the rows of which it is the home in a store of its own, which others read.
 
-    So it is where tables are too large to be laid out by key.
+    So it is where tables are too large for one store of all ranks.
     """
-    monkeypatch.setattr("pm.shared_tables.most_shared_bytes", lambda: 0)
+    monkeypatch.setattr("pm.shared_tables.most_keys", lambda: 0)
 
 
 @pytest.fixture(params=["one store", "own stores"])

@@ -170,7 +170,7 @@ def test_where_memory_cannot_be_shared_rows_are_moved_and_copied(comm, seed, mon
 
         monkeypatch.setattr(pm.neighbours, "map_block", cannot)
     elif why == "no room":
-        monkeypatch.setattr(pm.shared_tables, "most_shared_bytes", lambda: 1 << (10 if comm.rank == 0 else 40))
+        monkeypatch.setattr(pm.shared_tables, "most_keys", lambda: 10 if comm.rank == 0 else 1 << 40)
     else:
         options["shared_memory"] = False
     model, data = TwoTables(seed), sample_set(seed)

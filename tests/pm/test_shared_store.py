@@ -37,15 +37,19 @@ def stores(rows: int, patience=None, ask_to_keep=None) -> list[SharedStore]:
 
 
 def filler(store: SharedStore, made: list):
-    def fill(slots: np.ndarray) -> None:
-        made.append(slots)
-        store.set_new(slots, np.repeat(slots[:, None].astype(np.float64), DIM, 1), np.empty((len(slots), 0)))
+    def fill(keys: np.ndarray, slots: np.ndarray) -> None:
+        made.append(keys)
+        store.set_new(slots, np.repeat(keys[:, None].astype(np.float64), DIM, 1), np.empty((len(slots), 0)))
 
     return fill
 
 
-def values(store: SharedStore, slots: np.ndarray) -> np.ndarray:
-    return store.values(slots, np.empty((len(slots), DIM)))
+def slots_of(store: SharedStore, keys: np.ndarray) -> np.ndarray:
+    return store.make(keys, filler(store, []))
+
+
+def values(store: SharedStore, keys: np.ndarray) -> np.ndarray:
+    return store.values(slots_of(store, keys), np.empty((len(keys), DIM)))
 
 
 def test_ranks_own_each_key_once_and_every_rank_sees_every_record(seed):
@@ -62,9 +66,9 @@ def test_ranks_own_each_key_once_and_every_rank_sees_every_record(seed):
     assert (owners.sum(0) == 1).all()
     for store in ours:
         keys, slots = store.index.items()
-        assert store.owns(keys).all() and (keys == slots).all()
+        assert store.owns(keys).all() and (store.keys_at(slots) == keys).all()
         free = store.slots_free_in(store.index)
-        assert len(free) == store.slots_in_use and (np.flatnonzero(~free) == slots).all()
+        assert len(free) == store.slots_in_use == len(touched) and (np.flatnonzero(~free) == np.sort(slots)).all()
         assert (values(store, touched) == touched[:, None]).all()
 
 
@@ -76,9 +80,9 @@ def test_rows_that_threads_want_at_once_are_made_once():
         rng = np.random.default_rng(rank)
         start.wait()
         for _ in range(50):
-            slots = rng.permutation(500)[:40]
-            ours[rank].make(slots, filler(ours[rank], made))
-            assert (values(ours[rank], slots) == slots[:, None]).all()
+            keys = rng.permutation(500)[:40]
+            slots = ours[rank].make(keys, filler(ours[rank], made))
+            assert (ours[rank].values(slots, np.empty((40, DIM))) == keys[:, None]).all()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(RANKS)]
     for thread in threads:
@@ -93,7 +97,7 @@ def test_rows_that_could_not_be_made_can_be_made_later():
     first, second, _ = stores(20)
     slots, made = np.array([4, 11, 2]), []
 
-    def fail(some: np.ndarray) -> None:
+    def fail(keys: np.ndarray, slots: np.ndarray) -> None:
         raise MemoryError("no room")
 
     with pytest.raises(MemoryError):
@@ -112,10 +116,10 @@ def test_it_waits_for_rows_that_another_is_making_and_says_so():
 
     first, second, _ = stores(20, patience)
 
-    def fill(some: np.ndarray) -> None:  # meanwhile another wants one of them
+    def fill(keys: np.ndarray, slots: np.ndarray) -> None:  # meanwhile another wants one of them
         with pytest.raises(Impatient, match="another rank to make records"):
             second.make(np.array([5, 6]), filler(second, []))
-        filler(first, [])(some)
+        filler(first, [])(keys, slots)
 
     first.make(np.array([6, 7]), fill)
     assert (values(second, np.array([5, 6, 7])) == [[5] * DIM, [6] * DIM, [7] * DIM]).all()
@@ -134,7 +138,7 @@ def test_it_waits_for_a_record_that_another_is_updating():
     steps, longs = store.steps, store.record_class.record_bytes // 8
     steps[4 * longs - 1] = np.iinfo(np.int64).min
     rule, grads = SGD(), np.ones((5, DIM))
-    rule.apply(store, np.array([1, 3, 5, 7, 9]), grads, 1.0, {"lr": 1.0, "maximize": False}, 1, 1)
+    rule.apply(store, slots_of(store, np.array([1, 3, 5, 7, 9])), grads, 1.0, {"lr": 1.0, "maximize": False}, 1, 1)
     assert (values(store, np.arange(10))[:, 0] == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]).all()
     assert asked == ["the record at slot 3, which another rank is updating"] * 2
 
@@ -156,7 +160,7 @@ def test_a_snapshot_of_one_rank_has_what_others_change(seed):
     assert all(map(len, indices))
     for store in ours:
         store.make(np.arange(rows), filler(store, []))  # some rows are new
-        store.add(rng.permutation(rows)[:50], np.ones((50, DIM)), 1)
+        store.add(slots_of(store, rng.permutation(rows)[:50]), np.ones((50, DIM)), 1)
     assert set(kept) == {0, 1}  # and not 2, which has none
     for index, snapshot in zip(indices, snapshots, strict=True):
         keys, slots = index.items()
@@ -164,15 +168,15 @@ def test_a_snapshot_of_one_rank_has_what_others_change(seed):
         assert (np.concatenate([part.values for part in taken]) == keys[:, None]).all()
         snapshot.end()
     kept.clear()
-    ours[2].add(np.arange(rows), np.ones((rows, DIM)), 2)
+    ours[2].add(slots_of(ours[2], np.arange(rows)), np.ones((rows, DIM)), 2)
     assert not kept
     assert sum(values(ours[0], np.arange(rows))[:, 0] - np.arange(rows)) == 3 * 50 + rows
 
 
 def test_adding_and_states():
-    assert (cuda_ops.ABSENT, cuda_ops.MADE) == (0, 2)  # memory that nobody has written has no rows
+    assert cuda_ops.ABSENT == 0  # memory that nobody has written has no rows
     store, other, _ = stores(10)
     store.make(np.arange(10), filler(store, []))
-    other.add(np.array([2, 8]), np.full((2, DIM), 0.25), 3)
+    other.add(slots_of(other, np.array([2, 8])), np.full((2, DIM), 0.25), 3)
     assert (values(store, np.array([2, 3, 8]))[:, 0] == [2.25, 3, 8.25]).all()
     assert not other.owns(np.array([0]))[0] and store.owns(np.array([0]))[0]
