@@ -205,6 +205,13 @@ class Follower:
             """A step may arrive before the sum that it follows is known here; after a rank's answer it cannot."""
             return self._answered.get(iteration, set()) | manager.closed_peers >= set(manager.peers)
 
+        def own_steps() -> set[int]:
+            """The ranks that take the next step with a batch of their own. What those say that follow may be here
+            before what they were told (which gradients were cleared): that comes first of a rank of its own.
+            """
+            ended = dict(self._ended.get(iteration, {}))
+            return {p for p in manager.peers if p not in ended or ended[p].numbers[3] > manager.steps}
+
         periodic = model.periodic
 
         def checkpoint_asked() -> bool:
@@ -221,7 +228,7 @@ class Follower:
                 and (
                     sum_begun()
                     or model.combiner.begun_by_others()
-                    or manager.step_of_others() is not None
+                    or manager.step_of_others(own_steps()) is not None
                     or all_ended()
                 )
             ),
@@ -235,7 +242,7 @@ class Follower:
             self._join_sum(model)
         elif model.combiner.begun_by_others():
             model.combiner.join()
-        elif (step := manager.step_of_others()) is not None:
+        elif (step := manager.step_of_others(own_steps())) is not None:
             self._step_along(model, *step)
         else:
             return False

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -33,11 +33,11 @@ from pm.pace import Pace
 from pm.passes import Passes
 from pm.pieces import Summing
 from pm.recorder import Recorder
-from pm.serving import Round
+from pm.serving import Round, step_of
 from pm.shared_tables import SharedTables
 from pm.store import RecordStore
 from pm.synchronous import SynchronousManager
-from pm.table_groups import TableGroups
+from pm.table_groups import RecorderByTable, TableGroups
 from pm.table_plans import JointIntents, TablePlan
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.updates import Updates
@@ -45,7 +45,6 @@ from pm.updates import Updates
 _SHARED = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad)
 _ADDITIVE = (*_SHARED, rules.Frozen)
 DEFAULT_ROUNDS_PER_SECOND = 500.0
-_CHUNK_ROWS = 1 << 16
 _NEVER = 1 << 60
 
 
@@ -108,9 +107,9 @@ class EventualManager(SynchronousManager):
                 added.append(Table(spec, len(self.tables), None))
                 added[-1].begin_history()
                 self.tables.append(added[-1])
-        shared = self._add_shared(added)
+        others = self._add_shared(added)
         with self.structure:
-            for number in self._groups.add([table for table in added if table not in shared]):
+            for number in self._groups.add(others):
                 store = self.node.add_group(self._group_of(number)).owned.store
                 for table in self._groups.members(number):
                     table.store = store
@@ -366,12 +365,8 @@ class EventualManager(SynchronousManager):
             check_same_step(step, self.rank, arrived.optimizer, arrived.stepped, self.describe_hyperparameter())
             del self._arrived[step]
 
-    def step_of_others(self) -> tuple[int, np.ndarray] | None:
-        arrived = self._arrived.get(self.steps)
-        if arrived is None or not arrived.stepped:
-            return None
-        source = next(iter(list(arrived.stepped)))
-        return arrived.optimizer[source], arrived.stepped[source]
+    def step_of_others(self, among: Collection[int]) -> tuple[int, np.ndarray] | None:
+        return step_of(self._arrived.get(self.steps), among)
 
     def _is_urgent(self) -> bool:
         return self._waiting.waiters > 0
@@ -379,7 +374,7 @@ class EventualManager(SynchronousManager):
     def record(self, recorder: Recorder) -> None:
         super().record(recorder)
         with self.structure:
-            Moves(self.node, _ByTable(recorder, self._groups))
+            Moves(self.node, RecorderByTable(recorder, self._groups))
 
     def close(self, *, linger: bool = False) -> None:
         if not self._shut and self.node.staleness is not None:
@@ -517,14 +512,3 @@ class EventualManager(SynchronousManager):
             }
             setattr(traffic, name, Counter(of_tables))
         return traffic
-
-
-class _ByTable:
-    """A recorder of what happens to keys of groups, as what happens to rows of tables."""
-
-    def __init__(self, recorder: Recorder, groups: TableGroups):
-        self._recorder, self._groups = recorder, groups
-
-    def note(self, what: str, group: int, keys: np.ndarray, **more: object) -> None:
-        for table, _, rows in self._groups.split(group, keys):
-            self._recorder.note(what, table.number, rows, **more)

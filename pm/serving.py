@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,16 @@ class Round:
     pinned: list[tuple[SlotNotes, np.ndarray]] = field(default_factory=list)
     released: list[tuple[int, AskedPlan]] = field(default_factory=list)
     sums: ArrivedSums = field(default_factory=ArrivedSums)
+
+
+def step_of(arrived: Round | None, among: Collection[int]) -> tuple[int, np.ndarray] | None:
+    """Return (optimizer, hyperparameters) of the step of one of the ranks `among` in what has arrived, None if none
+    has."""
+    if arrived is not None:
+        for source in list(arrived.stepped):
+            if source in among:
+                return arrived.optimizer[source], arrived.stepped[source]
+    return None
 
 
 class Serving:

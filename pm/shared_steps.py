@@ -282,7 +282,13 @@ class SharedSteps:
                 manager.count_wait(time.perf_counter() - started)
                 return
         manager.count_wait(time.perf_counter() - started)
-        manager.wait_for_steps(lambda: cuda_ops.all_reached(words, what, steps))
+        others = manager.others
+        manager.wait_for_words(
+            lambda: np.flatnonzero(words[:, what] < steps).tolist(),
+            steps - 1,
+            others.ended if what == _PUBLISHED else others.gone,  # one that has closed goes on applying
+        )
+        cuda_ops.all_reached(words, what, steps)  # what they have written before is seen from here on
 
 
 def _are_alike(tables: Sequence[Table], groups: Groups) -> bool:

@@ -54,10 +54,6 @@ class OwnKeys:
     def __len__(self) -> int:
         return len(self.items()[0])
 
-    @property
-    def memory_bytes(self) -> int:
-        return self._table.nbytes // self._ranks
-
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (keys, their slots), int64 `[n]` both, keys ascending."""
         keys = np.flatnonzero(self._table > 0)
@@ -130,8 +126,9 @@ class SharedStore(RecordStore):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the records that this rank owns, and of its part of what says where they are."""
-        return len(self) * (self.record_class.record_bytes + self._keys.itemsize) + self.index.memory_bytes
+        """Bytes of a rank's share of the records, and of what says where they are."""
+        records = self.slots_in_use * (self.record_class.record_bytes + self._keys.itemsize)
+        return (records + self._table.nbytes) // self._ranks
 
     @property
     def slots_in_use(self) -> int:

@@ -55,9 +55,8 @@ class SharedTables:
             return []
         return [table for table in tables if isinstance(table.spec.rule, self._rules)]
 
-    def add(self, tables: Sequence[Table]) -> list[Table]:
-        """Give stores to those of `tables` that can have one that is shared; return them (collective)."""
-        taken: list[Table] = []
+    def add(self, tables: Sequence[Table]) -> None:
+        """Give stores to those of `tables` that can have one that is shared (collective)."""
         for members in self._groups.alike(self.may_take(tables)):
             store = self._store_for(members)
             if store is not None:
@@ -65,8 +64,6 @@ class SharedTables:
                 self._stores.append(store)
                 for table in members:
                     table.store = store
-                taken += members
-        return taken
 
     def _store_for(self, tables: Sequence[Table]) -> SharedStore | None:
         """Map memory for the records of `tables` on all ranks, or on none (collective)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,6 @@ import cuda_ops
 from pm import rules
 from pm.asking import Asking
 from pm.common_rows import CommonRows
-from pm.connected_manager import ConnectedManager
 from pm.directory import Directory
 from pm.handover import Handover, by_rank
 from pm.in_place import InPlace
@@ -34,12 +33,13 @@ from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
 from pm.pieces import Summing
 from pm.requests import Requests
-from pm.serving import Serving
+from pm.serving import Serving, step_of
 from pm.shards import Shards
 from pm.shared_steps import SharedSteps
 from pm.shared_tables import SharedTables
+from pm.sharing_manager import SharingManager
 from pm.store import RecordClass, RecordStore
-from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
+from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.techniques import techniques_named
 from pm.transport import Transport
 
@@ -47,7 +47,7 @@ CACHED_LOCATIONS = 1 << 18
 """Most keys whose whereabouts a rank remembers without need: up to 8 MB."""
 
 
-class SynchronousManager(ConnectedManager):
+class SynchronousManager(SharingManager):
     """A `Manager` over the ranks of a communicator; construction, `add_tables` and `replace_rule` are collective.
 
     A rank that waits for another gets a `PeerError` that names it: when the other closes, or says nothing for too long.
@@ -66,9 +66,6 @@ class SynchronousManager(ConnectedManager):
     Raises:
         ValueError: if there are no such techniques, or `shared_memory` is a number below 1.
     """
-
-    needs_no_messages = False
-    """Whether steps wait for none: all tables are in memory that all ranks share."""
 
     def __init__(
         self,
@@ -139,30 +136,11 @@ class SynchronousManager(ConnectedManager):
         return added
 
     def _give_stores(self, tables: Sequence[Table]) -> None:
-        shared = self._add_shared(tables)
-        super()._give_stores([table for table in tables if table not in shared])
+        super()._give_stores(self._add_shared(tables))
         if all(table.store.is_shared for table in self.tables):
             self.needs_no_messages = True
         else:
             self._need_messages()
-
-    def _need_messages(self) -> None:
-        """From now on steps wait for messages (collective): what is missing of those before is said."""
-        if self.needs_no_messages:
-            self.needs_no_messages = False
-            self._on_background(self.serving.send_ready)
-
-    def _add_shared(self, tables: Sequence[Table]) -> list[Table]:
-        """Share memory for records of those of `tables` for which that can be; return them (collective)."""
-        block = None
-        if self.in_lockstep and not self.shared_steps.is_used and self.shared.may_take(tables):
-            block = self.neighbours.block_for_all(SharedSteps.block_bytes(self.ranks))
-            if block is None:
-                return []
-        shared = self.shared.add(tables)
-        if block is not None and shared:
-            self.shared_steps.begin(block)
-        return shared
 
     def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
         return self.neighbours.new_store(record_class, capacity)
@@ -198,19 +176,6 @@ class SynchronousManager(ConnectedManager):
             super().replace_rule(table, spec)
             notes.clear(slots[mine])
             self.serving.replaced(table, rows_of(keys[mine]), moves)
-
-    def _leave_shared(self, table: Table, spec: TableSpec) -> None:
-        """Move the records of a shared table to the stores of their homes, under another rule (collective)."""
-        rows, slots = self.shared.rows_made(table)
-        mine = self.directory.home_of(table.keys(rows)) == self.rank
-        values = table.store.values(slots[mine], np.empty((int(mine.sum()), spec.dim), spec.dtype))
-        self.barrier()  # all ranks have read theirs
-        with self.structure:
-            old, table.spec = table.store, spec
-            table.begin_history()
-            table.store = self._store_for(spec.record_class, spec.rows, spec.rows)
-            super().load_rows(table, rows[mine], values, None)
-            self.shared.left(old)
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
@@ -273,16 +238,6 @@ class SynchronousManager(ConnectedManager):
         """As `touch`, for rows that never moved and of which this rank is the home."""
         return super().touch(table, rows)
 
-    def make_rows(self, table: Table, rows: np.ndarray) -> None:
-        if table.store.is_shared:  # any rank may need any of them
-            self.shared.touch(table, rows)
-        else:
-            super().make_rows(table, rows)
-
-    def all_rows_made(self, table: Table) -> None:
-        if table.store.is_shared:
-            table.store.use_large_pages()
-
     def rows_owned(self, table: Table, rows: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
             return self.shared.owned(table, rows)
@@ -299,10 +254,6 @@ class SynchronousManager(ConnectedManager):
             return self.shared.plan(self.next_plan_number(), table, rows, expected)
         return self.asking.intend(table, rows, expected)
 
-    def find_together(self, tables, keys, rows, starts) -> Stretch | None:
-        self._check_open()
-        return self.shared.find_together(tables, rows, starts)
-
     def release(self, plan: RowPlan) -> None:
         if plan.store.is_shared:
             plan.released = True
@@ -318,20 +269,6 @@ class SynchronousManager(ConnectedManager):
         if len(released):
             for peer in range(self.ranks):
                 self.deliver(peer, Message(Kind.RELEASE, (), (released,)))
-
-    def read_here(self, store: RecordStore, slots: np.ndarray, out: np.ndarray) -> np.ndarray:
-        self._check_open()
-        self.shared_steps.settle()
-        read = super().read_here
-        return self.neighbours.undisturbed(lambda: read(store, slots, out))
-
-    def of_table(self, table: Table, keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if table.store.is_shared:
-            return self.shared.of_table(table, keys, slots)
-        return super().of_table(table, keys, slots)
-
-    def make_slots(self, table: Table, rows: np.ndarray) -> np.ndarray:
-        return self.touch(table, rows) if table.store.is_shared else super().make_slots(table, rows)
 
     def read(self, plan: RowPlan, out: np.ndarray) -> np.ndarray:
         if plan.table.store.is_shared:
@@ -428,27 +365,18 @@ class SynchronousManager(ConnectedManager):
     def _version_after_step(self) -> int:
         return self.serving.applied + 1
 
-    def step_of_others(self) -> tuple[int, np.ndarray] | None:
-        """Return (optimizer, hyperparameters) of a step that others have handed over and this rank has not, or None."""
-        arrived = self.serving.round_of(self.steps)
-        if arrived is None or not arrived.stepped:
-            return None
-        source = next(iter(list(arrived.stepped)))
-        return arrived.optimizer[source], arrived.stepped[source]
+    def step_of_others(self, among: Collection[int]) -> tuple[int, np.ndarray] | None:
+        """Return (optimizer, hyperparameters) of a step that one of the ranks `among` has handed over and this rank has
+        not, or None.
+        """
+        return step_of(self.serving.round_of(self.steps), among)
 
     # Waiting
-
-    def go_on(self) -> None:
-        self.shared_steps.go_on()
 
     def settle(self) -> None:
         self._check_open()
         self.shared_steps.settle()
-        self.wait_for_steps(self._is_settled)
-
-    def wait_for_steps(self, reached: Callable[[], bool]) -> None:
-        """Wait until steps that this rank has handed over have been applied."""
-        self._waiting.until(reached, self.missing.describe_step, self.missing.why_no_step)
+        self._waiting.until(self._is_settled, self.missing.describe_step, self.missing.why_no_step)
 
     def _is_settled(self) -> bool:
         return self.applied >= self.steps and (self.needs_no_messages or self.others.all_ready(self.steps))

@@ -13,6 +13,7 @@ import numpy as np
 
 from pm import rules
 from pm.partition import each_rank
+from pm.recorder import Recorder
 from pm.tables import Table
 
 
@@ -85,6 +86,17 @@ class TableGroups:
         of = np.searchsorted(firsts, keys, side="right") - 1
         for at, some in each_rank(of, len(members)):
             yield members[at], some, keys[some] - firsts[at]
+
+
+class RecorderByTable:
+    """A recorder of what happens to keys of groups, as what happens to rows of tables."""
+
+    def __init__(self, recorder: Recorder, groups: TableGroups):
+        self._recorder, self._groups = recorder, groups
+
+    def note(self, what: str, group: int, keys: np.ndarray, **more: object) -> None:
+        for table, _, rows in self._groups.split(group, keys):
+            self._recorder.note(what, table.number, rows, **more)
 
 
 def _kind(table: Table) -> object:
