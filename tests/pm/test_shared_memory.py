@@ -110,3 +110,19 @@ def test_a_system_without_such_memory_is_told_apart(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(OSError, match="no memfd_create"):
         SharedBlock(4096)
+
+
+@pytest.mark.parametrize("size", [4096, (1 << 21) + 4096, 5 << 21])
+def test_a_block_begins_where_large_pages_do_and_has_the_same_bytes_in_them(size):
+    blocks, begins = [SharedBlock(size) for _ in range(3)], []
+    for block in blocks:
+        memory = np.frombuffer(block.memory, np.uint8)
+        memory[...] = np.arange(size) % 251
+        again = np.frombuffer(map_block(os.getpid(), block.file, size), np.uint8)
+        assert block.use_large_pages(0, size) in (True, False)  # as the kernel can
+        for each in (memory, again):
+            begins.append(each.ctypes.data)
+            assert len(each) == size and (each == np.arange(size) % 251).all()
+        memory[size // 2] = 255
+        assert again[size // 2] == 255
+    assert any(begin % (1 << 21) == 0 for begin in begins)  # another thread may have taken one's place

@@ -180,3 +180,21 @@ def test_adding_and_states():
     other.add(slots_of(other, np.array([2, 8])), np.full((2, DIM), 0.25), 3)
     assert (values(store, np.array([2, 3, 8]))[:, 0] == [2.25, 3, 8.25]).all()
     assert not other.owns(np.array([0]))[0] and store.owns(np.array([0]))[0]
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["all made", "one not made"])
+def test_records_of_which_all_were_made_are_put_into_large_pages(monkeypatch, made):
+    monkeypatch.setattr("pm.shared_store._LEAST_LARGE_BYTES", 1 << 20)
+    rows = 200_000  # of 32 bytes
+    store, other, _ = stores(rows)
+    keys = np.arange(rows if made else rows - 1)
+    store.make(keys, filler(store, []))
+    for each in (other, store, store):  # one rank does so, once
+        each.use_large_pages()
+    threads = [thread for thread in threading.enumerate() if thread.name == "adaloader-pages"]
+    assert len(threads) <= 1 and (store._is_enlarging, other._is_enlarging) == (made, False)
+    other.add(slots_of(other, keys[::7]), np.ones((len(keys[::7]), DIM)), 1)  # meanwhile
+    for thread in threads:
+        thread.join()
+    found = values(other, keys)[:, 0]
+    assert (found == keys + (keys % 7 == 0)).all()
