@@ -143,6 +143,8 @@ class Follower:
 
     def step_taken(self) -> None:
         """This rank has taken a step of its own."""
+        if any(self._ended.get(number) for number in self._open):
+            self._manager.transport.flush()  # who follows waits for it
         for following in list(self._under_way):
             following.step_taken()
         if self._postponed is not None and self._postponed.iteration_is_worked_off():
