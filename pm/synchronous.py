@@ -261,8 +261,9 @@ class SynchronousManager(SharingManager):
             self.asking.release(plan)
 
     def flush_intents(self) -> None:
-        self._send_released()
-        self.transport.wake()
+        if not self.needs_no_messages:
+            self._send_released()
+            self.transport.wake()
 
     def _send_released(self) -> None:
         released = self.asking.take_released()
