@@ -57,11 +57,11 @@ def test_a_rank_that_is_busy_elsewhere_holds_up_nobody(managers, comm):
     manager.submit([gradient(table, all_rows(), 1.0)], group_of(table))
     before = time.perf_counter()
     if comm.rank == 0:
-        time.sleep(1.0)  # its own part is done by its background thread
+        time.sleep(3.0)  # its own part is done by its background thread
     pulled(manager, table, all_rows())
     waited = time.perf_counter() - before
     manager.barrier()
-    assert comm.rank == 0 or waited < 0.7
+    assert comm.rank == 0 or waited < 2.0
 
 
 @pytest.mark.parametrize("differ", [False, True])
