@@ -437,15 +437,6 @@ class EventualManager(SynchronousManager):
 
     # Whole tables
 
-    def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
-        with self.structure:
-            slots = self.touch(table, rows)
-            self.catch_up(table, slots)
-            table.store.set_values(slots, values)
-            if states is not None:
-                table.store.set_states(slots, states)
-            self.records_changed(table, slots)
-
     def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
         with self.structure:
             slots = self.touch(table, rows)

@@ -9,7 +9,6 @@ staleness by each rank. (While a checkpoint is being written, whoever changes an
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,8 +24,6 @@ from pm.waiting import PeerError
 
 if TYPE_CHECKING:
     from pm.synchronous import SynchronousManager
-
-log = logging.getLogger("adaloader")
 
 
 class SharedTables:

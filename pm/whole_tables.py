@@ -29,12 +29,13 @@ class WholeTables:
 
         With several ranks this is called inside `still()`, as are `load_states` and `held_rows`.
         """
-        slots = self.touch(table, rows)
-        self.catch_up(table, slots)
-        table.store.set_values(slots, values)
-        if states is not None:
-            table.store.set_states(slots, states)
-        self._mark_changed(table, slots)
+        with self.structure:
+            slots = self.touch(table, rows)
+            self.catch_up(table, slots)
+            table.store.set_values(slots, values)
+            if states is not None:
+                table.store.set_states(slots, states)
+            self.records_changed(table, slots)
 
     def load_states(self, table: Table, rows: np.ndarray, states: np.ndarray) -> None:
         """Set the optimizer state `[n, state_words]` of distinct `rows` of which this rank is the owner."""

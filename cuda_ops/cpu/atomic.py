@@ -16,14 +16,19 @@ _NUMBER = (1 << 63) - 1
 _MOST_TRIALS = 1000
 
 
+def _address(context, builder, signature, args):
+    """Return where the word is that an array and an index, the first arguments of an intrinsic, name."""
+    proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+    return builder.gep(proxy.data, [args[1]])
+
+
 @intrinsic
 def compare_and_swap(typing_context, array, index, expected, new):
     """Set `array[index]` (contiguous, of integers) to `new` if it is `expected`, at once; return what it was."""
     signature = array.dtype(array, types.uint64, array.dtype, array.dtype)
 
     def generate(context, builder, signature, args):
-        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
-        address = builder.gep(proxy.data, [args[1]])
+        address = _address(context, builder, signature, args)
         pair = builder.cmpxchg(address, args[2], args[3], "acq_rel", "acquire")
         return builder.extract_value(pair, 0)
 
@@ -36,8 +41,7 @@ def add_at_once(typing_context, array, index, number):
     signature = array.dtype(array, types.uint64, array.dtype)
 
     def generate(context, builder, signature, args):
-        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", builder.gep(proxy.data, [args[1]]), args[2], "acq_rel")
+        return builder.atomic_rmw("add", _address(context, builder, signature, args), args[2], "acq_rel")
 
     return signature, generate
 
@@ -48,8 +52,7 @@ def store_last(typing_context, array, index, value):
     signature = types.void(array, types.uint64, array.dtype)
 
     def generate(context, builder, signature, args):
-        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
-        address = builder.gep(proxy.data, [args[1]])
+        address = _address(context, builder, signature, args)
         builder.store_atomic(args[2], address, "release", signature.args[0].dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -62,8 +65,7 @@ def load_first(typing_context, array, index):
     signature = array.dtype(array, types.uint64)
 
     def generate(context, builder, signature, args):
-        proxy = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
-        address = builder.gep(proxy.data, [args[1]])
+        address = _address(context, builder, signature, args)
         return builder.load_atomic(address, "acquire", signature.args[0].dtype.bitwidth // 8)
 
     return signature, generate
