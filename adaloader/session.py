@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adaloader.auto_lookahead import AutoLookahead
+from adaloader.data_workers import read_batch
 from adaloader.explain import Explanation, explain
 from adaloader.feed import Feed
 from adaloader.given_keys import keys_by_table
@@ -206,4 +207,4 @@ class _Unwatched(Iterator):
 
     def __next__(self):
         with self._feed.reading():
-            return next(self._inner)
+            return read_batch(self._inner)

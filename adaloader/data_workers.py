@@ -1,0 +1,35 @@
+"""Reading from a loader's worker processes: one that has died is told as that, whatever it broke in dying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from typing import Any
+
+# A worker that dies closes its sockets, and the pipe that is its sentinel, before the system says that it has ended.
+_DYING_SECONDS = 2.0
+
+
+def read_batch(inner: Iterator) -> Any:
+    """Return the next batch of `inner`, an iterator of PyTorch's or torchdata's loader.
+
+    A batch's tensors are fetched from the worker that made them, in shared memory. PyTorch looks for a dead worker
+    when that fails, but not for one that is still dying, and then the user sees a broken connection and no cause.
+
+    Raises:
+        RuntimeError: a worker process died while its batch was read.
+    """
+    try:
+        return next(inner)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        workers = {worker.sentinel: worker for worker in getattr(inner, "_workers", ())}
+        died = [workers[sentinel] for sentinel in wait(list(workers), _DYING_SECONDS)] if workers else []
+        if not died:
+            raise
+        for worker in died:
+            worker.join(_DYING_SECONDS)
+        causes = ", ".join(f"pid {worker.pid}, exit code {worker.exitcode}" for worker in died)
+        raise RuntimeError(
+            f"DataLoader worker ({causes}) exited unexpectedly while a batch of it was read. An exit code -N means "
+            "that signal N ended it; -9 is often the system's want of memory: lower num_workers or prefetch_factor"
+        ) from error
