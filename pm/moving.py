@@ -32,9 +32,9 @@ class Moving:
 
     A row may move to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step
     under way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient
-    for a row knows who owns it. Where a copy would do as well, it does move once that sends no more bytes than copies
-    for as many uses as the rank intends, or has made since another used the row (see `Reuse`). A record carries its
-    version with it; a rank that is not so far takes it in when it is.
+    for a row knows who owns it. Where a copy would do as well, it does move once that is likely to send fewer bytes
+    than copies, by the uses that the rank intends, or has made since another used the row (see `Reuse`). A record
+    carries its version with it; a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.

@@ -23,14 +23,11 @@ class SlotNotes:
         ranks: number of ranks; pins count as holds of a rank of this number.
     """
 
-    BYTES_PER_SLOT = 2 * 4 + 4 * 4 + 2 * 4
+    BYTES_PER_SLOT = 8 * 4
 
     def __init__(self, capacity: int, ranks: int):
         self._pin = ranks
-        self.latest = reserve_zeros(capacity, np.int32)
-        self.before = reserve_zeros(capacity, np.int32)
-        self._book = reserve_zeros(4 * capacity, np.int32).reshape(-1, 4)
-        self._runs = reserve_zeros(2 * capacity, np.int32).reshape(-1, 2)
+        self._book = reserve_zeros(8 * capacity, np.int32).reshape(-1, 8)
 
     def hold(self, slots: np.ndarray, rank: int, count: int = 1) -> None:
         """Add `count` holds of `rank` to each of `slots` (int64 `[n]`, distinct); take them back if it is negative."""
@@ -45,8 +42,9 @@ class SlotNotes:
 
     def worth_moving(self, slots: np.ndarray, rank: int, version: int, needed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which of `slots`, which `rank` uses at `version`, should move there: those that no other rank holds,
-        after `needed` uses by `rank` alone (bool `[n]`); and what was counted (see `cuda_ops.select_moves`)."""
-        return cuda_ops.select_moves(self._book, self.latest, self.before, self._runs, slots, rank, version, needed)
+        for `needed` uses ahead or after as many by `rank` alone (bool `[n]`); and what was counted (see
+        `cuda_ops.select_moves`)."""
+        return cuda_ops.select_moves(self._book, slots, rank, version, needed)
 
     def holds(self, slots: np.ndarray) -> np.ndarray:
         """Return the number of holds of each slot, pins included (int32 `[n]`)."""
@@ -69,10 +67,7 @@ class SlotNotes:
     def clear(self, slots: np.ndarray) -> None:
         """The records at `slots` are gone."""
         self._book[slots] = 0
-        self._runs[slots] = 0
-        self.latest[slots] = 0
-        self.before[slots] = 0
 
     def touch(self, slots: np.ndarray, version: int) -> np.ndarray:
         """Note that `slots` will be used at `version`; return from when each is left alone (see `note_touches`)."""
-        return cuda_ops.note_touches(self.latest, self.before, slots, version)
+        return cuda_ops.note_touches(self._book, slots, version)

@@ -2,19 +2,20 @@
 
 import numpy as np
 
+from cuda_ops.cpu.holds import BEFORE, LATEST, WORDS
 from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, prefetch
 
 _NEVER = np.iinfo(np.int64).max
 
 
-def note_touches(latest, before, slots, version):
+def note_touches(book, slots, version):
     """Note that `slots` will be touched at `version` and return from which version each is left alone until then.
 
     For every slot the two latest distinct versions at which somebody is known to touch it are kept, plus one,
     so that zeroed memory means "never". Versions may come in any order.
 
     Args:
-        latest, before: [slots of the store] int32, updated in place.
+        book: [slots of the store, 8] int32 (see holds.py), updated in place.
         slots: [n] int64, distinct.
         version: int, the version at which the rows are used (and then touched).
 
@@ -23,7 +24,7 @@ def note_touches(latest, before, slots, version):
             `version` itself where it is no longer known.
     """
     due = np.empty(slots.size, np.int64)
-    _note_touches(latest, before, slots, version, due)
+    _note_touches(book.reshape(-1), slots, version, due)
     return due
 
 
@@ -51,21 +52,21 @@ def select_due(steps, stride_bytes, slots, sent_at, due, version, always):
 
 
 @kernel
-def _note_touches(latest, before, slots, version, due):
+def _note_touches(book, slots, version, due):
     mark = np.int32(version + 1)
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
-            prefetch(latest, slots[i + ROWS_AHEAD])
-            prefetch(before, slots[i + ROWS_AHEAD])
-        slot = slots[i]
-        if latest[slot] < mark:
-            due[i] = latest[slot]
-            before[slot] = latest[slot]
-            latest[slot] = mark
-        elif before[slot] < mark:
-            due[i] = before[slot]
-            if mark < latest[slot]:
-                before[slot] = mark
+            prefetch(book, WORDS * slots[i + ROWS_AHEAD])
+        at = WORDS * slots[i]
+        latest, before = book[at + LATEST], book[at + BEFORE]
+        if latest < mark:
+            due[i] = latest
+            book[at + BEFORE] = latest
+            book[at + LATEST] = mark
+        elif before < mark:
+            due[i] = before
+            if mark < latest:
+                book[at + BEFORE] = mark
         else:  # touched more than once between: wait until the rows are needed
             due[i] = version
 

@@ -12,7 +12,7 @@ import cuda_ops
 
 def test_held_by_one_is_what_counting_says(rng):
     ranks, slots = int(rng.choice([1, 2, 5, 64])), 40
-    book = np.zeros((slots, 4), np.int32)
+    book = np.zeros((slots, 8), np.int32)
     held = [Counter() for _ in range(slots)]
     for _ in range(200):
         some = rng.permutation(slots)[: rng.integers(0, slots)].astype(np.int64)
@@ -33,7 +33,7 @@ def test_held_by_one_is_what_counting_says(rng):
 
 
 def test_has_count_is_what_counting_says(rng):
-    book = rng.integers(-2, 3, (50, 4)).astype(np.int32)
+    book = rng.integers(-2, 3, (50, 8)).astype(np.int32)
     slots = rng.integers(0, 50, 200)
     for count in (-1, 0, 2):
         np.testing.assert_array_equal(cuda_ops.has_count(book, slots, count), book[slots, 0] == count)
@@ -54,8 +54,7 @@ def in_a_row(uses: dict[int, set[int]], rank: int) -> int:
 def test_rows_move_after_uses_by_one_rank_alone(needed, rng):
     """Plans come one after another, each for a later version; some slots are of several ranks at once."""
     ranks, slots = 3, 30
-    book, runs = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
-    latest, before = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    book = np.zeros((slots, 8), np.int32)
     uses = [defaultdict(set) for _ in range(slots)]
     noted = np.zeros(slots, bool)
     favourite = rng.integers(0, ranks, slots)
@@ -64,7 +63,7 @@ def test_rows_move_after_uses_by_one_rank_alone(needed, rng):
         of = [np.flatnonzero(rng.random(slots) < np.where(favourite == rank, 0.6, 0.1)) for rank in range(ranks)]
         for rank, mine in enumerate(of):
             cuda_ops.add_holds(book, mine, rank, 1)
-            cuda_ops.note_touches(latest, before, mine, version)
+            cuda_ops.note_touches(book, mine, version)
         for rank in range(1, ranks):
             mine = of[rank]
             others = np.concatenate([of[other] for other in range(ranks) if other != rank])
@@ -77,7 +76,7 @@ def test_rows_move_after_uses_by_one_rank_alone(needed, rng):
             known = [slot for slot in sole if noted[slot]]
             repeated = [slot for slot in known if in_a_row(uses[slot], rank)]
             for counts in ([len(sole), len(known), len(repeated)], [0, 0, 0]):  # to ask again changes nothing
-                found = cuda_ops.select_moves(book, latest, before, runs, mine, rank, version, needed)
+                found = cuda_ops.select_moves(book, mine, rank, version, needed)
                 np.testing.assert_array_equal(found[0], expected)
                 assert found[1].tolist() == counts
             noted[sole] = True
@@ -90,15 +89,15 @@ def test_rows_move_after_uses_by_one_rank_alone(needed, rng):
 
 
 def test_as_many_uses_ahead_are_enough():
-    book, runs, touches = np.zeros((2, 4), np.int32), np.zeros((2, 2), np.int32), np.zeros(2, np.int32)
+    book = np.zeros((2, 8), np.int32)
     both = np.arange(2)
     cuda_ops.add_holds(book, both, 1, 1)
     cuda_ops.add_holds(book, both[:1], 1, 1)
-    assert cuda_ops.select_moves(book, touches, touches.copy(), runs, both, 1, 5, 2)[0].tolist() == [True, False]
+    assert cuda_ops.select_moves(book, both, 1, 5, 2)[0].tolist() == [True, False]
 
 
 def test_many_holds_of_high_ranks():
-    book, slots = np.zeros((3, 4), np.int32), np.array([2], np.int64)
+    book, slots = np.zeros((3, 8), np.int32), np.array([2], np.int64)
     for _ in range(20):
         cuda_ops.add_holds(book, slots, 4000, 100)
     assert cuda_ops.held_by_one(book, slots, 4000).all()
@@ -109,17 +108,17 @@ def test_many_holds_of_high_ranks():
     assert not book.any()
 
 
-def test_the_fourth_word_is_left_alone():
-    book = np.full((4, 4), 7, np.int32)
+def test_other_words_are_left_alone():
+    book = np.full((4, 8), 7, np.int32)
     cuda_ops.add_holds(book, np.array([1], np.int64), 3, 2)
-    assert book[1].tolist() == [9, 13, 25, 7]
+    assert book[1].tolist() == [9, 13, 25, 7, 7, 7, 7, 7]
     assert (book[[0, 2, 3]] == 7).all()
 
 
 @pytest.mark.parametrize("call", [cuda_ops.add_holds, cuda_ops.held_by_one])
 def test_a_slot_outside_is_an_error(call):
-    book = np.zeros((4, 4), np.int32)
+    book = np.zeros((4, 8), np.int32)
     with pytest.raises(IndexError, match=r"slots\[1\] is 4"):
         call(book, np.array([0, 4], np.int64), 0, *([1] if call is cuda_ops.add_holds else []))
     with pytest.raises(ValueError, match="book must have shape"):
-        call(np.zeros((4, 3), np.int32), np.array([0], np.int64), 0, *([1] if call is cuda_ops.add_holds else []))
+        call(np.zeros((4, 7), np.int32), np.array([0], np.int64), 0, *([1] if call is cuda_ops.add_holds else []))

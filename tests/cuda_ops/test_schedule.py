@@ -15,12 +15,12 @@ NEVER = np.iinfo(np.int64).max
 def test_due_is_the_version_after_the_last_known_touch(seed, in_order):
     rng = np.random.default_rng(seed)
     slots_of_store = int(rng.integers(1, 12))
-    latest, before = np.zeros(slots_of_store, np.int32), np.zeros(slots_of_store, np.int32)
+    book = np.zeros((slots_of_store, 8), np.int32)
     touched = [set() for _ in range(slots_of_store)]
     versions = rng.integers(0, 12, 30)
     for version in np.sort(versions) if in_order else versions:
         slots = rng.permutation(slots_of_store)[: rng.integers(0, slots_of_store + 1)]
-        due = cuda_ops.note_touches(latest, before, slots, int(version))
+        due = cuda_ops.note_touches(book, slots, int(version))
         for slot, when in zip(slots.tolist(), due.tolist(), strict=True):
             exact = max((touch + 1 for touch in touched[slot] if touch < version), default=0)
             in_the_way = {touch for touch in touched[slot] if touch >= version}
@@ -31,8 +31,8 @@ def test_due_is_the_version_after_the_last_known_touch(seed, in_order):
             touched[slot].add(int(version))
         for slot, known in enumerate(touched):
             last_two = sorted({touch + 1 for touch in known} | {0}, reverse=True)[:2]
-            assert latest[slot] == last_two[0]
-            assert before[slot] == (last_two[1] if len(last_two) > 1 else 0)
+            assert book[slot, 4] == last_two[0]
+            assert book[slot, 5] == (last_two[1] if len(last_two) > 1 else 0)
 
 
 @settings(deadline=None)
