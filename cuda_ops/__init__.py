@@ -79,6 +79,7 @@ alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 add_holds = by_device(_holds.add_holds)
+end_holds = by_device(_holds.end_holds)
 held_by_one = by_device(_holds.held_by_one)
 has_count = by_device(_holds.has_count)
 select_moves = by_device(_holds.select_moves)
@@ -122,6 +123,7 @@ __all__ = [
     "half_rowwise_adagrad_update",
     "half_sgd_update",
     "half_sparse_adam_update",
+    "end_holds",
     "has_count",
     "held_by_one",
     "history_columns",

@@ -23,8 +23,8 @@ ALL_TICKETS = np.empty(0, np.int32)
 
 _FEW = 1 / 8
 _SELDOM = 8
-"""A part of a plan's rows that is less than `_FEW` moves every `_SELDOM` steps alone, and so do rows of a plan that was
-looked at before: to move few rows takes as long as to move many, and is on somebody's critical path."""
+"""A part of a plan's rows that is less than `_FEW` moves every `_SELDOM` steps alone: to move few rows takes as long as
+to move many, and is on somebody's critical path."""
 
 
 class Moving:
@@ -33,8 +33,8 @@ class Moving:
     A row may move to a rank that has it in a live plan, when no other rank has (see `SlotNotes`), nothing of a step
     under way is for it, and the rank has no copy of it that it may have made a gradient with. So whoever has a gradient
     for a row knows who owns it. Where a copy would do as well, it does move once that is likely to send fewer bytes
-    than copies, by the uses that the rank intends, or has made since another used the row (see `Reuse`). A record
-    carries its version with it; a rank that is not so far takes it in when it is.
+    than copies, by the uses that the rank intends, or by how ranks came back to such rows before (see `Reuse`). A
+    record carries its version with it; a rank that is not so far takes it in when it is.
 
     Args:
         manager: whose rows these are.
@@ -42,21 +42,22 @@ class Moving:
 
     def __init__(self, manager: SynchronousManager):
         self._manager = manager
-        self._reuse: defaultdict[tuple[int, int], Reuse] = defaultdict(Reuse)
+        self._reuse: defaultdict[int, Reuse] = defaultdict(lambda: Reuse(manager.ranks))
+
+    def uses_of(self, table: Table) -> np.ndarray:
+        """Return what is seen of how ranks use the rows of `table` (see `Reuse.uses`)."""
+        return self._reuse[table.number].uses
 
     # Out
 
-    def give(self, peer: int, plan: AskedPlan, positions: np.ndarray, *, is_new: bool) -> np.ndarray:
+    def give(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> np.ndarray:
         """Give the rows at `positions` of a plan of `peer` to it, as far as they may move and should.
-
-        Args:
-            is_new: whether the plan is looked at for the first time.
 
         Returns:
             positions: in what is left of the plan, those that stay.
         """
         with self._manager.structure:
-            free = self._to_move(peer, plan, positions, is_new)
+            free = self._to_move(peer, plan, positions)
             if not free.any():
                 return positions
             kept = np.ones(len(plan.slots), bool)
@@ -67,15 +68,13 @@ class Moving:
             plan.keep(kept)
         return np.flatnonzero(stays[kept])
 
-    def _to_move(self, peer: int, plan: AskedPlan, positions: np.ndarray, is_new: bool) -> np.ndarray:
+    def _to_move(self, peer: int, plan: AskedPlan, positions: np.ndarray) -> np.ndarray:
         """Return which of the rows at `positions` of a plan of `peer` leave now (bool `[n]`)."""
         notes, slots = self._manager.serving.notes_of(plan.table.store), plan.slots[positions]
         if not self._manager.techniques.copies_ahead:
             return notes.only_held_by(slots, peer)
-        reuse = self._reuse[plan.table.number, peer]
-        moves, counts = notes.worth_moving(slots, peer, plan.expected, reuse.uses_worth_a_move(plan.table.store))
-        reuse.note(counts)
-        many = is_new and np.count_nonzero(moves) >= _FEW * len(plan.slots)
+        moves = notes.worth_moving(slots, peer, *self._reuse[plan.table.number].worth_a_move(peer, plan.table.store))
+        many = np.count_nonzero(moves) >= _FEW * len(plan.slots)
         if not many and self._manager.applied % _SELDOM:
             moves[:] = False
         return moves

@@ -1,62 +1,58 @@
-"""Whether to move rows that one rank alone uses at once, or to copy them first: what was seen of such rows so far."""
+"""Whether to move rows that one rank alone uses at once, or to copy them: from how the use of such rows went on."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from pm.store import RecordStore
 
-_KEPT = 0.99
-"""What was seen counts this much less with every later look, so that a workload that changes is seen to."""
-
+_STAGES, _SAME, _OWNER = 4, 0, 1
+_LENGTHS = np.array([1, 1, 2, 3])
 _FEWEST_KNOWN = 32
-_CLEARLY = 1.5
-"""How much more than it loses a move has to save: it takes more of a processor than a copy does."""
-
-_LONG_RUN = 4
-"""How many times the uses that cost as much as a move are a long run."""
+_MOST_KEPT = 1 << 14
+"""What was seen is halved then, so that a workload that changes is seen to."""
 
 _BYTES_OF_A_COPY = 2
 """What a copy sends of a row beside value and gradient: its ticket. What a move sends beside the record (row, ticket,
 number of moves, a note to its home now and then) is as much as the word of the record that stays behind."""
 
+_USES_AHEAD = 2
+"""How many uses a row is taken to have yet as its last ones were, where it is."""
 
-@dataclass
+_CLEARLY = 0.25
+"""What a move has to save to be made, in copies: it takes more of a processor than a copy does."""
+
+
 class Reuse:
-    """How one rank comes back to rows that it alone uses, of one store, while copies are made for it.
+    """How ranks come back to the rows of one table, as far as their owner sees.
 
-    Of the rows looked at, `known` had been used by one rank alone before, and `repeated` of these by that very rank,
-    by nobody since.
+    Args:
+        ranks: how many there are.
     """
 
-    looked: float = 0.0
-    known: float = 0.0
-    repeated: float = 0.0
+    def __init__(self, ranks: int):
+        self.uses = np.zeros((ranks, _STAGES, 3), np.int64)
+        """Of runs of uses by a rank that had come to a stage: by whom the next was (see `cuda_ops.end_holds`)."""
 
-    def note(self, counts: np.ndarray) -> None:
-        """Take in the counts of a look (see `cuda_ops.select_moves`)."""
-        looked, known, repeated = counts.tolist()
-        self.looked = _KEPT * self.looked + looked
-        self.known = _KEPT * self.known + known
-        self.repeated = _KEPT * self.repeated + repeated
-
-    def uses_worth_a_move(self, store: RecordStore) -> int:
-        """Return how many uses by a rank alone, ahead or before, have a record move there.
+    def worth_a_move(self, rank: int, store: RecordStore) -> tuple[int, np.ndarray]:
+        """Return for how many uses ahead by `rank` alone a record moves there, and at which stages of a run (bool
+        `[4]`).
 
         A use of a copy costs the value and its gradient; a move costs the record, which has optimizer state besides.
-        Without knowledge a record moves when as many uses have cost as much as a move does. It moves at once where
-        that can be expected to save bytes: one copy less if the rank comes back, for what a move costs more than a copy
-        if nobody does, and for another move if somebody else does. Where it cannot, only a row with a long run moves:
-        two ranks that draw the same rows at random come back to half of them, which saves nothing.
+        A row that moves saves a copy each time that its new owner comes back to it, and costs one each time that the
+        old one does; others ask either way. So two ranks that draw the same rows at random, and come back to half of
+        them, save nothing, while rows that are mostly one rank's move there. Before enough was seen, a record moves
+        when as many uses as cost what a move does were paid for, which is competitive with whoever knows the future
+        (Black and Sleator 1989 on the migration of pages).
         """
+        uses = self.uses[rank]
         made = store.record_class
         copy = 2 * made.dim * np.dtype(made.dtype).itemsize + _BYTES_OF_A_COPY
         move = made.record_bytes
         as_much = -(-move // copy)
-        if self.known < _FEWEST_KNOWN:
-            return as_much
-        saved = self.repeated * copy
-        lost = (self.looked - self.known) * (move - copy) + (self.known - self.repeated) * (2 * move - copy)
-        return 1 if saved > _CLEARLY * lost else _LONG_RUN * as_much
+        seen = uses.sum(axis=1)
+        if seen.sum() > _MOST_KEPT:
+            uses //= 2
+        saved = (uses[:, _SAME] - uses[:, _OWNER]) / np.maximum(seen, 1) * copy * _USES_AHEAD
+        stages = np.where(seen < _FEWEST_KNOWN, _LENGTHS > as_much, saved > move - copy + _CLEARLY * copy)
+        return (as_much if seen.sum() < _FEWEST_KNOWN else 2 * as_much), stages

@@ -101,7 +101,9 @@ class Serving:
         notes = self._notes.get(store)
         if notes is None:
             with self._manager.structure:
-                notes = self._notes.setdefault(store, SlotNotes(store.capacity, self._manager.ranks))
+                notes = self._notes.setdefault(
+                    store, SlotNotes(store.capacity, self._manager.ranks, self._manager.rank)
+                )
         return notes
 
     def hold(self, table: Table, slots: np.ndarray, rank: int) -> None:
@@ -244,10 +246,10 @@ class Serving:
     def _let_go(self, source: int, plan: AskedPlan) -> None:
         if not plan.held:
             return
-        notes = self.notes_of(plan.table.store)
+        notes, uses = self.notes_of(plan.table.store), self._manager.moving.uses_of(plan.table)
         with self._manager.structure:
             for slots in (plan.slots, *(slots for _, slots in plan.arrived)):
-                notes.hold(slots, source, -1)
+                notes.let_go(slots, source, uses)
             notes.pin(plan.slots[plan.copied], -1)
 
     def unpin_after(self, step: int, notes: SlotNotes, slots: np.ndarray) -> None:
@@ -330,11 +332,11 @@ class Serving:
             )
         else:
             positions = np.arange(len(plan.slots))
-        is_new, plan.next_due = plan.next_due == 0, max(1, plan.next_due)
+        plan.next_due = max(1, plan.next_due)
         if early:
             plan.next_due = max(1, int(plan.due.min(initial=_NEVER)))
         if manager.techniques.moves and not self._stillness and len(positions):
-            positions = manager.moving.give(peer, plan, positions, is_new=is_new)
+            positions = manager.moving.give(peer, plan, positions)
         if not copies or not (len(positions) or answer):
             return
         whole = len(positions) == len(plan.slots)

@@ -21,17 +21,22 @@ class SlotNotes:
     Args:
         capacity: slots of the store.
         ranks: number of ranks; pins count as holds of a rank of this number.
+        here: this rank.
     """
 
     BYTES_PER_SLOT = 8 * 4
 
-    def __init__(self, capacity: int, ranks: int):
-        self._pin = ranks
+    def __init__(self, capacity: int, ranks: int, here: int):
+        self._pin, self._here = ranks, here
         self._book = reserve_zeros(8 * capacity, np.int32).reshape(-1, 8)
 
-    def hold(self, slots: np.ndarray, rank: int, count: int = 1) -> None:
-        """Add `count` holds of `rank` to each of `slots` (int64 `[n]`, distinct); take them back if it is negative."""
-        cuda_ops.add_holds(self._book, slots, rank, count)
+    def hold(self, slots: np.ndarray, rank: int) -> None:
+        """Add a hold of `rank` to each of `slots` (int64 `[n]`, distinct)."""
+        cuda_ops.add_holds(self._book, slots, rank, 1)
+
+    def let_go(self, slots: np.ndarray, rank: int, uses: np.ndarray) -> None:
+        """Take back a hold of `rank`, which has used `slots`; count in `uses` how runs went on (see `Reuse`)."""
+        cuda_ops.end_holds(self._book, slots, rank, self._here, uses)
 
     def pin(self, slots: np.ndarray, count: int = 1) -> None:
         cuda_ops.add_holds(self._book, slots, self._pin, count)
@@ -40,11 +45,10 @@ class SlotNotes:
         """Return for each slot whether no other rank holds it and nothing pins it (bool `[n]`)."""
         return cuda_ops.held_by_one(self._book, slots, rank)
 
-    def worth_moving(self, slots: np.ndarray, rank: int, version: int, needed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of `slots`, which `rank` uses at `version`, should move there: those that no other rank holds,
-        for `needed` uses ahead or after as many by `rank` alone (bool `[n]`); and what was counted (see
-        `cuda_ops.select_moves`)."""
-        return cuda_ops.select_moves(self._book, slots, rank, version, needed)
+    def worth_moving(self, slots: np.ndarray, rank: int, needed: int, stages: np.ndarray) -> np.ndarray:
+        """Return which of `slots` should move to `rank`: those that no other holds, for `needed` uses ahead or a run
+        that comes to one of `stages` (bool `[n]`; see `cuda_ops.select_moves`)."""
+        return cuda_ops.select_moves(self._book, slots, rank, needed, stages)
 
     def holds(self, slots: np.ndarray) -> np.ndarray:
         """Return the number of holds of each slot, pins included (int32 `[n]`)."""

@@ -3,8 +3,10 @@
 A book is `[slots, 8]` int32. For the holds of a slot it has their number n, the sum of their ranks s, the sum of the
 squares q: the sum of (rank - r)^2 over the holds is q - 2 r s + r^2 n, and zero exactly where all of them are rank r's.
 Three numbers a slot tell it, whatever the number of ranks. Sums may wrap around: they are compared modulo 2^32, which
-is more than they can be with fewer than a million holds of 64 ranks. The fourth word is not used here, then come the
-two latest touches (see schedule.py), and a run of uses by one rank alone (see `select_moves`).
+is more than they can be with fewer than a million holds of 64 ranks. The fourth word is not used here; then come the
+two latest touches (see schedule.py), and the run of uses by one rank that goes on: those with none by another between.
+Of a run the rank is kept, and the stage: 0 is the first use of all, 1 the first after another rank's, 2 the second of a
+run, 3 a later one.
 """
 
 import numpy as np
@@ -13,7 +15,8 @@ from cuda_ops.cpu.checks import in_range, int_vector, writable
 from cuda_ops.cpu.kernels import ROWS_AHEAD, helper, kernel, prefetch
 
 WORDS = 8
-LATEST, BEFORE, _RUN, _BY = 4, 5, 6, 7
+LATEST, BEFORE, RUN = 4, 5, 6
+STAGES = 4
 
 
 def add_holds(book, slots, rank, count):
@@ -63,33 +66,44 @@ def has_count(book, slots, count):
     return same
 
 
-def select_moves(book, slots, rank, version, needed):
-    """Return for each slot whether its record should move to `rank`, and note those uses of `rank` alone.
-
-    A record should where `rank` alone holds it, and either has `needed` holds, which are uses ahead, or has used it as
-    often before, with no touch by anybody between these uses, each of which was noted here. (To move a record once as
-    many uses have been paid for as cost what a move does is competitive with whoever knows the future: Black and
-    Sleator 1989 on the migration of pages.)
+def end_holds(book, slots, rank, here, uses):
+    """Take back one hold of `rank` of each slot, which it has used.
 
     Args:
-        book: as in `add_holds`; its runs are updated in place where `rank` alone holds the slot: (the last use of a
-            run, as a touch; its rank * 256 + the number of its uses, at most 255). Zeros: no run.
-        slots, rank: as in `held_by_one`.
-        version: int, at which `rank` uses the slots now.
-        needed: int >= 1.
-
-    Returns:
-        moves: bool [n].
-        counts: int64 [3]: how many of the slots `rank` alone holds and has not been asked about at this version; of
-            how many of these a run was known; and how many of those runs go on.
+        book, slots, rank: as in `add_holds`; rank < 2^28.
+        here: int, the rank whose book this is.
+        uses: [ranks, 4, 3] int64, updated in place: of the runs by a rank at a stage, the number that were followed by
+            a use of that rank, of `here`, and of others.
 
     Raises:
         IndexError: a slot is outside the book.
     """
     slots = _checked(book, slots)
-    moves, counts = np.empty(slots.size, np.bool_), np.empty(3, np.int64)
-    _select_moves(book.reshape(-1), slots, np.int32(rank), version, needed, moves, counts)
-    return moves, counts
+    writable(uses, "uses", np.int64, (len(uses), STAGES, 3))
+    _end_holds(book.reshape(-1), slots, np.int32(rank), here, uses)
+
+
+def select_moves(book, slots, rank, needed, stages):
+    """Return for each slot whether its record should move to `rank`, which is about to use it.
+
+    A record should where `rank` alone holds it, and has `needed` holds, which are uses ahead, or where this use is at
+    one of `stages` of its run.
+
+    Args:
+        book, slots, rank: as in `held_by_one`.
+        needed: int >= 1.
+        stages: [4] bool.
+
+    Returns:
+        moves: bool [n].
+
+    Raises:
+        IndexError: a slot is outside the book.
+    """
+    slots = _checked(book, slots)
+    moves = np.empty(slots.size, np.bool_)
+    _select_moves(book.reshape(-1), slots, np.int32(rank), needed, stages, moves)
+    return moves
 
 
 def _checked(book, slots):
@@ -132,29 +146,36 @@ def _is_held_by_one(book, at, rank):
     return (apart & 0xFFFFFFFF) == 0
 
 
+@helper
+def _stage(run, rank):
+    """Return the stage that a use by `rank` is at, after what is noted of the run before it."""
+    if run == 0:
+        return 0
+    run -= 1
+    return min(max(run % STAGES, 1) + 1, STAGES - 1) if run // STAGES == rank else 1
+
+
 @kernel
-def _select_moves(book, slots, rank, version, needed, moves, counts):
-    mark = np.int32(version + 1)
-    looked, known, repeated = 0, 0, 0
+def _end_holds(book, slots, rank, here, uses):
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             prefetch(book, WORDS * slots[i + ROWS_AHEAD])
         at = WORDS * slots[i]
-        moves[i] = False
-        if not _is_held_by_one(book, at, rank):
-            continue
-        last = book[at + BEFORE] if book[at + LATEST] == mark else book[at + LATEST]
-        run, by, length = book[at + _RUN], book[at + _BY] >> 8, book[at + _BY] & 255
-        earlier = 0
-        if run == mark and by == rank:  # asked before
-            earlier = length - 1
-        else:
-            looked += 1
-            known += run > 0
-            if run > 0 and run == last and by == rank:
-                repeated += 1
-                earlier = length
-        moves[i] = book[at] >= needed or earlier >= needed
-        book[at + _RUN] = mark
-        book[at + _BY] = (rank << 8) | min(earlier + 1, 255)
-    counts[0], counts[1], counts[2] = looked, known, repeated
+        book[at] -= 1
+        book[at + 1] -= rank
+        book[at + 2] -= rank * rank
+        run = book[at + RUN]
+        if run > 0:
+            of = (run - 1) // STAGES
+            uses[of, (run - 1) % STAGES, 0 if of == rank else 1 if rank == here else 2] += 1
+        book[at + RUN] = STAGES * rank + _stage(run, rank) + 1
+
+
+@kernel
+def _select_moves(book, slots, rank, needed, stages, moves):
+    for i in range(slots.size):
+        if i + ROWS_AHEAD < slots.size:
+            prefetch(book, WORDS * slots[i + ROWS_AHEAD])
+        at = WORDS * slots[i]
+        is_wanted = book[at] >= needed or stages[_stage(book[at + RUN], rank)]
+        moves[i] = is_wanted and _is_held_by_one(book, at, rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -40,60 +40,56 @@ def test_has_count_is_what_counting_says(rng):
     assert not len(cuda_ops.has_count(book, slots[:0], 1))
 
 
-def in_a_row(uses: dict[int, set[int]], rank: int) -> int:
-    """Return how often `rank` alone used a row since another rank did; `uses` are the ranks of each version."""
-    count = 0
-    for version in sorted(uses, reverse=True):
-        if uses[version] != {rank}:
-            break
-        count += 1
-    return count
+def stage_of(uses: list[int]) -> int:
+    """Return the stage of the run that ends with the last of the ranks that used a row."""
+    length = next((n for n, rank in enumerate(reversed(uses)) if rank != uses[-1]), len(uses))
+    return min(length, 3) if len(uses) > 1 else 0
 
 
-@pytest.mark.parametrize("needed", [1, 2, 3])
-def test_rows_move_after_uses_by_one_rank_alone(needed, rng):
-    """Plans come one after another, each for a later version; some slots are of several ranks at once."""
-    ranks, slots = 3, 30
-    book = np.zeros((slots, 8), np.int32)
-    uses = [defaultdict(set) for _ in range(slots)]
-    noted = np.zeros(slots, bool)
+def test_rows_move_to_who_alone_holds_them_at_a_stage_or_with_uses_ahead(rng):
+    ranks, slots, needed = 3, 30, 3
+    stages = rng.random(4) < 0.5
+    stages[rng.integers(4)] = True
+    book, counted = np.zeros((slots, 8), np.int32), np.zeros((ranks, 4, 3), np.int64)
+    uses, held = [[] for _ in range(slots)], [Counter() for _ in range(slots)]
     favourite = rng.integers(0, ranks, slots)
-    moved = 0
+    seen, moved, stayed = Counter(), 0, 0
     for version in range(60):
-        of = [np.flatnonzero(rng.random(slots) < np.where(favourite == rank, 0.6, 0.1)) for rank in range(ranks)]
-        for rank, mine in enumerate(of):
+        for rank in range(ranks):
+            mine = np.flatnonzero(rng.random(slots) < np.where(favourite == rank, 0.6, 0.1))
             cuda_ops.add_holds(book, mine, rank, 1)
             cuda_ops.note_touches(book, mine, version)
-        for rank in range(1, ranks):
-            mine = of[rank]
-            others = np.concatenate([of[other] for other in range(ranks) if other != rank])
-            alone = ~np.isin(mine, others)
-            expected = [
-                each and (needed == 1 or in_a_row(uses[slot], rank) >= needed)
-                for slot, each in zip(mine, alone, strict=True)
-            ]
-            sole = mine[alone]
-            known = [slot for slot in sole if noted[slot]]
-            repeated = [slot for slot in known if in_a_row(uses[slot], rank)]
-            for counts in ([len(sole), len(known), len(repeated)], [0, 0, 0]):  # to ask again changes nothing
-                found = cuda_ops.select_moves(book, mine, rank, version, needed)
-                np.testing.assert_array_equal(found[0], expected)
-                assert found[1].tolist() == counts
-            noted[sole] = True
-            moved += sum(expected)
-        for rank, mine in enumerate(of):
-            cuda_ops.add_holds(book, mine, rank, -1)
             for slot in mine:
-                uses[slot][version].add(rank)
-    assert moved
+                held[slot][rank] += 1
+        for rank in range(1, ranks):
+            mine = np.array([slot for slot in range(slots) if held[slot][rank]], np.int64)
+            expected = [
+                held[slot].total() == held[slot][rank]
+                and (held[slot][rank] >= needed or bool(stages[stage_of([*uses[slot], rank])]))
+                for slot in mine
+            ]
+            np.testing.assert_array_equal(cuda_ops.select_moves(book, mine, rank, needed, stages), expected)
+            moved, stayed = moved + sum(expected), stayed + len(mine) - sum(expected)
+        for rank in range(ranks):
+            gone = np.array([slot for slot in range(slots) if held[slot][rank] and rng.random() < 0.7], np.int64)
+            cuda_ops.end_holds(book, gone, rank, 0, counted)
+            for slot in gone:
+                held[slot][rank] -= 1
+                if uses[slot]:
+                    of = uses[slot][-1]
+                    seen[of, stage_of(uses[slot]), 0 if of == rank else 1 if rank == 0 else 2] += 1
+                uses[slot].append(rank)
+    assert moved and stayed
+    assert {at: counted[at] for at in np.ndindex(counted.shape) if counted[at]} == seen
+    np.testing.assert_array_equal(book[:, 0], [counts.total() for counts in held])
 
 
-def test_as_many_uses_ahead_are_enough():
+def test_many_uses_ahead_are_enough():
     book = np.zeros((2, 8), np.int32)
     both = np.arange(2)
     cuda_ops.add_holds(book, both, 1, 1)
     cuda_ops.add_holds(book, both[:1], 1, 1)
-    assert cuda_ops.select_moves(book, both, 1, 5, 2)[0].tolist() == [True, False]
+    assert cuda_ops.select_moves(book, both, 1, 2, np.zeros(4, bool)).tolist() == [True, False]
 
 
 def test_many_holds_of_high_ranks():

@@ -1,51 +1,68 @@
-"""When rows that one rank alone uses move at once: where that saves bytes, by what was seen of them."""
+"""When records move: at which stage of a rank's run of uses, from how earlier runs went on."""
 
-from __future__ import annotations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pm.reuse import Reuse
-from pm.store import RecordClass, RecordStore
+
+DIM = 16
 
 
-def store_of(dim: int, state_words: int) -> RecordStore:
-    return RecordStore(RecordClass(dim, "float32", "some", state_words), 4)
+def store_of(states: int) -> SimpleNamespace:
+    """Return a store of float32 records of `DIM` values, as many of each of `states`, and the step's word."""
+    made = SimpleNamespace(dim=DIM, dtype=np.float32, record_bytes=4 * DIM * (1 + states) + 8)
+    return SimpleNamespace(record_class=made)
 
 
-def seen(looked: int, known: int, repeated: int, times: int = 50) -> Reuse:
-    reuse = Reuse()
-    for _ in range(times):
-        reuse.note(np.array([looked, known, repeated]))
+def followed(same: int, owner: int, other: int, stage: int = 1) -> Reuse:
+    reuse = Reuse(3)
+    reuse.uses[1, stage] = same, owner, other
     return reuse
 
 
-@pytest.mark.parametrize("state_words, uses", [(0, 1), (16, 2), (32, 2), (48, 3)])
-def test_without_knowledge_as_many_uses_as_cost_the_same(state_words, uses):
-    assert Reuse().uses_worth_a_move(store_of(16, state_words)) == uses
+def test_before_anything_was_seen_a_record_moves_when_uses_have_cost_as_much():
+    needed, stages = Reuse(3).worth_a_move(1, store_of(1))  # a record of Adagrad: 136 bytes, two uses of a copy
+    assert needed == 2
+    assert stages.tolist() == [False, False, False, True]
+    needed, stages = Reuse(3).worth_a_move(1, store_of(0))  # of SGD: 72 bytes, less than one use
+    assert needed == 1
+    assert stages.tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize(
-    "looked, known, repeated, at_once",
-    [
-        (1000, 1000, 900, True),  # whoever uses a row comes back to it
-        (1000, 1000, 500, False),  # as likely as not somebody else does
-        (1000, 10, 10, False),  # rows are hardly ever used again
-        (1000, 200, 190, True),
-        (1000, 0, 0, False),
-        (0, 0, 0, False),
-    ],
-)
-def test_rows_move_at_once_where_that_is_cheaper(looked, known, repeated, at_once):
-    assert (seen(looked, known, repeated).uses_worth_a_move(store_of(16, 16)) == 1) == at_once
+@pytest.mark.parametrize("stage", range(4))
+def test_rows_that_their_rank_comes_back_to_move_at_once(stage):
+    stages = followed(90, 3, 7, stage).worth_a_move(1, store_of(1))[1]
+    assert stages[stage]
 
 
-def test_little_knowledge_is_none():
-    assert seen(3, 3, 3, times=2).uses_worth_a_move(store_of(16, 16)) == 2
+@pytest.mark.parametrize("stage", range(4))
+def test_rows_that_their_owner_uses_as_often_stay(stage):
+    needed, stages = followed(50, 50, 0, stage).worth_a_move(1, store_of(1))
+    assert not stages[stage]
+    assert needed == 4
 
 
-def test_a_workload_that_changes_is_seen_to():
-    reuse = seen(1000, 1000, 950)
-    for _ in range(150):
-        reuse.note(np.array([1000, 1000, 400]))
-    assert reuse.uses_worth_a_move(store_of(16, 16)) == 2
+def test_a_record_that_costs_less_than_a_copy_moves_unless_its_owner_comes_back():
+    assert followed(50, 50, 0).worth_a_move(1, store_of(0))[1][1]
+    assert not followed(10, 90, 0).worth_a_move(1, store_of(0))[1][1]
+
+
+def test_a_record_with_much_state_needs_more_use():
+    assert followed(60, 20, 20).worth_a_move(1, store_of(1))[1][1]
+    assert not followed(60, 20, 20).worth_a_move(1, store_of(3))[1][1]
+
+
+def test_what_was_seen_of_one_rank_says_nothing_of_another():
+    assert followed(90, 3, 7).worth_a_move(2, store_of(1))[1].tolist() == [False, False, False, True]
+
+
+def test_what_was_seen_fades():
+    reuse = followed(12_000, 0, 5_000)
+    reuse.worth_a_move(1, store_of(1))
+    assert reuse.uses[1, 1].tolist() == [6_000, 0, 2_500]
+    for _ in range(4):
+        reuse.uses[1, 1, 1] += 10_000  # its owner uses them now
+        stages = reuse.worth_a_move(1, store_of(1))[1]
+    assert not stages[1]
