@@ -245,7 +245,8 @@ def shared_path(tmp_path: Path) -> Path:
 @pytest.fixture
 def moving_at_once(monkeypatch):
     """Rows move as soon as they may, whatever it costs: tests of moving see more of it."""
-    monkeypatch.setattr("pm.reuse.Reuse.uses_worth_a_move", lambda reuse, store: 1)
+    at_any_stage = 1, np.ones(4, bool)
+    monkeypatch.setattr("pm.reuse.Reuse.worth_a_move", lambda reuse, rank, store: at_any_stage)
     monkeypatch.setattr("pm.moving._FEW", 0)
     monkeypatch.setattr("pm.moving._SELDOM", 1)
 
