@@ -42,7 +42,7 @@ class Moving:
 
     def __init__(self, manager: SynchronousManager):
         self._manager = manager
-        self._reuse: defaultdict[int, Reuse] = defaultdict(lambda: Reuse(manager.ranks))
+        self._reuse: defaultdict[int, Reuse] = defaultdict(lambda: Reuse(manager.ranks, manager.rank))
 
     def uses_of(self, table: Table) -> np.ndarray:
         """Return what is seen of how ranks use the rows of `table` (see `Reuse.uses`)."""

@@ -28,9 +28,11 @@ class Reuse:
 
     Args:
         ranks: how many there are.
+        here: the owner.
     """
 
-    def __init__(self, ranks: int):
+    def __init__(self, ranks: int, here: int):
+        self._others = np.arange(ranks) != here
         self.uses = np.zeros((ranks, _STAGES, 3), np.int64)
         """Of runs of uses by a rank that had come to a stage: by whom the next was (see `cuda_ops.end_holds`)."""
 
@@ -43,16 +45,18 @@ class Reuse:
         old one does; others ask either way. So two ranks that draw the same rows at random, and come back to half of
         them, save nothing, while rows that are mostly one rank's move there. Before enough was seen, a record moves
         when as many uses as cost what a move does were paid for, which is competitive with whoever knows the future
-        (Black and Sleator 1989 on the migration of pages).
+        (Black and Sleator 1989 on the migration of pages). Of a rank of which too little was seen the others tell.
         """
         uses = self.uses[rank]
+        if uses.sum() > _MOST_KEPT:
+            uses //= 2
         made = store.record_class
         copy = 2 * made.dim * np.dtype(made.dtype).itemsize + _BYTES_OF_A_COPY
         move = made.record_bytes
         as_much = -(-move // copy)
+        is_known = uses.sum(axis=1, keepdims=True) >= _FEWEST_KNOWN
+        uses = np.where(is_known, uses, self.uses[self._others].sum(axis=0))
         seen = uses.sum(axis=1)
-        if seen.sum() > _MOST_KEPT:
-            uses //= 2
         saved = (uses[:, _SAME] - uses[:, _OWNER]) / np.maximum(seen, 1) * copy * _USES_AHEAD
         stages = np.where(seen < _FEWEST_KNOWN, _LENGTHS > as_much, saved > move - copy + _CLEARLY * copy)
         return (as_much if seen.sum() < _FEWEST_KNOWN else 2 * as_much), stages

@@ -111,3 +111,14 @@ def test_exact_ranks_send_their_gradients_and_new_values_at_least(tmp_path):
         assert rows * (4 + 2 * 8 * 4) * 0.9 < result["ways"][way]["bytes_per_step"] < rows * (4 + 2 * 8 * 4) * 1.6
     kinds = {way: result["ways"][way]["bytes_per_step_by_kind"] for way in ("replication", "none")}
     assert kinds["none"]["pulled"] > 0 and "pulled" not in kinds["replication"]
+
+
+@needs_mpi
+def test_exact_ranks_learn_whose_rows_are_whose(tmp_path):
+    """Of a partitioned graph most rows move to the rank that uses them, and the others, seldom used there, do not."""
+    size = ["--ranks", "4", "--rows", "8000", "--samples", "32", "--width", "32", "--steps", "8", "--warmup", "40"]
+    options = [*size, "--staleness", "0", "--workloads", "graph", "--techniques", "all", "relocation", "replication"]
+    (result,) = results_of(tmp_path, *options)
+    every, moving, copying = (result["ways"][way]["bytes_per_step"] for way in ("all", "relocation", "replication"))
+    assert every < moving
+    assert every < 0.4 * copying

@@ -127,7 +127,7 @@ def test_a_row_moves_when_as_many_copies_cost_as_much(managers, comm, rule, uses
     for steps in (1, 60):  # which looks fall on the eighth steps is a matter of time
         manager = managers(**APART)
         (table,) = manager.add_tables([make_spec(0, 64, 16, "float32", rule)])
-        assert Reuse(manager.ranks).worth_a_move(0, table.store)[0] == uses
+        assert Reuse(manager.ranks, manager.rank).worth_a_move(0, table.store)[0] == uses
         dense = DenseTable(0, table.spec)
         for plan in train(manager, table, dense, lambda step, rank: rows if rank == 0 else rows[:0], steps, ahead):
             manager.release(plan)

@@ -17,16 +17,16 @@ def store_of(states: int) -> SimpleNamespace:
 
 
 def followed(same: int, owner: int, other: int, stage: int = 1) -> Reuse:
-    reuse = Reuse(3)
+    reuse = Reuse(3, 0)
     reuse.uses[1, stage] = same, owner, other
     return reuse
 
 
 def test_before_anything_was_seen_a_record_moves_when_uses_have_cost_as_much():
-    needed, stages = Reuse(3).worth_a_move(1, store_of(1))  # a record of Adagrad: 136 bytes, two uses of a copy
+    needed, stages = Reuse(3, 0).worth_a_move(1, store_of(1))  # a record of Adagrad: 136 bytes, two uses of a copy
     assert needed == 2
     assert stages.tolist() == [False, False, False, True]
-    needed, stages = Reuse(3).worth_a_move(1, store_of(0))  # of SGD: 72 bytes, less than one use
+    needed, stages = Reuse(3, 0).worth_a_move(1, store_of(0))  # of SGD: 72 bytes, less than one use
     assert needed == 1
     assert stages.tolist() == [False, False, True, True]
 
@@ -54,8 +54,19 @@ def test_a_record_with_much_state_needs_more_use():
     assert not followed(60, 20, 20).worth_a_move(1, store_of(3))[1][1]
 
 
-def test_what_was_seen_of_one_rank_says_nothing_of_another():
-    assert followed(90, 3, 7).worth_a_move(2, store_of(1))[1].tolist() == [False, False, False, True]
+def test_of_a_rank_that_little_was_seen_of_the_other_tells():
+    reuse = followed(90, 3, 7)
+    assert reuse.worth_a_move(2, store_of(1))[1].tolist() == [False, True, False, True]
+    reuse.uses[2, 1] = 10, 20, 0
+    assert reuse.worth_a_move(2, store_of(1))[1][1], "thirty are too few"
+    reuse.uses[2, 1] = 20, 20, 0
+    assert not reuse.worth_a_move(2, store_of(1))[1][1]
+
+
+def test_how_the_owner_comes_back_to_its_rows_says_nothing_of_others():
+    reuse = Reuse(3, 0)
+    reuse.uses[0] = 90, 0, 10
+    assert reuse.worth_a_move(1, store_of(1))[1].tolist() == [False, False, False, True]
 
 
 def test_what_was_seen_fades():
