@@ -33,7 +33,7 @@ from pm.pace import Pace
 from pm.passes import Passes
 from pm.pieces import Summing
 from pm.recorder import Recorder
-from pm.serving import Round, step_of
+from pm.rounds import Round, step_of
 from pm.shared_tables import SharedTables
 from pm.store import RecordStore
 from pm.synchronous import SynchronousManager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from pm.messages import Message
-from pm.serving import Round
+from pm.rounds import Round
 
 
 class Peers:

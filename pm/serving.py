@@ -11,9 +11,7 @@ decide what is right. A row that only the rank in question needs moves there in 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +23,7 @@ from pm.common_rows import ALL_ROWS, Copies
 from pm.machine_sums import IN_SUM, ArrivedSums
 from pm.messages import Kind, Message, narrow, widen
 from pm.pieces import Piece
+from pm.rounds import Round
 from pm.slot_notes import SlotNotes
 from pm.store import RecordStore
 from pm.tables import Table
@@ -36,32 +35,6 @@ NO_ROWS = np.empty(0, np.int64)
 AT_ROWS, AT_SLOTS = -1, -2
 """In place of a plan's number in a GRADIENT message: what it is for is said by rows, or by slots of the receiver."""
 _NEVER = np.iinfo(np.int64).max
-
-
-@dataclass
-class Round:
-    """What has arrived for one step: gradients by table and rank, and who has handed over its STEP.
-
-    `pinned` are slots that must stay here until the step is applied, `released` plans that are over then, `sums` what
-    other machines have summed.
-    """
-
-    pieces: dict[int, dict[int, list[Piece]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    stepped: dict[int, np.ndarray] = field(default_factory=dict)
-    optimizer: dict[int, int] = field(default_factory=dict)
-    pinned: list[tuple[SlotNotes, np.ndarray]] = field(default_factory=list)
-    released: list[tuple[int, AskedPlan]] = field(default_factory=list)
-    sums: ArrivedSums = field(default_factory=ArrivedSums)
-
-
-def step_of(arrived: Round | None, among: Collection[int]) -> tuple[int, np.ndarray] | None:
-    """Return (optimizer, hyperparameters) of the step of one of the ranks `among` in what has arrived, None if none
-    has."""
-    if arrived is not None:
-        for source in list(arrived.stepped):
-            if source in among:
-                return arrived.optimizer[source], arrived.stepped[source]
-    return None
 
 
 class Serving:

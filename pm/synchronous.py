@@ -33,7 +33,8 @@ from pm.neighbours import Neighbours
 from pm.on_demand import OnDemand
 from pm.pieces import Summing
 from pm.requests import Requests
-from pm.serving import Serving, step_of
+from pm.rounds import step_of
+from pm.serving import Serving
 from pm.shards import Shards
 from pm.shared_steps import SharedSteps
 from pm.shared_tables import SharedTables
