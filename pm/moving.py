@@ -73,7 +73,8 @@ class Moving:
         notes, slots = self._manager.serving.notes_of(plan.table.store), plan.slots[positions]
         if not self._manager.techniques.copies_ahead:
             return notes.only_held_by(slots, peer)
-        moves = notes.worth_moving(slots, peer, *self._reuse[plan.table.number].worth_a_move(peer, plan.table.store))
+        needed, stages = self._reuse[plan.table.number].worth_a_move(peer, plan.table.store)
+        moves = notes.worth_moving(slots, peer, needed, stages)
         many = np.count_nonzero(moves) >= _FEW * len(plan.slots)
         if not many and self._manager.applied % _SELDOM:
             moves[:] = False

@@ -6,8 +6,9 @@ import numpy as np
 
 from pm.store import RecordStore
 
-_STAGES, _SAME, _OWNER = 4, 0, 1
-_LENGTHS = np.array([1, 1, 2, 3])
+_LENGTHS = (1, 1, 2, 3)
+"""How many uses a run has had at each of its stages, at least."""
+
 _FEWEST_KNOWN = 32
 _MOST_KEPT = 1 << 14
 """What was seen is halved then, so that a workload that changes is seen to."""
@@ -33,7 +34,7 @@ class Reuse:
 
     def __init__(self, ranks: int, here: int):
         self._others = np.arange(ranks) != here
-        self.uses = np.zeros((ranks, _STAGES, 3), np.int64)
+        self.uses = np.zeros((ranks, len(_LENGTHS), 3), np.int64)
         """Of runs of uses by a rank that had come to a stage: by whom the next was (see `cuda_ops.end_holds`)."""
 
     def worth_a_move(self, rank: int, store: RecordStore) -> tuple[int, np.ndarray]:
@@ -54,9 +55,15 @@ class Reuse:
         copy = 2 * made.dim * np.dtype(made.dtype).itemsize + _BYTES_OF_A_COPY
         move = made.record_bytes
         as_much = -(-move // copy)
-        is_known = uses.sum(axis=1, keepdims=True) >= _FEWEST_KNOWN
-        uses = np.where(is_known, uses, self.uses[self._others].sum(axis=0))
-        seen = uses.sum(axis=1)
-        saved = (uses[:, _SAME] - uses[:, _OWNER]) / np.maximum(seen, 1) * copy * _USES_AHEAD
-        stages = np.where(seen < _FEWEST_KNOWN, _LENGTHS > as_much, saved > move - copy + _CLEARLY * copy)
-        return (as_much if seen.sum() < _FEWEST_KNOWN else 2 * as_much), stages
+        stages, enough = [], False
+        for stage, next_uses in enumerate(uses.tolist()):
+            if sum(next_uses) < _FEWEST_KNOWN:
+                next_uses = self.uses[self._others, stage].sum(axis=0).tolist()
+            same, owner, _ = next_uses
+            seen = sum(next_uses)
+            if seen < _FEWEST_KNOWN:
+                stages.append(_LENGTHS[stage] > as_much)
+            else:
+                enough = True
+                stages.append((same - owner) / seen * copy * _USES_AHEAD > move - copy + _CLEARLY * copy)
+        return (2 * as_much if enough else as_much), np.array(stages)
