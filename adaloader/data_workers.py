@@ -22,12 +22,14 @@ def read_batch(inner: Iterator) -> Any:
     try:
         return next(inner)
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        workers = {worker.sentinel: worker for worker in getattr(inner, "_workers", ())}
-        died = [workers[sentinel] for sentinel in wait(list(workers), _DYING_SECONDS)] if workers else []
+        # Of a stream's workers those that have no more end in order, before the others.
+        workers = {worker.sentinel: worker for worker in getattr(inner, "_workers", ()) if worker.exitcode != 0}
+        ended = [workers[sentinel] for sentinel in wait(list(workers), _DYING_SECONDS)] if workers else []
+        for worker in ended:
+            worker.join(_DYING_SECONDS)
+        died = [worker for worker in ended if worker.exitcode != 0]
         if not died:
             raise
-        for worker in died:
-            worker.join(_DYING_SECONDS)
         causes = ", ".join(f"pid {worker.pid}, exit code {worker.exitcode}" for worker in died)
         raise RuntimeError(
             f"DataLoader worker ({causes}) exited unexpectedly while a batch of it was read. An exit code -N means "

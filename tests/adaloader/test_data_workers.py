@@ -12,10 +12,10 @@ from adaloader.data_workers import read_batch
 class _Broken:
     """An iterator whose read fails as PyTorch's does when a worker goes while its batch is fetched."""
 
-    def __init__(self, error: Exception, workers: int):
+    def __init__(self, error: Exception, workers: int, seconds: float = 60):
         self._error = error
         context = get_context("spawn")
-        self._workers = [context.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(workers)]
+        self._workers = [context.Process(target=time.sleep, args=(seconds,), daemon=True) for _ in range(workers)]
         for worker in self._workers:
             worker.start()
 
@@ -56,6 +56,15 @@ def test_error_of_living_workers_is_left_as_it_is():
         assert raised.value is error
     finally:
         broken.close()
+
+
+def test_worker_that_ended_in_order_is_not_the_cause():
+    error = FileNotFoundError(2, "no such sample")
+    broken = _Broken(error, 1, seconds=0)
+    broken._workers[0].join()
+    with pytest.raises(FileNotFoundError) as raised:
+        read_batch(broken)
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "no such sample"), ValueError("bad sample"), StopIteration()])
