@@ -32,7 +32,7 @@ from cuda_ops.cpu.by_row import ELSEWHERE, slots_by_row
 from cuda_ops.cpu.dedup import DedupScratch
 from cuda_ops.cpu.index import KeyIndex
 from cuda_ops.cpu.same import same_ids
-from cuda_ops.cpu.shared import ABSENT, BEING_MADE
+from cuda_ops.cpu.shared_index import ABSENT, BEING_MADE, SharedIndex
 from cuda_ops.dispatch import by_device
 from cuda_ops.trust import trusted
 
@@ -54,8 +54,6 @@ rowwise_adagrad_update = by_device(_sparse_update.rowwise_adagrad_update)
 sgd_update_shared = _shared.sgd_update_shared
 adagrad_update_shared = _shared.adagrad_update_shared
 rowwise_adagrad_update_shared = _shared.rowwise_adagrad_update_shared
-claim_rows = _shared.claim_rows
-publish_rows = _shared.publish_rows
 store_word = _shared.store_word
 exchange_word = _shared.exchange_word
 add_to_word = _shared.add_to_word
@@ -98,6 +96,7 @@ __all__ = [
     "DedupScratch",
     "ELSEWHERE",
     "KeyIndex",
+    "SharedIndex",
     "adagrad_update",
     "adagrad_update_shared",
     "add_holds",
@@ -108,7 +107,6 @@ __all__ = [
     "all_reached",
     "bags_backward",
     "caught_up_word",
-    "claim_rows",
     "compress",
     "dedup",
     "dedup_counts",
@@ -136,7 +134,6 @@ __all__ = [
     "note_touches",
     "owners",
     "partition",
-    "publish_rows",
     "put_places",
     "reduce_bags",
     "renorm",

@@ -1,11 +1,11 @@
 """Records that all ranks of a machine have mapped, in one store: no row of it moves.
 
-An array that all see says where the record of each key is, 4 bytes a key; records take memory as they are made, one
-after the other. Whoever needs a row first makes its record: what a row starts from does not depend on who does. With
-staleness any rank updates it from then on, under a lock of its own (`cuda_ops.sgd_update_shared`), as threads of one
-process would; lock-free readers are Hogwild's (Niu, Recht, Re, Wright 2011). At staleness 0 owners alone update
-records, when no rank reads them (`shared_steps.py`). For that, and for what must be done once by somebody, as writing a
-checkpoint, each rank owns a part of the keys.
+An index that all see says where the record of each key is (`cuda_ops.SharedIndex`: 4 bytes a key where most have one);
+records take memory as they are made, one after the other. Whoever needs a row first makes its record: what a row starts
+from does not depend on who does. With staleness any rank updates it from then on, under a lock of its own
+(`cuda_ops.sgd_update_shared`), as threads of one process would; lock-free readers are Hogwild's (Niu, Recht, Re, Wright
+2011). At staleness 0 owners alone update records, when no rank reads them (`shared_steps.py`). For that, and for what
+must be done once by somebody, as writing a checkpoint, each rank owns a part of the keys.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 MOST_ROWS = (1 << 31) - 2
 """How many keys one such store may have."""
+_LEAST_MEMORY_PER_KEY = 64  # bytes: such keys take 1/256 of the memory
 _PAGE_BYTES = 4096
-_IS_ALONE, _SLOTS = 0, 1
+_IS_ALONE, _SLOTS, _BLOCKS = 0, 1, 2
+_COMMON_WORDS = 3
+_ENTRY_BYTES = 4
 _PAUSE_SECONDS = 2e-5
 _LEAST_LARGE_BYTES, _ENLARGED_BYTES = 1 << 24, 1 << 23
 _OWNED_TOGETHER_BITS = 4  # records of some lines of the cache, so that ranks do not write to one line in turns
@@ -44,25 +47,25 @@ class OwnKeys:
     """The keys of a shared store that have records, of those that one rank owns.
 
     Args:
-        table: int32 `[rows]` by key, as `cuda_ops.claim_rows` has it.
+        index: where those of all ranks are.
         rank, ranks: whose, and how many there are.
     """
 
-    def __init__(self, table: np.ndarray, rank: int, ranks: int):
-        self._table, self._rank, self._ranks = table, rank, ranks
+    def __init__(self, index: cuda_ops.SharedIndex, rank: int, ranks: int):
+        self._index, self._rank, self._ranks = index, rank, ranks
 
     def __len__(self) -> int:
         return len(self.items()[0])
 
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (keys, their slots), int64 `[n]` both, keys ascending."""
-        keys = np.flatnonzero(self._table > 0)
-        keys = keys[owners_of(keys, self._ranks) == self._rank]
-        return keys, self._table[keys].astype(np.int64) - 1
+        keys, slots = self._index.items()
+        own = owners_of(keys, self._ranks) == self._rank
+        return keys[own], slots[own]
 
     def copy(self) -> OwnKeys:
         """Return what it is now."""
-        return OwnKeys(self._table.copy(), self._rank, self._ranks)
+        return OwnKeys(self._index.copy(), self._rank, self._ranks)
 
 
 def owners_of(keys: np.ndarray, ranks: int) -> np.ndarray:
@@ -76,7 +79,7 @@ def owners_of(keys: np.ndarray, ranks: int) -> np.ndarray:
 class SharedStore(RecordStore):
     """A store of which every rank of the machine has one over the same memory.
 
-    Invariant: the record of a key is at the slot that the array says, from when it says one; it is changed under its
+    Invariant: the record of a key is at the slot that the index says, from when it says one; it is changed under its
     lock, by its owner in a step, or while nothing else is done (`still`). While a rank's `snapshot` is being written,
     whoever changes records that it owns has it keep them first.
 
@@ -105,16 +108,18 @@ class SharedStore(RecordStore):
         ask_to_keep: Callable[[SharedStore, int, np.ndarray], None],
     ):
         layout = _Layout(rows, ranks)
-        words = np.frombuffer(block.memory, np.int64, ranks + 2)
+        words = np.frombuffer(block.memory, np.int64, ranks + _COMMON_WORDS)
         self._writers = words[:ranks]  # not 0: that rank has a snapshot
-        self._common = words[ranks:]  # whether a rank is in `alone`, and the number of slots given out
-        self._table = np.frombuffer(block.memory, np.int32, rows, layout.table)
+        self._common = words[ranks:]  # whether a rank is in `alone`, how many slots are given out, what the index has
+        blocks = np.frombuffer(block.memory, np.int32, cuda_ops.SharedIndex.block_count(rows), layout.blocks)
+        entries = np.frombuffer(block.memory, np.int32, cuda_ops.SharedIndex.entry_count(rows), layout.entries)
+        self._places = cuda_ops.SharedIndex(rows, blocks, entries, self._common[_BLOCKS:])
         self._keys = np.frombuffer(block.memory, np.int64, rows, layout.keys)  # by slot
         self._rank, self._ranks, self._locks = rank, ranks, locks
         self._patience, self._ask_to_keep = patience, ask_to_keep
         self._snapshot: Snapshot | None = None
         self._is_enlarging = False
-        super().__init__(record_class, rows, block, OwnKeys(self._table, rank, ranks), layout.records)
+        super().__init__(record_class, rows, block, OwnKeys(self._places, rank, ranks), layout.records)
 
     @staticmethod
     def block_bytes(record_class: RecordClass, rows: int, ranks: int) -> int:
@@ -128,7 +133,7 @@ class SharedStore(RecordStore):
     def memory_bytes(self) -> int:
         """Bytes of a rank's share of the records, and of what says where they are."""
         records = self.slots_in_use * (self.record_class.record_bytes + self._keys.itemsize)
-        return (records + self._table.nbytes) // self._ranks
+        return (records + self._places.memory_bytes) // self._ranks
 
     @property
     def slots_in_use(self) -> int:
@@ -144,8 +149,7 @@ class SharedStore(RecordStore):
 
     def made(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (keys, slots) of all records, whoever owns them: int64 `[n]` both."""
-        keys = np.flatnonzero(self._table > 0)
-        return keys, self._table[keys].astype(np.int64) - 1
+        return self._places.items()
 
     def keys_at(self, slots: np.ndarray) -> np.ndarray:
         """Return the keys of the records at `slots`, int64 `[n]` both."""
@@ -158,29 +162,36 @@ class SharedStore(RecordStore):
 
         Any thread. It waits for those that another is making.
         """
-        slots = self._table[keys].astype(np.int64) - 1
+        slots = self._places.find(keys)
+        if not slots.size or slots.min() >= 0:
+            return slots
         absent = np.flatnonzero(slots < 0)
         started = time.perf_counter()
         while len(absent):
-            before = cuda_ops.claim_rows(self._table, keys[absent])
+            before = self._places.claim(keys[absent])
             mine = keys[absent[before == cuda_ops.ABSENT]]
             if len(mine):
                 self._make(mine, fill)
             absent = absent[before == cuda_ops.BEING_MADE]
             if len(absent):
                 self._wait("another rank to make records", started)
-        return self._table[keys].astype(np.int64) - 1 if slots.size and slots.min() < 0 else slots
+        return self._places.find(keys)
 
     def _make(self, keys: np.ndarray, fill: Callable[[np.ndarray, np.ndarray], None]) -> None:
         first = cuda_ops.add_to_word(self._common, _SLOTS, len(keys))
         slots = np.arange(first, first + len(keys), dtype=np.int64)
         try:
+            if first + len(keys) > self.capacity:
+                raise MemoryError(
+                    f"{len(keys)} records are to be made, and {self.capacity - first} of {self.capacity} places are "
+                    "left: some were lost to rows that could not be made (an error said so)"
+                )
             self._keys[slots] = keys
             fill(keys, slots)
         except BaseException:  # the slots are lost
-            cuda_ops.publish_rows(self._table, keys, np.full(len(keys), cuda_ops.ABSENT))
+            self._places.publish(keys, None)
             raise
-        cuda_ops.publish_rows(self._table, keys, slots + 1)
+        self._places.publish(keys, slots)
 
     def use_large_pages(self) -> None:
         """Have records in large pages, if all were made, and there are enough of them to matter: in the background.
@@ -189,7 +200,7 @@ class SharedStore(RecordStore):
         """
         size = RecordStore.bytes_of(self.record_class, self.capacity)
         if self._rank == 0 and size >= _LEAST_LARGE_BYTES and not self._is_enlarging:
-            if (self._table > 0).all():
+            if self.slots_in_use >= self.capacity:
                 self._is_enlarging = True
                 threading.Thread(target=self._enlarge_pages, name="adaloader-pages", daemon=True).start()
 
@@ -273,16 +284,20 @@ class SharedStore(RecordStore):
 
 
 def most_keys() -> int:
-    """Return how many keys all such stores may have together: an eighth of the machine's memory has arrays for them."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // np.dtype(np.int32).itemsize
+    """Return how many keys all such stores may have together: what the index has of keys without a record, a quarter of
+    a byte of each, is a small share of the machine's memory.
+    """
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _LEAST_MEMORY_PER_KEY
 
 
 class _Layout:
     """Where in a block what is beside the records begins, and where they do."""
 
     def __init__(self, rows: int, ranks: int):
-        self.table = _paged(8 * (ranks + 2))
-        self.keys = self.table + _paged(4 * rows)
+        index = cuda_ops.SharedIndex
+        self.blocks = _paged(8 * (ranks + _COMMON_WORDS))
+        self.entries = self.blocks + _paged(_ENTRY_BYTES * index.block_count(rows))
+        self.keys = self.entries + _paged(_ENTRY_BYTES * index.entry_count(rows))
         self.records = self.keys + _paged(8 * rows)
 
 

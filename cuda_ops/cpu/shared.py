@@ -1,5 +1,5 @@
-"""Records that several processes update in memory that they share, rows of which one of them makes the record, and
-words by which they tell each other how far they are.
+"""Records that several processes update in memory that they share, and words by which they tell each other how far they
+are.
 
 No update is lost: each record is locked while it is updated (`atomic.py`). Readers take no lock: they may see a record
 of which an update is half done.
@@ -8,13 +8,10 @@ of which an update is half done.
 import numpy as np
 
 from cuda_ops.cpu.atomic import add_at_once, compare_and_swap, load_first, store_last
-from cuda_ops.cpu.checks import in_range, int_vector, writable
+from cuda_ops.cpu.checks import writable
 from cuda_ops.cpu.kernels import kernel
 from cuda_ops.cpu.sparse_update import rowwise_adagrad_records
 from cuda_ops.cpu.update import adagrad_records, check_update, sgd_records
-
-ABSENT, BEING_MADE = 0, -1
-"""What a table of slots has for rows without a record; for others it has the slot of the record + 1."""
 
 
 def sgd_update_shared(words, stride, dim, steps, slots, grad, lr, scale, version, first=0):
@@ -38,44 +35,6 @@ def rowwise_adagrad_update_shared(words, stride, dim, steps, slots, grad, lr, ep
     slots, grad = check_update(words, stride, dim, 1, steps, slots, grad)
     numbers = float(lr), float(eps), float(scale), int(version)
     return rowwise_adagrad_records(words, stride, steps, slots, grad, *numbers, int(first), True)
-
-
-def claim_rows(table, rows):
-    """Say that this caller makes the records of those `rows` that nobody has made or claimed.
-
-    Args:
-        table: [any] int32 by row, the slot of its record + 1, `ABSENT` or `BEING_MADE`; others may be changing it.
-        rows: [n] int64.
-
-    Returns:
-        [n] int32: what each was before. `ABSENT` rows are this caller's now, which are `BEING_MADE` until
-        `publish_rows`; those that were `BEING_MADE` are so by another.
-
-    Raises:
-        IndexError: a row is outside of `table`.
-    """
-    writable(table, "table", np.int32, (table.size,))
-    rows = int_vector(rows, "rows")
-    in_range(rows, table.size, "rows")
-    before = np.empty(rows.size, np.int32)
-    _claim(table, rows, before)
-    return before
-
-
-def publish_rows(table, rows, entries):
-    """Set the entries (int32 [n]) of `rows` (int64 [n]), which this caller has claimed: what it has written before is
-    seen by all that see them.
-
-    Raises:
-        IndexError: a row is outside of `table`.
-        ValueError: there is not an entry for each.
-    """
-    writable(table, "table", np.int32, (table.size,))
-    rows = int_vector(rows, "rows")
-    in_range(rows, table.size, "rows")
-    if entries.shape != rows.shape:
-        raise ValueError(f"{entries.size} entries given for {rows.size} rows")
-    _publish(table, rows, entries.astype(np.int32))
 
 
 def store_word(words, at, word):
@@ -126,15 +85,3 @@ def _add_to_word(words, at, number):
 @kernel
 def _exchange_word(words, at, expected, word):
     return compare_and_swap(words, np.uint64(at), expected, word) == expected
-
-
-@kernel
-def _claim(table, rows, before):
-    for i in range(rows.size):
-        before[i] = compare_and_swap(table, np.uint64(rows[i]), np.int32(ABSENT), np.int32(BEING_MADE))
-
-
-@kernel
-def _publish(table, rows, entries):
-    for i in range(rows.size):
-        store_last(table, np.uint64(rows[i]), entries[i])

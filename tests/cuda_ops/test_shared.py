@@ -94,30 +94,8 @@ def test_no_update_of_threads_at_the_same_records_is_lost():
     assert (mine.words.reshape(40, -1)[:, :24] == sum(counts)[:, None]).all()
 
 
-@given(seed=st.integers(0, 2**32), n=st.integers(0, 50))
-def test_a_row_is_claimed_once(seed, n):
-    rng = np.random.default_rng(seed)
-    table = rng.integers(-1, 4, 60).astype(np.int32)
-    before, rows = table.copy(), rng.permutation(60)[:n]
-    found = cuda_ops.claim_rows(table, rows)
-    assert (found == before[rows]).all()
-    claimed = (before == cuda_ops.ABSENT) & np.isin(np.arange(60), rows)
-    assert (table == np.where(claimed, cuda_ops.BEING_MADE, before)).all()
-    assert not (cuda_ops.claim_rows(table, rows) == cuda_ops.ABSENT).any()
-    mine = rows[found == cuda_ops.ABSENT]
-    cuda_ops.publish_rows(table, mine, mine + 1)
-    assert (table[mine] == mine + 1).all()
-    with pytest.raises(ValueError, match="entries given"):
-        cuda_ops.publish_rows(table, rows, np.zeros(n + 1))
-
-
 @pytest.mark.parametrize("bad", [-1, 60])
-def test_rows_out_of_range_are_refused(bad):
-    table = np.zeros(60, np.int32)
-    for call in (cuda_ops.claim_rows, lambda t, r: cuda_ops.publish_rows(t, r, np.ones(2))):
-        with pytest.raises(IndexError):
-            call(table, np.array([3, bad]))
-    assert not table.any()
+def test_slots_out_of_range_are_refused(bad):
     mine = Records(np.random.default_rng(0), 60, 2, "float32", 0)
     with pytest.raises(IndexError):
         mine.of(cuda_ops.sgd_update_shared, np.array([3, bad]), np.ones((2, 2), np.float32), 1.0, 1.0, 1)

@@ -106,6 +106,20 @@ def test_rows_that_could_not_be_made_can_be_made_later():
     assert sorted(made[0]) == [2, 4, 11]
 
 
+def test_places_that_were_lost_are_missed_by_whoever_has_none_left():
+    store, other, _ = stores(20)
+
+    def fail(keys: np.ndarray, slots: np.ndarray) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError):
+        store.make(np.arange(3), fail)
+    other.make(np.arange(17), filler(other, []))
+    with pytest.raises(MemoryError, match="2 records are to be made, and 0 of 20 places are left"):
+        store.make(np.arange(16, 19), filler(store, []))
+    assert (values(store, np.arange(17)) == np.arange(17)[:, None]).all()
+
+
 def test_it_waits_for_rows_that_another_is_making_and_says_so():
     asked = []
 
