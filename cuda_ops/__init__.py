@@ -18,6 +18,7 @@ from cuda_ops.cpu import holds as _holds
 from cuda_ops.cpu import ownership as _ownership
 from cuda_ops.cpu import partition as _partition
 from cuda_ops.cpu import places as _places
+from cuda_ops.cpu import refreshes as _refreshes
 from cuda_ops.cpu import renorm as _renorm
 from cuda_ops.cpu import rows as _rows
 from cuda_ops.cpu import schedule as _schedule
@@ -73,6 +74,7 @@ put_places = by_device(_places.put_places)
 take_places = by_device(_places.take_places)
 take_over = _ownership.take_over
 give_up = _ownership.give_up
+select_refreshes = _refreshes.select_refreshes
 alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
@@ -145,6 +147,7 @@ __all__ = [
     "segment_sum",
     "select_due",
     "select_moves",
+    "select_refreshes",
     "sgd_update",
     "sgd_update_shared",
     "sparse_adam_update",

@@ -27,7 +27,7 @@ from pm.holdings import Group, Holdings
 from pm.manager import Manager, Traffic
 from pm.messages import Kind, Message
 from pm.moves import Moves
-from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, Node
+from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS, Node
 from pm.operations import Action, Operation
 from pm.pace import Pace
 from pm.passes import Passes
@@ -84,6 +84,7 @@ class EventualManager(SynchronousManager):
             acts_late=acts_late,
             update_threshold=update_threshold,
             staleness=staleness,
+            clocks_per_refresh=CLOCKS_PER_REFRESH_OF_LOADERS,
             clocks_per_move=CLOCKS_PER_MOVE_OF_LOADERS,
         )
         self._clock = self.node.claims.add_clock()

@@ -38,7 +38,10 @@ class Grants:
     def has_work(self) -> bool:
         if self._early or ((self._questions or self._ended) and not self._node.claims.is_paused):
             return True
-        return any(holdings.owned.changed for holdings in self._node.holdings) and self._node.exchange_is_due
+        if not self._node.exchange_is_due:
+            return False
+        owned = [holdings.owned for holdings in self._node.holdings]
+        return any(one.changed for one in owned) or (self._node.refreshes_all and any(one.late for one in owned))
 
     def forget_group(self, number: int) -> None:
         """A group's keys get other slots."""
@@ -153,7 +156,7 @@ class Grants:
         stay = slots[~moves]
         if not len(stay):
             return
-        owned.holders[stay] |= asker
+        owned.add_holder(stay, asker)
         stayed = owned.keys[stay]
         keys = narrow(stayed)
         if copies_are_made(node.techniques):
@@ -286,7 +289,7 @@ class Grants:
                 lambda some: Message(Kind.DROPS, (number, origin), (narrow(gone[some]), narrow(gone[:0]), none)),
             )
         slots = slots[mine]
-        holdings.owned.holders[slots] &= ~masks.only(origin, self._node.ranks)
+        holdings.owned.remove_holder(slots, masks.only(origin, self._node.ranks))
         self.intents_ended(holdings, slots)
 
     def refresh(self, holdings: Holdings, peer: int, slots: np.ndarray) -> None:
@@ -299,15 +302,12 @@ class Grants:
             self._node.emit(peer, Message(Kind.REFRESH, (holdings.group.number,), arrays))
 
     def round(self) -> None:
-        """Send the holders of copies what others have changed."""
+        """Send holders of copies what others have changed: at once where they have changed their copies too, which says
+        that they use them; the others once in a while, or when somebody waits for it."""
         node = self._node
         if not node.exchange_is_due:
             return
+        everyone = node.refreshes_all
         for holdings in node.holdings:
-            owned = holdings.owned
-            slots, changed_by = owned.take_changed()
-            if not len(slots):
-                continue
-            for peer in node.peers:
-                receiver = masks.only(peer, node.ranks)
-                self.refresh(holdings, peer, slots[~masks.are_empty(changed_by & ~receiver)])
+            for peer, slots in enumerate(holdings.owned.take_refreshes(node.ranks, everyone)):
+                self.refresh(holdings, peer, slots)

@@ -82,8 +82,9 @@ class Owned:
 
     By slot: `keys`; `live` counts the intents of this rank's workers; `holders` is the set of ranks with a live intent
     (which hold a copy, where copies are made); `counters` how often the key has moved; `changed_by` the set of ranks
-    whose changes the holders have not been sent, with `changed` the slots where it is not empty; `shared_until` the
-    clock that `pm.decision.shared_longer` has counted copies up to.
+    whose changes holders have not been sent since the last exchange, with `changed` the slots where it is not empty;
+    `behind` the holders that were not sent changes of earlier ones, with `late` the slots where there are any;
+    `shared_until` the clock that `pm.decision.shared_longer` has counted copies up to.
     """
 
     def __init__(self, group: Group, ranks: int, places: PlaceIndex):
@@ -96,8 +97,10 @@ class Owned:
         self.holders = notes.view(np.uint64)[:, 2 : 2 + words]
         self.changed_by = notes.view(np.uint64)[:, 2 + words :]
         self.shared_until = reserve_zeros(group.capacity, np.int32)
-        self.notes_bytes = notes.strides[0] + self.shared_until.itemsize
+        self.behind = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
+        self.notes_bytes = notes.strides[0] + self.shared_until.itemsize + self.behind.strides[0]
         self.changed: list[np.ndarray] = []
+        self.late: list[np.ndarray] = []
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the slots of keys, -1 where they are not owned: int64 `[n]`."""
@@ -119,7 +122,7 @@ class Owned:
         slots = self.store.allocate(len(keys))
         self.store.put(slots, values)
         self.keys[slots], self.live[slots], self.counters[slots] = keys, 0, counters
-        self.holders[slots], self.changed_by[slots], self.shared_until[slots] = 0, 0, 0
+        self.holders[slots], self.changed_by[slots], self.behind[slots], self.shared_until[slots] = 0, 0, 0, 0
         self.store.index.put(keys, slots)
         return slots
 
@@ -148,21 +151,42 @@ class Owned:
             self.changed_by[held] |= by
             self.changed.append(held)
 
-    def take_changed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (slots, who changed them) of what has changed since the last call."""
-        if not self.changed:
-            return np.empty(0, np.int64), self.changed_by[:0]
-        slots, _ = cuda_ops.dedup(np.concatenate(self.changed))
-        self.changed = []
-        slots = slots[~masks.are_empty(self.changed_by[slots])]  # those that have left since are not ours to tell
-        changed_by = self.changed_by[slots]
-        self.changed_by[slots] = 0
-        return slots, changed_by
+    def add_holder(self, slots: np.ndarray, holder: np.ndarray) -> None:
+        """The one rank in the set `holder` has a live intent for records, and is about to be sent what they are."""
+        self.holders[slots] |= holder
+        self.behind[slots] &= ~holder
+
+    def remove_holder(self, slots: np.ndarray, holder: np.ndarray) -> None:
+        """The one rank in the set `holder` has no live intent for records any more."""
+        self.holders[slots] &= ~holder
+        self.behind[slots] &= ~holder
+
+    def take_refreshes(self, ranks: int, everyone: bool) -> list[np.ndarray]:
+        """Return by rank the slots (int64) of which that holder is to be sent what others have changed: of those that
+        it has changed too since the last exchange, or of all (`everyone`)."""
+        slots, self.changed = self.changed, []
+        if everyone:
+            slots, self.late = slots + self.late, []
+        if not slots:
+            return []
+        sets = self.holders, self.changed_by, self.behind
+        selected, starts, late = cuda_ops.select_refreshes(np.concatenate(slots), *sets, ranks, everyone)
+        if len(late):
+            self.late.append(late)
+        return np.split(selected, starts[1:-1])
 
     @property
     def notes(self) -> tuple[np.ndarray, ...]:
         """What is noted by slot, as `cuda_ops.take_over` and `cuda_ops.give_up` have it."""
-        return self.keys, self.live, self.counters, self.holders, self.changed_by, self.shared_until
+        return (
+            self.keys,
+            self.live,
+            self.counters,
+            self.holders,
+            self.changed_by,
+            self.shared_until,
+            self.behind,
+        )
 
     def give_up(self, slots: np.ndarray, receiver: np.ndarray, *, promotes: bool) -> tuple:
         """Forget records, which the one rank in the set `receiver` is going to own; see `cuda_ops.give_up`."""

@@ -25,7 +25,9 @@ from pm.syncing import Syncing
 
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 CLOCKS_PER_MOVE_OF_LOADERS = 32
+CLOCKS_PER_REFRESH_OF_LOADERS = 64
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
+_LONGEST_SECONDS_BEHIND = 5.0
 # Groups of so many keys together have arrays of places and of what homes know, 12 bytes a key.
 DEFAULT_KEYS_IN_ARRAYS = 1 << 22
 
@@ -57,6 +59,9 @@ class Node:
         clocks_per_exchange: changes to copies travel once in so many clocks of the fastest worker, or when somebody
             waits for them, or `exchange_is_overdue`. One exchange of a row that each of R ranks changes costs 2 (R - 1)
             messages of it, whatever the number of changes that it carries.
+        clocks_per_refresh: where whoever uses a copy changes it, as in training, those that their holders are not
+            changing need not be up to date: they are brought so once in so many clocks of the fastest worker, or in
+            5 s, or when somebody waits for it. None: in each exchange, as in AdaPM.
         clocks_per_move: a key that has moved more often than that stays with its owner (`pm.decision.are_restless`);
             None: AdaPM's rule, whatever the number of moves.
         keys_in_arrays: groups have arrays of places as long as they have so many keys together; later ones hash tables.
@@ -75,6 +80,7 @@ class Node:
         update_threshold: float = 0.0,
         staleness: int | None = None,
         clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE,
+        clocks_per_refresh: int | None = None,
         clocks_per_move: int | None = None,
         keys_in_arrays: int = DEFAULT_KEYS_IN_ARRAYS,
     ):
@@ -89,8 +95,9 @@ class Node:
         self.exchange_is_overdue = False
         self.events = 0  # messages, operations and flushes: what a round may have to answer
         self._clocks_per_exchange = clocks_per_exchange
-        self._exchanged_at = 0
-        self._seconds = self._exchanged_seconds = 0.0
+        self._clocks_per_refresh = clocks_per_refresh
+        self._exchanged_at = self._refreshed_at = 0
+        self._seconds = self._exchanged_seconds = self._refreshed_seconds = 0.0
         self.counts: Counter[str] = Counter()
         self.counts_by_part: Counter[tuple[str, int, int]] = Counter()  # of a group (`Group.firsts`)
         self.bytes_by_kind: Counter[str] = Counter()
@@ -292,6 +299,8 @@ class Node:
             self.counts["exchanges"] += 1
             self._exchanged_at = self.claims.fastest
             self._exchanged_seconds = self._seconds
+            if self.refreshes_all:
+                self._refreshed_at, self._refreshed_seconds = self.claims.fastest, self._seconds
             self.exchange_is_overdue = False
         self.syncing.round_ends()
         self.flush()
@@ -308,6 +317,14 @@ class Node:
         """Whether a round sends on what has changed in copies, and in records that others have copies of."""
         passed = self.claims.fastest - self._exchanged_at
         return passed >= self._clocks_per_exchange or self.exchange_is_overdue or self.syncing.needs_exchange
+
+    @property
+    def refreshes_all(self) -> bool:
+        """Whether an exchange brings all copies up to date, those too that their holders do not change."""
+        if self._clocks_per_refresh is None or self.syncing.needs_exchange:
+            return True
+        is_old = self._seconds - self._refreshed_seconds > _LONGEST_SECONDS_BEHIND
+        return is_old or self.claims.fastest - self._refreshed_at >= self._clocks_per_refresh
 
     @property
     def needs_round(self) -> bool:

@@ -25,7 +25,7 @@ class Setting:
         think_seconds: mean between a worker's events.
         rounds_when_needed: rounds take place only where a node says that it needs one.
         sends_with_rounds: what workers bring about leaves with the next message or round, not at once.
-        clocks_per_exchange, clocks_per_move: as of `Node`.
+        clocks_per_exchange, clocks_per_refresh, clocks_per_move: as of `Node`.
         overdue_chance: of an exchange to be overdue at a round.
         follow_up_seconds: mean until a rank goes on after it has taken in a message; 0: at once.
         most_turns: a simulation that takes more does not settle.
@@ -50,6 +50,7 @@ class Setting:
     sends_with_rounds: bool = False
     follow_up_seconds: float = 0.0
     clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE
+    clocks_per_refresh: int | None = None
     clocks_per_move: int | None = None
     overdue_chance: float = 0.0
     most_turns: int = 50_000
@@ -81,6 +82,7 @@ class Setting:
             clocks_per_exchange=int(rng.choice([1, 2, 5])),
             overdue_chance=float(rng.choice([0.0, 0.1])),
             clocks_per_move=None if rng.random() < 0.5 else int(rng.choice([1, 4, 32])),
+            clocks_per_refresh=None if rng.random() < 0.5 else int(rng.choice([1, 4, 32])),
         )
 
 
