@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from workloads import WORKLOADS
 
-from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS
+from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS, ROUNDS_TO_ANSWER_OF_LOADERS
 from pm.schedules import Recording
 from pm.simulated_network import Setting
 from pm.simulation import Simulation
@@ -77,6 +77,7 @@ def simulate(recording: Recording, args: argparse.Namespace, ranks: int, techniq
         rounds_when_needed=True,
         clocks_per_move=args.clocks_per_move or None,
         clocks_per_refresh=args.clocks_per_refresh or None,
+        rounds_to_answer=None if args.answer_at_once else ROUNDS_TO_ANSWER_OF_LOADERS,
         most_turns=sys.maxsize,
     )
     simulation = Simulation(setting, recording.schedule(args.lookahead), checks=False)
@@ -300,6 +301,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=CLOCKS_PER_REFRESH_OF_LOADERS,
         help="simulated, with staleness: how often copies are brought up to date that their holders do not change (as "
         "in loaders; 0: in each exchange, as in AdaPM)",
+    )
+    parser.add_argument(
+        "--answer-at-once",
+        action="store_true",
+        help="simulated, with staleness: copies as soon as they are asked for, as in AdaPM",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the figures; printed without")

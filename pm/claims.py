@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -73,6 +74,8 @@ class Claims:
         self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
         self._ending: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # the same
         self._leaving: list[tuple[Holdings, np.ndarray, np.ndarray, int, int]] = []  # and owner, parcel that says so
+        self._put_off: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # as `_wanted`
+        self._next_due = _FOR_EVER  # the first clock at which some of these are near
 
     # Clocks and intents
 
@@ -118,7 +121,7 @@ class Claims:
             heapq.heapify(clock.waiting)
             heapq.heapify(clock.live)
         self._finished = [intent for intent in self._finished if intent.group != number]
-        for name in ("_wanted", "_ending", "_leaving"):
+        for name in ("_wanted", "_ending", "_leaving", "_put_off"):
             setattr(self, name, [entry for entry in getattr(self, name) if entry[0].group.number != number])
 
     def close(self, clock: Clock) -> None:
@@ -134,6 +137,7 @@ class Claims:
         if (changed and self._node.exchange_is_due) or self._leaving:
             return True
         due = any(clock.live and clock.live[0][0] < clock.now for clock in self.clocks)
+        due = due or self.fastest >= self._next_due
         moves = bool(due or self._finished or self._wanted or self._ending or self._has_due_intents())
         return moves and not self.is_paused
 
@@ -169,6 +173,7 @@ class Claims:
         for intent in finished:
             self._unregister(self._node.holdings[intent.group], intent)
         self._end()
+        self._take_up_again()
         self._ask()
 
     def _act(self, clock: Clock) -> None:
@@ -180,7 +185,7 @@ class Claims:
                 continue
             intent.is_live = True
             holdings = self._node.holdings[intent.group]
-            self._register(holdings, intent)
+            self._register(holdings, intent, self._due(clock, start))
             if start <= clock.now:
                 absent = np.flatnonzero(intent.places < 0)
                 late = holdings.copies.states[-2 - intent.places[absent]] != Copy.ACTIVE
@@ -188,8 +193,15 @@ class Claims:
             if intent.end is not None:
                 heapq.heappush(clock.live, (intent.end, order, intent))
 
-    def _register(self, holdings: Holdings, intent: Intent) -> None:
-        """Count an intent for its keys, and note those that are to be asked for."""
+    def _due(self, clock: Clock, start: int) -> int:
+        """Return the clock of the fastest worker from which keys that `clock` uses at `start` are to be asked for."""
+        rounds = self._node.rounds_to_answer
+        if rounds is None:
+            return 0
+        return self.fastest + start - clock.now - math.ceil(rounds * clock.timing.clocks_per_round) - 1
+
+    def _register(self, holdings: Holdings, intent: Intent, due: int) -> None:
+        """Count an intent, whose use is near at clock `due`, for its keys, and note those that are to be asked for."""
         keys, places = intent.keys, holdings.places(intent.keys)
         absent = np.flatnonzero(places == ABSENT)
         if len(absent):
@@ -197,7 +209,7 @@ class Claims:
             places[absent] = made
             absent = absent[made < 0]
         if len(absent):
-            made = holdings.copies.add_wanted(keys[absent])
+            made = holdings.copies.add_wanted(keys[absent], due)
             places[absent] = -2 - made
             self._wanted.append((holdings, keys[absent], made))
         cuda_ops.add_uses(places, holdings.owned.live, holdings.copies.live, 1)
@@ -225,7 +237,7 @@ class Claims:
             states = copies.states[at]
             active = states == Copy.ACTIVE
             if not active.all():
-                copies.remove(at[states == Copy.WANTED])
+                copies.remove(at[(states == Copy.WANTED) | (states == Copy.PUT_OFF)])
                 self._drop_refused(holdings, at[states == Copy.REFUSED])
                 at = at[active]
             taken_in = copies.parcels[at] <= self._node.acknowledged[copies.owners[at]]
@@ -299,8 +311,42 @@ class Claims:
                 self._wanted.append((holdings, keys[~ready], at[~ready]))
             copies.states[at[ready]] = Copy.REQUESTED
             keys, target = keys[ready], target[ready]
+            is_near = copies.due[at[ready]] <= self.fastest
             for owner, some in each_rank(target, node.ranks):
-                node.emit(owner, Message(Kind.REQUEST, (number, node.rank), (narrow(keys[some]),)))
+                for near in (True, False):
+                    part = some[is_near[some] == near]
+                    if len(part):
+                        node.emit(owner, Message(Kind.REQUEST, (number, node.rank, int(near)), (narrow(keys[part]),)))
+
+    def on_put_off(self, source: int, message: Message) -> None:
+        """PUT_OFF(group; keys): `source` owns them, others need them too, and our use is far: ask again when it is
+        near."""
+        holdings = self._node.holdings[message.numbers[0]]
+        keys = widen(message.arrays[0])
+        at, states = holdings.copies.find(keys)
+        asked = states == Copy.REQUESTED
+        keys, at = keys[asked], at[asked]
+        holdings.copies.states[at] = Copy.PUT_OFF
+        self._node.locations[holdings.group.number].learn(keys, source)
+        self._put_off.append((holdings, keys, at))
+        self._next_due = min(self._next_due, min(holdings.copies.due[at].tolist(), default=_FOR_EVER))
+        self._ended_on_the_way(holdings, at)
+
+    def _take_up_again(self) -> None:
+        """Note the keys that are to be asked for again, since their use is near."""
+        if self.fastest < self._next_due:
+            return
+        put_off, self._put_off, self._next_due = self._put_off, [], _FOR_EVER
+        for holdings, at in joined_entries(put_off, _keys_of_copies):
+            copies = holdings.copies
+            at = at[copies.states[at] == Copy.PUT_OFF]
+            is_near = copies.due[at] <= self.fastest
+            far, at = at[~is_near], at[is_near]
+            copies.states[at] = Copy.WANTED
+            self._wanted.append((holdings, copies.keys[at], at))
+            if len(far):
+                self._put_off.append((holdings, copies.keys[far], far))
+                self._next_due = min(self._next_due, int(copies.due[far].min()))
 
     def on_copies(self, source: int, message: Message) -> None:
         """COPIES(group; keys, values): copies of what `source` owns."""

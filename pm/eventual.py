@@ -27,7 +27,7 @@ from pm.holdings import Group, Holdings
 from pm.manager import Manager, Traffic
 from pm.messages import Kind, Message
 from pm.moves import Moves
-from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS, Node
+from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS, ROUNDS_TO_ANSWER_OF_LOADERS, Node
 from pm.operations import Action, Operation
 from pm.pace import Pace
 from pm.passes import Passes
@@ -86,6 +86,7 @@ class EventualManager(SynchronousManager):
             staleness=staleness,
             clocks_per_refresh=CLOCKS_PER_REFRESH_OF_LOADERS,
             clocks_per_move=CLOCKS_PER_MOVE_OF_LOADERS,
+            rounds_to_answer=ROUNDS_TO_ANSWER_OF_LOADERS,
         )
         self._clock = self.node.claims.add_clock()
         self._pace = Pace(self.node, max_rounds_per_second)

@@ -79,11 +79,14 @@ class Grants:
     # Requests
 
     def on_request(self, source: int, message: Message) -> None:
-        """REQUEST(group, origin; keys): `origin` has a live intent for keys that it does not have."""
+        """REQUEST(group, origin, near; keys): `origin` has a live intent for keys that it does not have, and will use
+        them soon (`near`) or not."""
         self._questions.append((source, message))
 
-    def _answer(self, number: int, origin: int, sources: np.ndarray, keys: np.ndarray) -> None:
-        """Answer questions of `origin` about distinct keys of a group, each of which a rank of `sources` has sent."""
+    def _answer(self, numbers: tuple[int, ...], sources: np.ndarray, keys: np.ndarray) -> None:
+        """Answer questions (`numbers`: see `on_request`) about distinct keys, each of which a rank of `sources` has
+        sent."""
+        number, origin, near = numbers
         holdings = self._node.holdings[number]
         slots = self.find_or_make(holdings, keys)
         mine = slots >= 0
@@ -93,11 +96,11 @@ class Grants:
                 sources[~mine],
                 number,
                 others,
-                lambda some: Message(Kind.REQUEST, (number, origin), (narrow(others[some]),)),
+                lambda some: Message(Kind.REQUEST, numbers, (narrow(others[some]),)),
             )
             slots = slots[mine]
         if origin != self._node.rank and len(slots):
-            self._grant(holdings, origin, slots)
+            self._grant(holdings, origin, slots, is_near=bool(near))
 
     def forward(self, source: int | np.ndarray, number: int, keys: np.ndarray, message_of) -> None:
         """Send on what `source` (one for all keys, or one for each: int64 `[n]`) asks about keys that are not here:
@@ -141,18 +144,25 @@ class Grants:
         alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
         for source, message in questions:
             alike.setdefault(message.numbers, []).append((source, widen(message.arrays[0])))
-        for (number, origin), asked in alike.items():
+        for numbers, asked in alike.items():
             sources = np.repeat([source for source, _ in asked], [len(keys) for _, keys in asked])
             keys = asked[0][1] if len(asked) == 1 else np.concatenate([keys for _, keys in asked])
-            self._answer(number, origin, sources, keys)
+            self._answer(numbers, sources, keys)
 
-    def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray) -> None:
+    def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray, *, is_near: bool) -> None:
         owned, node = holdings.owned, self._node
         asker = masks.only(origin, node.ranks)
         others = masks.count(owned.holders[slots] & ~asker)
         moves = moves_to_asker(self._techniques(holdings), owned.live[slots] > 0, others)
-        moves &= ~self._stay(holdings, slots)
+        restless = self._stay(holdings, slots)
+        moves &= ~restless
         self._give_away(holdings, slots[moves], origin)
+        if not is_near and self._techniques(holdings) == "all":
+            # Until its use is near others may have done with it: then it moves, in place of a copy that comes and goes.
+            later = ~moves & ~restless
+            if later.any():
+                node.emit(origin, Message(Kind.PUT_OFF, (holdings.group.number,), (narrow(owned.keys[slots[later]]),)))
+            slots, moves = slots[~later], moves[~later]
         stay = slots[~moves]
         if not len(stay):
             return

@@ -63,7 +63,8 @@ class Copy(IntEnum):
 
     WANTED: an intent is live and its owner has not been asked yet; REQUESTED: it has; ACTIVE: the copy is here;
     REFUSED: the owner gives no copy, and knows of the intent; LEAVING: the owner has been told that the copy is gone,
-    with its last changes, and has not said yet that it knows.
+    with its last changes, and has not said yet that it knows; PUT_OFF: its owner, which knows nothing of the intent, is
+    asked again when the use is near.
     """
 
     FREE = 0
@@ -72,6 +73,7 @@ class Copy(IntEnum):
     ACTIVE = 3
     REFUSED = 4
     LEAVING = 5
+    PUT_OFF = 6
 
 
 _HERE = int(Copy.ACTIVE), int(Copy.LEAVING)
@@ -203,7 +205,8 @@ class Copies:
     A copy's record is [what it holds now | what it held when changes were last taken from it | changes on their way to
     the owner], `width` words each. By slot: `keys`; `states` (a `Copy`); `live` counts the intents of this rank's
     workers; `owners` is who has made the copy, `parcels` the number of the parcel to the owner that carries the changes
-    on their way (-1: none are), `dirty` whether there may be changes to take.
+    on their way (-1: none are), `dirty` whether there may be changes to take; `due` the clock of the rank's fastest
+    worker from which a use is near.
     """
 
     def __init__(self, group: Group, ranks: int, places: PlaceIndex):
@@ -216,6 +219,7 @@ class Copies:
         self.keys, self.parcels = notes[:, 0], notes[:, 1]
         self.live, self.owners = (notes.view(np.int32)[:, column] for column in (4, 5))
         self.states, self.dirty = notes.view(np.int8)[:, 24], notes.view(np.bool_)[:, 25]
+        self.due = notes.view(np.int32)[:, 7]
         self.notes_bytes = notes.strides[0]
         self.changed: list[np.ndarray] = []
 
@@ -224,12 +228,13 @@ class Copies:
         slots = self.store.index.find(keys)
         return slots, np.where(slots >= 0, self.states[slots], Copy.FREE)
 
-    def add_wanted(self, keys: np.ndarray) -> np.ndarray:
-        """Make room for keys that this rank is going to ask for; return their slots."""
+    def add_wanted(self, keys: np.ndarray, due: int) -> np.ndarray:
+        """Make room for keys that this rank asks for, and whose use is near from `due` on; return their slots."""
         slots = self.store.allocate(len(keys))
         self.store.index.add(keys, slots)
         self.keys[slots], self.states[slots], self.live[slots] = keys, Copy.WANTED, 0
         self.owners[slots], self.parcels[slots], self.dirty[slots] = -1, -1, False
+        self.due[slots] = due
         return slots
 
     def remove(self, slots: np.ndarray) -> None:

@@ -25,6 +25,7 @@ class _View:
         self.keys = np.arange(capacity)
         self.is_main = np.zeros(shape, bool)  # owned, or to be made here when it is first touched
         self.is_active = np.zeros(shape, bool)
+        self.is_put_off = np.zeros(shape, bool)
         self.copy_of = np.zeros(shape, np.int64)
         self.live = np.zeros(shape, np.int64)
         self.holders = np.zeros((*shape, masks.words_for(ranks)), np.uint64)
@@ -40,6 +41,7 @@ class _View:
         self.holders[rank] = np.where(owned[:, None], holdings.owned.holders[slots], 0)
         at, states = holdings.copies.find(self.keys)
         self.is_active[rank] = states == Copy.ACTIVE
+        self.is_put_off[rank] = (states == Copy.PUT_OFF) & (holdings.copies.due[at] > node.claims.fastest)
         self.copy_of[rank] = holdings.copies.owners[at]
         self.live[rank] = np.where(owned, holdings.owned.live[slots], 0)
         self.live[rank] += np.where(at >= 0, holdings.copies.live[at], 0)
@@ -155,7 +157,7 @@ class Invariants:
         for group, view in enumerate(self._views):
             for node in self._nodes:
                 if node.techniques in ("all", "replication"):
-                    here = view.is_main[node.rank] | view.is_active[node.rank]
+                    here = view.is_main[node.rank] | view.is_active[node.rank] | view.is_put_off[node.rank]
                     self._demand(here | (view.live[node.rank] == 0), group, view, f"rank {node.rank} never got")
 
     def homes_know(self) -> None:

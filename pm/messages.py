@@ -79,6 +79,7 @@ class Kind(IntEnum):
     EPOCH = 79
     KEEP = 80
     KEPT = 81
+    PUT_OFF = 82
     CHECKPOINT = 90
     CHECKPOINT_WRITTEN = 91
     CHECKPOINT_ENDED = 92

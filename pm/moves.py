@@ -21,6 +21,7 @@ _WHY_COPY = {
     Copy.REQUESTED: "this rank intends it and has asked for it",
     Copy.ACTIVE: "a copy: this rank intends it, and so does another, or its owner",
     Copy.REFUSED: "not here: this rank intends it, but another does too, and no copies are made",
+    Copy.PUT_OFF: "not here yet: this rank will use it, others do now, and it asks again when its use is near",
     Copy.LEAVING: "a copy that this rank has given up",
 }
 

@@ -26,6 +26,7 @@ from pm.syncing import Syncing
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 CLOCKS_PER_MOVE_OF_LOADERS = 32
 CLOCKS_PER_REFRESH_OF_LOADERS = 64
+ROUNDS_TO_ANSWER_OF_LOADERS = 2.0
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 _LONGEST_SECONDS_BEHIND = 5.0
 # Groups of so many keys together have arrays of places and of what homes know, 12 bytes a key.
@@ -36,7 +37,7 @@ _TURNS = dict.fromkeys(_CHANGES, 0) | {Kind.MOVED: 2}  # in a parcel; of all els
 _WAITED_FOR = frozenset(
     (Kind.FETCH, Kind.FETCHED, Kind.PUSH, Kind.PUSHED, Kind.SYNC, Kind.SYNCED, Kind.CLOCK, Kind.REFRESHED)
 )
-_JOINED = (Kind.REQUEST, Kind.MOVED, Kind.COPIES, Kind.REFRESH, Kind.RECORDS, Kind.PROMOTED)
+_JOINED = (Kind.REQUEST, Kind.PUT_OFF, Kind.MOVED, Kind.COPIES, Kind.REFRESH, Kind.RECORDS, Kind.PROMOTED)
 
 
 class Node:
@@ -64,6 +65,9 @@ class Node:
             5 s, or when somebody waits for it. None: in each exchange, as in AdaPM.
         clocks_per_move: a key that has moved more often than that stays with its owner (`pm.decision.are_restless`);
             None: AdaPM's rule, whatever the number of moves.
+        rounds_to_answer: a rank that asks for a key which others need too, and uses it only after more than so many of
+            its rounds, is told to ask again: the key is here in time, but not from when its intent is acted on. None:
+            it gets a copy at once, as in AdaPM.
         keys_in_arrays: groups have arrays of places as long as they have so many keys together; later ones hash tables.
     """
 
@@ -82,6 +86,7 @@ class Node:
         clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE,
         clocks_per_refresh: int | None = None,
         clocks_per_move: int | None = None,
+        rounds_to_answer: float | None = None,
         keys_in_arrays: int = DEFAULT_KEYS_IN_ARRAYS,
     ):
         check_techniques(techniques)
@@ -92,6 +97,7 @@ class Node:
         self.update_threshold = update_threshold
         self.staleness = staleness
         self.clocks_per_move = clocks_per_move if ranks > 2 else None  # of two, who does not own a key knows who does
+        self.rounds_to_answer = rounds_to_answer
         self.exchange_is_overdue = False
         self.events = 0  # messages, operations and flushes: what a round may have to answer
         self._clocks_per_exchange = clocks_per_exchange
@@ -134,6 +140,7 @@ class Node:
             Kind.PROMOTED: self.claims.on_promoted,
             Kind.REFRESH: self.claims.on_refresh,
             Kind.REFUSED: self.claims.on_refused,
+            Kind.PUT_OFF: self.claims.on_put_off,
             Kind.FETCH: self.operations.on_fetch,
             Kind.FETCHED: self.operations.on_fetched,
             Kind.PUSH: self.operations.on_push,

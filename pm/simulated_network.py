@@ -25,7 +25,7 @@ class Setting:
         think_seconds: mean between a worker's events.
         rounds_when_needed: rounds take place only where a node says that it needs one.
         sends_with_rounds: what workers bring about leaves with the next message or round, not at once.
-        clocks_per_exchange, clocks_per_refresh, clocks_per_move: as of `Node`.
+        clocks_per_exchange, clocks_per_refresh, clocks_per_move, rounds_to_answer: as of `Node`.
         overdue_chance: of an exchange to be overdue at a round.
         follow_up_seconds: mean until a rank goes on after it has taken in a message; 0: at once.
         most_turns: a simulation that takes more does not settle.
@@ -52,6 +52,7 @@ class Setting:
     clocks_per_exchange: int = DEFAULT_CLOCKS_PER_EXCHANGE
     clocks_per_refresh: int | None = None
     clocks_per_move: int | None = None
+    rounds_to_answer: float | None = None
     overdue_chance: float = 0.0
     most_turns: int = 50_000
 
@@ -83,6 +84,7 @@ class Setting:
             overdue_chance=float(rng.choice([0.0, 0.1])),
             clocks_per_move=None if rng.random() < 0.5 else int(rng.choice([1, 4, 32])),
             clocks_per_refresh=None if rng.random() < 0.5 else int(rng.choice([1, 4, 32])),
+            rounds_to_answer=None if rng.random() < 0.5 else float(rng.choice([0.0, 0.2, 2.0])),
         )
 
 

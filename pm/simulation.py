@@ -96,6 +96,7 @@ class Simulation:
             clocks_per_exchange=s.clocks_per_exchange,
             clocks_per_refresh=s.clocks_per_refresh,
             clocks_per_move=s.clocks_per_move,
+            rounds_to_answer=s.rounds_to_answer,
             keys_in_arrays=DEFAULT_KEYS_IN_ARRAYS if s.seed % 2 else 0,  # both kinds of index keep the promises
         )
 
