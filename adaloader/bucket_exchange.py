@@ -238,7 +238,12 @@ class BucketExchange:
             )
         all_joined = sums.joined == self.ranks
         if current.total and not all_joined and not math.isclose(sums.weight, current.total, rel_tol=1e-4):
-            raise RuntimeError(f"the ranks' weights sum to {sums.weight}, but weights() said {current.total}")
+            raise RuntimeError(
+                f"rank {self.rank}: the ranks' shares of {self._where()} weigh {sums.weight:g}, and those of its batch "
+                f"weigh {current.total:g} in all: ranks are at different batches. A rank has skipped one (continue, a "
+                "caught exception, a loss that was not finite) or called backward() twice for one: skip it on every "
+                "rank, or multiply its loss by 0 there"
+            )
 
     def _where(self) -> str:
         return f"reduction {self.index} of step {self.step}"

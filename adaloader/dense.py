@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from adaloader.backward import TaskEnd, current_task, enclosing_call, hook_gradient, queue_at_end
 from adaloader.bucket_exchange import BucketExchange, Reduction
 from adaloader.deferral import Deferral
+from adaloader.errors import ManagedTableError
 
 MIB = 1 << 20
 
@@ -46,8 +47,9 @@ class DenseReducer:
     `reductions` have been made; `backwards` counts those and the backwards inside `no_sync`.
 
     All ranks must construct it with the same parameters and make the same reductions. Ranks that are not in
-    the same one get an error. Not covered: parameters that the module gains later, changes that a hook
-    registered after construction makes to `.grad`, and second derivatives through an averaged `.grad`.
+    the same one get an error. Parameters that come later are to be added (`averaged.py` sees to it). Not covered:
+    changes that a hook registered after construction makes to `.grad`, and second derivatives through an averaged
+    `.grad`.
 
     Invariant: `_current` is None, or the one reduction that this rank has begun and not ended.
     """
@@ -163,9 +165,17 @@ class DenseReducer:
 
         Where no reduction happened since the last step, one is made now: backward may have reached nothing of
         ours on this rank, and something on another. So is one that backward could not complete by itself.
+
+        Raises:
+            ManagedTableError: it is called inside of a backward that has dense gradients.
         """
         with self._lock:
             if self._current is not None and not self._current.broken:
+                if self._exchange.has_gradients and current_task() in self._current.tasks:
+                    raise ManagedTableError(
+                        "optimizer.step() inside backward() (in a hook of a parameter): gradients are averaged over "
+                        "ranks when backward() ends, and are this rank's alone until then. Step after backward()"
+                    )
                 self._finish()
             if self._exchange.index == 0 or self.is_deferred:
                 self._begin(*self._ask_weights())
@@ -202,6 +212,10 @@ class DenseReducer:
                 self._deferral.pending = 1
             self._begin(0.0 if zero else weight, total, joined=zero)
             return self._finish()
+
+    def holds(self, parameter: Parameter) -> bool:
+        """Whether gradients of `parameter` are averaged."""
+        return parameter in self._hooks
 
     @property
     def has_trained(self) -> bool:
@@ -268,6 +282,8 @@ class DenseReducer:
 
     def _on_outer_end(self) -> None:
         with self._lock:
+            if self._current is None:  # a step inside of backward has ended it: no dense gradients travel
+                return
             self._current.broken = False  # if an inner backward raised, its caller has dealt with it
             self._finish()
 

@@ -178,6 +178,8 @@ def _explain_site(site) -> LookupExplanation:
 def _dense_tables(managed: ManagedModel):
     """Yield name, parameter and reason of what could be a table and is an ordinary parameter."""
     model = managed.model()
+    if model is None:  # freed: nothing is left to be explained of it
+        return
     tables = {id(table.parameter) for table in managed.tables}
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():

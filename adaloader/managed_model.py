@@ -67,6 +67,7 @@ class ManagedModel:
         self.strategy = strategy
         self.tables: list[ManagedTable] = []
         self.optimizers: list[Optimizer] = []
+        self.beside: list[nn.Parameter] = []  # not the model's, but held by its optimizers, and averaged with its own
         self.buffers = Buffers()
         self.batches = Batches(manager)
         self.watch = Watch()
@@ -91,6 +92,7 @@ class ManagedModel:
         self.recorded_in: Path | None = None
         self.on_table_added: Callable[[ManagedModel, ManagedTable], None] = lambda model, table: None
         self.on_table_held: Callable[[ManagedModel, ManagedTable, Optimizer], None] = lambda *held: None
+        self.check_averaged: Callable[[Optimizer], None] = lambda optimizer: None
         self.watched: dict[str, weakref.ref[nn.Parameter]] = {}
         self.dense_because: dict[str, str] = {}
         self.exporting = False
@@ -123,7 +125,7 @@ class ManagedModel:
         self.dense_because[table.name] = why
         model = self.model()
         if self.reducer is not None and model is not None:
-            self.reducer.add(table.parameter, table.name, list(model.parameters()))
+            self.reducer.add(table.parameter, table.name, [*model.parameters(), *self.beside])
 
     def tables_in_order(self) -> list[ManagedTable]:
         """Return the tables in an order that is the same on every rank, whatever each used first."""
@@ -233,10 +235,10 @@ class ManagedModel:
     # Optimizer steps
 
     def dense_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that are not managed tables."""
+        """Return the parameters that are not managed tables, those beside the model too."""
         tables = {id(table.parameter) for table in self.tables}
         model = self.model()
-        return [] if model is None else [p for p in model.parameters() if id(p) not in tables]
+        return [] if model is None else [p for p in (*model.parameters(), *self.beside) if id(p) not in tables]
 
     def attach(self, optimizers: list[Optimizer]) -> None:
         """Have steps of `optimizers` update the managed rows that they hold."""
@@ -261,6 +263,7 @@ class ManagedModel:
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Prepare a step; one with a closure, which makes its gradients itself, is prepared after each call of that."""
         if not self.joining:
+            self.check_averaged(optimizer)
             self.watch.step_begins()
             if self.follower is not None:
                 self.follower.step_begins()

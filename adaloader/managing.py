@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
-from adaloader import adoption
+from adaloader import adoption, averaged
 from adaloader.agreement import broadcast
 from adaloader.candidate import find_candidates, watch_candidates
 from adaloader.combining import Combiner
@@ -74,6 +74,7 @@ def manage(
         return _manage(model, optimizers, settings, order)
     _check_same_settings(managed, settings)
     _attach_later(managed, optimizers)
+    averaged.take_in(managed, managed.optimizers)
     return managed
 
 
@@ -95,6 +96,11 @@ def _check_model(model) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet, for its module is lazy: call the model once on a batch (under "
+                "torch.no_grad(), before its optimizer is made), then build AdaLoader"
+            )
         if parameter.device.type == "meta":
             raise ValueError(
                 f"parameter {name!r} is on device meta and has no values: build the model on the CPU, or within "
@@ -139,6 +145,8 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     if recorder is not None:
         begin_record(managed, recorder, settings)
     managed.attach(optimizers)
+    if manager.ranks > 1:
+        averaged.released_by_others(model)
     adoption.adopt(managed, found, adoption.specs_for(found, optimizers, adoption.seeds_of_rank_0(manager, found)))
     cache_rows(managed, settings.device_cache_bytes)
     if manager.ranks > 1:
@@ -175,7 +183,8 @@ def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
 
 
 def _describe(model, found, optimizers, settings, strategy) -> str:
-    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    named = [*model.named_parameters(), *averaged.held_beside(model, optimizers)]
+    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in named]
     programs = [program.describe() for p in found.values() if (program := program_of(p)) is not None]
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     shared = {name: value for name, value in settings.shared().items() if name != "comm"}
@@ -184,11 +193,14 @@ def _describe(model, found, optimizers, settings, strategy) -> str:
 
 def _reduce_dense_parameters(managed: ManagedModel, model: nn.Module, comm, timeout_seconds: float) -> None:
     tables = {id(table.parameter) for table in managed.tables}
-    dense = [(name, p) for name, p in model.named_parameters() if id(p) not in tables]
+    beside = averaged.held_beside(model, managed.optimizers)
+    managed.beside = [p for _, p in beside]
+    dense = [(name, p) for name, p in model.named_parameters() if id(p) not in tables] + beside
     group = managed.process_group = process_group(comm, timeout_seconds=timeout_seconds)
     broadcast([p for _, p in dense] + list(model.buffers()), group)
     whereabouts = Whereabouts(managed.manager, lambda: managed.reducer.begun)
     managed.manager.describe_peers = whereabouts.describe
+    managed.check_averaged = partial(averaged.check_averaged, weakref.proxy(managed))
     managed.reducer = DenseReducer(
         dense,
         group,
@@ -227,8 +239,9 @@ def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
             continue
         if not isinstance(table.table.spec.rule, pm.Frozen):
             raise ValueError(
-                f"table {table.name!r} is already trained by the optimizer of an earlier loader of this model; a "
-                "table has one optimizer"
+                f"table {table.name!r} is already trained by the optimizer of an earlier loader of this model, and a "
+                f"table has one optimizer: pass that one, and change its param_groups (lr, weight_decay) for the next "
+                f"phase; or close the loader, and build model and loader anew from full_state_dict(model)"
             )
         _train_from_now_on(managed, table, fresh[place[0]])
     managed.attach(fresh)

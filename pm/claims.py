@@ -74,8 +74,7 @@ class Claims:
         self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
         self._ending: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # the same
         self._leaving: list[tuple[Holdings, np.ndarray, np.ndarray, int, int]] = []  # and owner, parcel that says so
-        self._put_off: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # as `_wanted`
-        self._next_due = _FOR_EVER  # the first clock at which some of these are near
+        self._put_off: dict[int, list[tuple[Holdings, np.ndarray, np.ndarray]]] = {}  # by `due`, as `_wanted`
 
     # Clocks and intents
 
@@ -121,7 +120,7 @@ class Claims:
             heapq.heapify(clock.waiting)
             heapq.heapify(clock.live)
         self._finished = [intent for intent in self._finished if intent.group != number]
-        for name in ("_wanted", "_ending", "_leaving", "_put_off"):
+        for name in ("_wanted", "_ending", "_leaving"):
             setattr(self, name, [entry for entry in getattr(self, name) if entry[0].group.number != number])
 
     def close(self, clock: Clock) -> None:
@@ -137,7 +136,7 @@ class Claims:
         if (changed and self._node.exchange_is_due) or self._leaving:
             return True
         due = any(clock.live and clock.live[0][0] < clock.now for clock in self.clocks)
-        due = due or self.fastest >= self._next_due
+        due = due or min(self._put_off, default=_FOR_EVER) <= self.fastest
         moves = bool(due or self._finished or self._wanted or self._ending or self._has_due_intents())
         return moves and not self.is_paused
 
@@ -328,25 +327,20 @@ class Claims:
         keys, at = keys[asked], at[asked]
         holdings.copies.states[at] = Copy.PUT_OFF
         self._node.locations[holdings.group.number].learn(keys, source)
-        self._put_off.append((holdings, keys, at))
-        self._next_due = min(self._next_due, min(holdings.copies.due[at].tolist(), default=_FOR_EVER))
+        due = holdings.copies.due[at]
+        for clock in set(due.tolist()):
+            some = np.flatnonzero(due == clock)
+            self._put_off.setdefault(clock, []).append((holdings, keys[some], at[some]))
         self._ended_on_the_way(holdings, at)
 
     def _take_up_again(self) -> None:
         """Note the keys that are to be asked for again, since their use is near."""
-        if self.fastest < self._next_due:
-            return
-        put_off, self._put_off, self._next_due = self._put_off, [], _FOR_EVER
-        for holdings, at in joined_entries(put_off, _keys_of_copies):
-            copies = holdings.copies
-            at = at[copies.states[at] == Copy.PUT_OFF]
-            is_near = copies.due[at] <= self.fastest
-            far, at = at[~is_near], at[is_near]
-            copies.states[at] = Copy.WANTED
-            self._wanted.append((holdings, copies.keys[at], at))
-            if len(far):
-                self._put_off.append((holdings, copies.keys[far], far))
-                self._next_due = min(self._next_due, int(copies.due[far].min()))
+        for clock in [clock for clock in self._put_off if clock <= self.fastest]:
+            for holdings, keys, at in self._put_off.pop(clock):
+                copies = holdings.copies
+                at = at[(copies.keys[at] == keys) & (copies.states[at] == Copy.PUT_OFF)]
+                copies.states[at] = Copy.WANTED
+                self._wanted.append((holdings, copies.keys[at], at))
 
     def on_copies(self, source: int, message: Message) -> None:
         """COPIES(group; keys, values): copies of what `source` owns."""

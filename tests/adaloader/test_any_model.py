@@ -4,6 +4,7 @@ derived is said."""
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -174,6 +175,23 @@ def test_explain(seed):
         assert parsed["tables"][0]["programs"] == explained.tables[0].programs
     with pytest.raises(KeyError, match="no such"):
         explained["no such"]
+    loader.close()
+
+
+def test_explain_when_the_model_is_gone(seed):
+    def train():
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        draw = Draw(seed)
+        loader = AdaLoader.wrap([draw.ids(6, 2) for _ in range(4)], model=model, optimizer=optimizer, min_rows=1)
+        for ids in loader:
+            model.score(model.item(ids)).backward()
+            optimizer.step()
+        return loader
+
+    loader = train()
+    gc.collect()
+    assert loader.explain()["item.weight"].lookups > 0
     loader.close()
 
 
