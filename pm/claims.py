@@ -14,7 +14,7 @@ import numpy as np
 import cuda_ops
 from intents.timing import ActionTiming
 from pm.holdings import Copy, Holdings, joined_entries
-from pm.messages import Kind, Message, narrow, widen
+from pm.messages import Kind, Message, narrow, request, widen
 from pm.partition import each_rank
 from pm.place_index import ABSENT
 
@@ -312,10 +312,7 @@ class Claims:
             keys, target = keys[ready], target[ready]
             is_near = copies.due[at[ready]] <= self.fastest
             for owner, some in each_rank(target, node.ranks):
-                for near in (True, False):
-                    part = some[is_near[some] == near]
-                    if len(part):
-                        node.emit(owner, Message(Kind.REQUEST, (number, node.rank, int(near)), (narrow(keys[part]),)))
+                node.emit(owner, request(number, node.rank, keys[some], is_near[some]))
 
     def on_put_off(self, source: int, message: Message) -> None:
         """PUT_OFF(group; keys): `source` owns them, others need them too, and our use is far: ask again when it is

@@ -9,7 +9,7 @@ import numpy as np
 from pm import masks
 from pm.decision import are_restless, copies_are_made, moves_to_asker, moves_to_last, shared_longer
 from pm.holdings import Holdings, joined_entries
-from pm.messages import Kind, Message, narrow, widen
+from pm.messages import Kind, Message, narrow, request, widen
 from pm.partition import each_rank
 
 if TYPE_CHECKING:
@@ -79,28 +79,26 @@ class Grants:
     # Requests
 
     def on_request(self, source: int, message: Message) -> None:
-        """REQUEST(group, origin, near; keys): `origin` has a live intent for keys that it does not have, and will use
-        them soon (`near`) or not."""
+        """REQUEST: see `pm.messages.request`."""
         self._questions.append((source, message))
 
-    def _answer(self, numbers: tuple[int, ...], sources: np.ndarray, keys: np.ndarray) -> None:
-        """Answer questions (`numbers`: see `on_request`) about distinct keys, each of which a rank of `sources` has
-        sent."""
-        number, origin, near = numbers
+    def _answer(self, number: int, origin: int, sources: np.ndarray, keys: np.ndarray, is_near: np.ndarray) -> None:
+        """Answer questions of `origin` about distinct keys of a group, each of which a rank of `sources` has sent, and
+        of which it will use some soon (`is_near`, bool `[n]`)."""
         holdings = self._node.holdings[number]
         slots = self.find_or_make(holdings, keys)
         mine = slots >= 0
         if not mine.all():
-            others = keys[~mine]
+            others, near = keys[~mine], is_near[~mine]
             self.forward(
                 sources[~mine],
                 number,
                 others,
-                lambda some: Message(Kind.REQUEST, numbers, (narrow(others[some]),)),
+                lambda some: request(number, origin, others[some], near[some]),
             )
-            slots = slots[mine]
+            slots, is_near = slots[mine], is_near[mine]
         if origin != self._node.rank and len(slots):
-            self._grant(holdings, origin, slots, is_near=bool(near))
+            self._grant(holdings, origin, slots, is_near)
 
     def forward(self, source: int | np.ndarray, number: int, keys: np.ndarray, message_of) -> None:
         """Send on what `source` (one for all keys, or one for each: int64 `[n]`) asks about keys that are not here:
@@ -141,15 +139,16 @@ class Grants:
             return
         self._move_ended()
         questions, self._questions = self._questions, []
-        alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        alike: dict[tuple[int, ...], list[tuple[int, bool, np.ndarray]]] = {}
         for source, message in questions:
-            alike.setdefault(message.numbers, []).append((source, widen(message.arrays[0])))
-        for numbers, asked in alike.items():
-            sources = np.repeat([source for source, _ in asked], [len(keys) for _, keys in asked])
-            keys = asked[0][1] if len(asked) == 1 else np.concatenate([keys for _, keys in asked])
-            self._answer(numbers, sources, keys)
+            asked = alike.setdefault(message.numbers, [])
+            asked += [(source, near, widen(keys)) for near, keys in zip((True, False), message.arrays, strict=True)]
+        for (number, origin), asked in alike.items():
+            counts = [len(keys) for _, _, keys in asked]
+            sources, is_near = (np.repeat([entry[at] for entry in asked], counts) for at in (0, 1))
+            self._answer(number, origin, sources, np.concatenate([keys for _, _, keys in asked]), is_near)
 
-    def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray, *, is_near: bool) -> None:
+    def _grant(self, holdings: Holdings, origin: int, slots: np.ndarray, is_near: np.ndarray) -> None:
         owned, node = holdings.owned, self._node
         asker = masks.only(origin, node.ranks)
         others = masks.count(owned.holders[slots] & ~asker)
@@ -157,9 +156,9 @@ class Grants:
         restless = self._stay(holdings, slots)
         moves &= ~restless
         self._give_away(holdings, slots[moves], origin)
-        if not is_near and self._techniques(holdings) == "all":
+        if not is_near.all() and self._techniques(holdings) == "all":
             # Until its use is near others may have done with it: then it moves, in place of a copy that comes and goes.
-            later = ~moves & ~restless
+            later = ~moves & ~restless & ~is_near
             if later.any():
                 node.emit(origin, Message(Kind.PUT_OFF, (holdings.group.number,), (narrow(owned.keys[slots[later]]),)))
             slots, moves = slots[~later], moves[~later]

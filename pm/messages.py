@@ -120,6 +120,13 @@ def widen(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.int64, copy=False)
 
 
+def request(group: int, origin: int, keys: np.ndarray, is_near: np.ndarray) -> Message:
+    """REQUEST(group, origin; keys, keys): `origin` has live intents for these (int64 `[n]`) and does not have them; the
+    first it will use soon (`is_near`, bool `[n]`).
+    """
+    return Message(Kind.REQUEST, (group, origin), (narrow(keys[is_near]), narrow(keys[~is_near])))
+
+
 def joined(messages: Iterable[Message], kinds: Container[Kind]) -> list[Message]:
     """Return `messages` with those of `kinds` that follow each other, and differ in their arrays alone, made one.
 
