@@ -74,7 +74,8 @@ put_places = by_device(_places.put_places)
 take_places = by_device(_places.take_places)
 take_over = _ownership.take_over
 give_up = _ownership.give_up
-select_refreshes = _refreshes.select_refreshes
+mark_behind = _refreshes.mark_behind
+take_behind = _refreshes.take_behind
 alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
@@ -129,6 +130,7 @@ __all__ = [
     "history_columns",
     "keys_of_segments",
     "last_steps",
+    "mark_behind",
     "mark_steps",
     "merge",
     "moved_places",
@@ -147,13 +149,13 @@ __all__ = [
     "segment_sum",
     "select_due",
     "select_moves",
-    "select_refreshes",
     "sgd_update",
     "sgd_update_shared",
     "sparse_adam_update",
     "slots_by_row",
     "store_word",
     "sum_segments",
+    "take_behind",
     "take_over",
     "take_places",
     "trusted",

@@ -8,7 +8,7 @@ import numpy as np
 
 from pm import masks
 from pm.decision import are_restless, copies_are_made, moves_to_asker, moves_to_last, shared_longer
-from pm.holdings import Holdings, joined_entries
+from pm.holdings import SOMEBODY, THE_OWNER, Holdings, joined_entries
 from pm.messages import Kind, Message, narrow, request, widen
 from pm.partition import each_rank
 
@@ -31,8 +31,6 @@ class Grants:
         self._questions: list[tuple[int, Message]] = []
         self._early: list[tuple[int, Message]] = []
         self._ended: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
-        self.mine = masks.only(node.rank, node.ranks)
-        self.everyone = masks.everyone(node.ranks)
 
     @property
     def has_work(self) -> bool:
@@ -41,7 +39,7 @@ class Grants:
         if not self._node.exchange_is_due:
             return False
         owned = [holdings.owned for holdings in self._node.holdings]
-        return any(one.changed for one in owned) or (self._node.refreshes_all and any(one.late for one in owned))
+        return any(one.has_changed for one in owned) or (self._node.refreshes_all and any(one.late for one in owned))
 
     def forget_group(self, number: int) -> None:
         """A group's keys get other slots."""
@@ -70,11 +68,11 @@ class Grants:
 
     def changed_here(self, holdings: Holdings, slots: np.ndarray) -> None:
         """A worker of this rank has changed records."""
-        holdings.owned.mark_changed(slots, self.mine)
+        holdings.owned.mark_changed(slots, THE_OWNER)
 
     def changed_from_afar(self, holdings: Holdings, slots: np.ndarray) -> None:
         """A rank without a copy, or one that has set values, has changed records: every copy is to be told."""
-        holdings.owned.mark_changed(slots, self.everyone)
+        holdings.owned.mark_changed(slots, SOMEBODY)
 
     # Requests
 
@@ -265,13 +263,11 @@ class Grants:
     def _merge(self, holdings: Holdings, source: int, keys: np.ndarray, deltas: np.ndarray) -> None:
         slots = holdings.owned.find(keys)
         mine = slots >= 0
-        self.take_in(
-            holdings, slots[mine], deltas if mine.all() else deltas[mine], masks.only(source, self._node.ranks)
-        )
+        self.take_in(holdings, slots[mine], deltas if mine.all() else deltas[mine], source)
         self._node.counts["keys_merged"] += int(mine.sum())
 
-    def take_in(self, holdings: Holdings, slots: np.ndarray, deltas: np.ndarray, by: np.ndarray) -> None:
-        """Merge changes by the set of ranks `by` into records."""
+    def take_in(self, holdings: Holdings, slots: np.ndarray, deltas: np.ndarray, by: int) -> None:
+        """Merge changes into records; `by` whom: see `Owned.mark_changed`."""
         if holdings.group.take_in is not None:
             holdings.group.take_in(slots, deltas)
         else:
@@ -316,7 +312,6 @@ class Grants:
         node = self._node
         if not node.exchange_is_due:
             return
-        everyone = node.refreshes_all
         for holdings in node.holdings:
-            for peer, slots in enumerate(holdings.owned.take_refreshes(node.ranks, everyone)):
+            for peer, slots in holdings.owned.take_refreshes(node.peers, node.refreshes_all):
                 self.refresh(holdings, peer, slots)

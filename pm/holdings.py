@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, unique
 
@@ -15,6 +15,7 @@ from pm.place_index import PlaceIndex
 from pm.store import RecordClass, RecordStore, reserve_zeros
 
 NO_KEY = -1
+SOMEBODY, THE_OWNER = -1, -2
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ class Owned:
     """The records that this rank owns.
 
     By slot: `keys`; `live` counts the intents of this rank's workers; `holders` is the set of ranks with a live intent
-    (which hold a copy, where copies are made); `counters` how often the key has moved; `changed_by` the set of ranks
-    whose changes holders have not been sent since the last exchange, with `changed` the slots where it is not empty;
-    `behind` the holders that were not sent changes of earlier ones, with `late` the slots where there are any;
+    (which hold a copy, where copies are made); `counters` how often the key has moved; `behind` those of the
+    holders that have not been sent all changes by others, with `late` the slots where there are any (and others);
     `shared_until` the clock that `pm.decision.shared_longer` has counted copies up to.
     """
 
@@ -97,12 +97,12 @@ class Owned:
         self.keys = notes[:, 0]  # what is known of a slot lies together: to look at all of it is one miss of the cache
         self.live, self.counters = (notes.view(np.int32)[:, column] for column in (2, 3))
         self.holders = notes.view(np.uint64)[:, 2 : 2 + words]
-        self.changed_by = notes.view(np.uint64)[:, 2 + words :]
+        self.behind = notes.view(np.uint64)[:, 2 + words :]
         self.shared_until = reserve_zeros(group.capacity, np.int32)
-        self.behind = reserve_zeros(group.capacity * words, np.uint64).reshape(-1, words)
-        self.notes_bytes = notes.strides[0] + self.shared_until.itemsize + self.behind.strides[0]
-        self.changed: list[np.ndarray] = []
+        self.notes_bytes = notes.strides[0] + self.shared_until.itemsize
         self.late: list[np.ndarray] = []
+        self._used: dict[int, list[np.ndarray]] = {}  # since the last exchange, by whom: what holders changed,
+        self._told_all: list[np.ndarray] = []  # and of what all holders are told
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the slots of keys, -1 where they are not owned: int64 `[n]`."""
@@ -124,7 +124,7 @@ class Owned:
         slots = self.store.allocate(len(keys))
         self.store.put(slots, values)
         self.keys[slots], self.live[slots], self.counters[slots] = keys, 0, counters
-        self.holders[slots], self.changed_by[slots], self.behind[slots], self.shared_until[slots] = 0, 0, 0, 0
+        self.holders[slots], self.behind[slots], self.shared_until[slots] = 0, 0, 0
         self.store.index.put(keys, slots)
         return slots
 
@@ -146,12 +146,21 @@ class Owned:
         """Set records to `values` `[n, width]`."""
         self.store.put(slots, values)
 
-    def mark_changed(self, slots: np.ndarray, by: np.ndarray) -> None:
-        """Note that the set of ranks `by` has changed records; copies elsewhere are to be told."""
-        held = slots[~masks.are_empty(self.holders[slots])]
-        if len(held):
-            self.changed_by[held] |= by
-            self.changed.append(held)
+    def mark_changed(self, slots: np.ndarray, by: int) -> None:
+        """Note that the holder `by` has changed records, or `THE_OWNER`, or `SOMEBODY`: then all holders are told in
+        the next exchange."""
+        late = cuda_ops.mark_behind(slots, self.holders, self.behind, by)
+        if len(late):
+            self.late.append(late)
+        if by == SOMEBODY:
+            self._told_all.append(slots)
+        elif by != THE_OWNER:
+            self._used.setdefault(by, []).append(slots)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether an exchange would have some holders sent something, perhaps."""
+        return bool(self._used or self._told_all)
 
     def add_holder(self, slots: np.ndarray, holder: np.ndarray) -> None:
         """The one rank in the set `holder` has a live intent for records, and is about to be sent what they are."""
@@ -163,19 +172,17 @@ class Owned:
         self.holders[slots] &= ~holder
         self.behind[slots] &= ~holder
 
-    def take_refreshes(self, ranks: int, everyone: bool) -> list[np.ndarray]:
-        """Return by rank the slots (int64) of which that holder is to be sent what others have changed: of those that
-        it has changed too since the last exchange, or of all (`everyone`)."""
-        slots, self.changed = self.changed, []
-        if everyone:
-            slots, self.late = slots + self.late, []
-        if not slots:
-            return []
-        sets = self.holders, self.changed_by, self.behind
-        selected, starts, late = cuda_ops.select_refreshes(np.concatenate(slots), *sets, ranks, everyone)
-        if len(late):
-            self.late.append(late)
-        return np.split(selected, starts[1:-1])
+    def take_refreshes(self, peers: Sequence[int], everything: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (peer, slots int64 `[n]`) of what holders are sent in an exchange: of what they have changed themselves
+        since the last, and so use, what others have changed too; or `everything` that they lack."""
+        used, told_all = self._used, self._told_all
+        self._used, self._told_all = {}, []
+        if everything:
+            told_all, self.late = self.late, []
+        for peer in peers:
+            slots = [*told_all, *used.get(peer, ())]
+            if slots:
+                yield peer, cuda_ops.take_behind(np.concatenate(slots), self.behind, peer)
 
     @property
     def notes(self) -> tuple[np.ndarray, ...]:
@@ -185,9 +192,8 @@ class Owned:
             self.live,
             self.counters,
             self.holders,
-            self.changed_by,
-            self.shared_until,
             self.behind,
+            self.shared_until,
         )
 
     def give_up(self, slots: np.ndarray, receiver: np.ndarray, *, promotes: bool) -> tuple:

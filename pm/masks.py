@@ -19,11 +19,6 @@ def only(rank: int, ranks: int) -> np.ndarray:
     return mask
 
 
-def everyone(ranks: int) -> np.ndarray:
-    """Return a set that has, beside every rank, a member in any case: uint64 `[words]`, all bits."""
-    return np.full(words_for(ranks), np.iinfo(np.uint64).max, np.uint64)
-
-
 def count(masks: np.ndarray) -> np.ndarray:
     """Return the number of members of each set: uint64 `[n, words]` -> int64 `[n]`."""
     if masks.shape[1] == 1:  # a sum of one addend costs many times as much as none

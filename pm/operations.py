@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
-from pm.holdings import Copy, Holdings
+from pm.holdings import SOMEBODY, THE_OWNER, Copy, Holdings
 from pm.messages import Kind, Message, narrow, widen
 from pm.partition import each_rank
 from pm.place_index import ABSENT
@@ -234,7 +234,7 @@ class Operations:
         """Add to records that are owned here, or set them."""
         grants = self._node.grants
         if action == Action.PUSH:
-            grants.take_in(holdings, slots, values, grants.mine if origin == self._node.rank else grants.everyone)
+            grants.take_in(holdings, slots, values, THE_OWNER if origin == self._node.rank else SOMEBODY)
         else:
             holdings.owned.put(slots, values)
             if origin != self._node.rank:

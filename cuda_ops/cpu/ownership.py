@@ -1,10 +1,10 @@
 """Records that change their owner: what a rank takes over, and what it gives up, with all that it notes of them.
 
 A rank notes by slot of a record: its key, the number of uses that are announced here (live), how often it has moved
-(counter), and three sets of ranks (uint64 `[words]`): its holders, who has changed it, and which holders are behind
-(`refreshes.py`). By slot of a copy: its key,
-live, a state, whether it has changes to send (dirty), and the number of the parcel with changes that are under way. A
-copy's words are what it holds, what it held when changes were last taken, and the changes under way, `width` each.
+(counter), and two sets of ranks (uint64 `[words]`): its holders, and which of them are behind (`refreshes.py`). By
+slot of a copy: its key, live, a state, whether it has changes to send (dirty), and the number of the parcel with
+changes that are under way. A copy's words are what it holds, what it held when changes were last taken, and the changes
+under way, `width` each.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ def take_over(keys, places, values, counters, holders, slots, records, notes, co
         holders: [n, words] uint64, or [0, words] where all are empty.
         slots: [n] int64, free ones, distinct.
         records: (words [any], stride, width) of the store of records.
-        notes: (keys int64, live int32, counters int32, holders uint64 [, words], changed by uint64 [, words], shared
-            until int32, behind uint64 [, words]), by slot of a record.
+        notes: (keys int64, live int32, counters int32, holders uint64 [, words], behind uint64 [, words], shared until
+            int32), by slot of a record.
         copies: (words [any], stride) of the store of copies.
         copy_notes: (keys int64, live int32, states int8, dirty bool, parcels int64), by slot of a copy.
         here: the states (int, int) in which a copy has a value.
@@ -97,7 +97,7 @@ def give_up(slots, receiver, records, notes, promotes):
     slots = int_vector(slots, "slots")
     in_range(slots, record_count(words, stride), "slots")
     keys, counters = np.empty(slots.size, np.int64), np.empty(slots.size, np.int64)
-    promoted = _promoted(slots, receiver, notes[3], notes[4], notes[6]) if promotes else 0
+    promoted = _promoted(slots, receiver, notes[3], notes[4]) if promotes else 0
     values = np.empty((slots.size - promoted, width), words.dtype)
     holders = np.empty((slots.size - promoted, len(receiver)), np.uint64)
     any_holders = _give_up(slots, receiver, words, stride, *notes, promotes, promoted, keys, counters, values, holders)
@@ -120,9 +120,8 @@ def _take_over(
     of_live,
     of_counters,
     of_holders,
-    of_changed_by,
-    of_shared_until,
     of_behind,
+    of_shared_until,
     copy_words,
     copy_stride,
     copy_keys,
@@ -179,26 +178,24 @@ def _take_over(
         of_shared_until[slot] = 0
         for word in range(sets):
             of_holders[slot, word] = holders[i, word] if holders.shape[0] else np.uint64(0)
-            of_changed_by[slot, word] = 0
             of_behind[slot, word] = 0
     return count
 
 
 @kernel
-def _promoted(slots, receiver, of_holders, of_changed_by, of_behind):
+def _promoted(slots, receiver, of_holders, of_behind):
     count = 0
     for i in range(slots.size):
-        count += _is_promoted(slots[i], receiver, of_holders, of_changed_by, of_behind)
+        count += _is_promoted(slots[i], receiver, of_holders, of_behind)
     return count
 
 
 @helper
-def _is_promoted(slot, receiver, of_holders, of_changed_by, of_behind):
-    """Whether the receiver is a holder, and nobody else has changed what it has not been told of."""
+def _is_promoted(slot, receiver, of_holders, of_behind):
+    """Whether the receiver is a holder that is not behind."""
     holds, known = False, True
     for word in range(receiver.size):
         holds |= (of_holders[slot, word] & receiver[word]) != 0
-        known &= (of_changed_by[slot, word] & ~receiver[word]) == 0
         known &= (of_behind[slot, word] & receiver[word]) == 0
     return holds and known
 
@@ -213,9 +210,8 @@ def _give_up(
     of_live,
     of_counters,
     of_holders,
-    of_changed_by,
-    of_shared_until,
     of_behind,
+    of_shared_until,
     promotes,
     promoted,
     keys,
@@ -231,7 +227,7 @@ def _give_up(
         if i + ROWS_AHEAD < slots.size:
             touch(words, slots[i + ROWS_AHEAD] * stride, width)
         slot = slots[i]
-        if promotes and _is_promoted(slot, receiver, of_holders, of_changed_by, of_behind):
+        if promotes and _is_promoted(slot, receiver, of_holders, of_behind):
             at = first
             first += 1
         else:
@@ -251,6 +247,5 @@ def _give_up(
         of_live[slot] = 0
         for word in range(receiver.size):
             of_holders[slot, word] = 0
-            of_changed_by[slot, word] = 0
             of_behind[slot, word] = 0
     return any_holders

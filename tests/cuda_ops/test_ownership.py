@@ -12,7 +12,7 @@ import cuda_ops
 SLOTS = 40
 FREE, WANTED, ACTIVE, LEAVING = 0, 1, 3, 5
 HERE = ACTIVE, LEAVING
-NOTE_NAMES = ("keys", "live", "counters", "holders", "changed_by", "shared_until", "behind")
+NOTE_NAMES = ("keys", "live", "counters", "holders", "behind", "shared_until")
 COPY_NAMES = ("keys", "live", "states", "dirty", "parcels")
 
 
@@ -37,9 +37,8 @@ class Side:
             "live": rng.integers(0, 3, SLOTS).astype(np.int32),
             "counters": rng.integers(0, 9, SLOTS).astype(np.int32),
             "holders": rng.integers(0, 4, (SLOTS, sets)).astype(np.uint64),
-            "changed_by": rng.integers(0, 4, (SLOTS, sets)).astype(np.uint64),
-            "shared_until": rng.integers(0, 9, SLOTS).astype(np.int32),
             "behind": rng.integers(0, 4, (SLOTS, sets)).astype(np.uint64),
+            "shared_until": rng.integers(0, 9, SLOTS).astype(np.int32),
         }
         copies = {
             "keys": rng.permutation(np.arange(1000, 2000))[:SLOTS],
@@ -163,7 +162,6 @@ def test_what_is_given_up_is_sent_but_for_copies_that_are_up_to_date(promotes, s
         is_promoted = [
             promotes
             and bool((before["holders"][slot] & receiver).any())
-            and not (before["changed_by"][slot] & others).any()
             and not (before["behind"][slot] & receiver).any()
             for slot in slots.tolist()
         ]
@@ -176,7 +174,7 @@ def test_what_is_given_up_is_sent_but_for_copies_that_are_up_to_date(promotes, s
         np.testing.assert_array_equal(holders, before["holders"][sent] & others)
         assert any_holders == bool(holders.any())
         assert (side.notes["keys"][slots] == -1).all()
-        for name in ("live", "holders", "changed_by", "behind"):
+        for name in ("live", "holders", "behind"):
             assert not side.notes[name][slots].any()
         left = np.setdiff1d(np.arange(SLOTS), slots)
         for name in NOTE_NAMES:

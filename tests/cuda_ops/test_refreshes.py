@@ -1,4 +1,4 @@
-"""Who is sent what others have changed, against sets in Python."""
+"""Who lacks what others have changed, against sets in Python."""
 
 from __future__ import annotations
 
@@ -25,42 +25,36 @@ def words_of(sets: list[set[int]], words: int) -> np.ndarray:
     return made
 
 
-@given(seed=st.integers(0, 2**32), ranks=st.sampled_from([1, 2, 3, 5, 64, 65, 130]), everyone=st.booleans())
-def test_holders_are_sent_what_they_lack_where_they_use_it(seed, ranks, everyone):
+@given(seed=st.integers(0, 2**32), ranks=st.sampled_from([1, 2, 3, 5, 64, 65, 130]))
+def test_holders_are_behind_until_they_are_told(seed, ranks):
     rng = np.random.default_rng(seed)
     words = -(-ranks // 64)
-    draw = lambda share: set(np.flatnonzero(rng.random(ranks) < share).tolist())  # noqa: E731
-    holders = [draw(rng.random()) for _ in range(CAPACITY)]
-    behind = [held & draw(0.3) for held in holders]
-    changed = [set(range(64 * words)) if rng.random() < 0.1 else draw(rng.choice([0, 0.2, 0.6])) for _ in holders]
-    arrays = [words_of(one, words) for one in (holders, changed, behind)]
-    slots = rng.integers(0, CAPACITY, int(rng.integers(0, 20)))
-
-    sent: list[list[int]] = [[] for _ in range(ranks)]
-    late = []
-    for slot in slots.tolist():
-        if not (everyone or changed[slot]):
-            continue
-        for rank in sorted(holders[slot]):
-            if changed[slot] - {rank}:
-                behind[slot].add(rank)
-            if rank in behind[slot] and (everyone or rank in changed[slot]):
-                sent[rank].append(slot)
+    holders = [set(np.flatnonzero(rng.random(ranks) < rng.random()).tolist()) for _ in range(CAPACITY)]
+    behind: list[set[int]] = [set() for _ in holders]
+    arrays = words_of(holders, words), words_of(behind, words)
+    for _ in range(8):
+        slots = rng.integers(0, CAPACITY, int(rng.integers(0, 20)))
+        rank = int(rng.integers(-2, ranks))
+        if rank < 0 or rng.random() < 0.5:
+            late = []
+            for slot in slots.tolist():
+                was_empty = not behind[slot]
+                behind[slot] |= holders[slot] - {rank}
+                late += [slot] if was_empty and behind[slot] else []
+            assert cuda_ops.mark_behind(slots, *arrays, rank).tolist() == late
+        else:
+            taken = [slot for slot in dict.fromkeys(slots.tolist()) if rank in behind[slot]]
+            assert cuda_ops.take_behind(slots, arrays[1], rank).tolist() == taken
+            for slot in taken:
                 behind[slot].discard(rank)
-        if behind[slot]:
-            late.append(slot)
-        changed[slot] = set()
-
-    selected, starts, found_late = cuda_ops.select_refreshes(slots, *arrays, ranks, everyone)
-    assert [part.tolist() for part in np.split(selected, starts[1:-1])] == sent
-    assert starts[0] == 0 and starts[-1] == len(selected)
-    assert found_late.tolist() == late
-    assert [sets_of(array) for array in arrays] == [holders, changed, behind]
+        assert [sets_of(array) for array in arrays] == [holders, behind]
 
 
 @pytest.mark.parametrize("bad", [-1, CAPACITY])
 def test_slots_out_of_range_are_refused(bad):
-    arrays = [np.ones((CAPACITY, 1), np.uint64) for _ in range(3)]
+    holders, behind = (np.ones((CAPACITY, 1), np.uint64) for _ in range(2))
     with pytest.raises(IndexError, match=f"slots.1. is {bad}"):
-        cuda_ops.select_refreshes(np.array([0, bad]), *arrays, 2, True)
-    assert all((array == 1).all() for array in arrays)
+        cuda_ops.mark_behind(np.array([0, bad]), holders, behind, -1)
+    with pytest.raises(IndexError, match=f"slots.1. is {bad}"):
+        cuda_ops.take_behind(np.array([0, bad]), behind, 0)
+    assert (behind == 1).all()
