@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pm.node import Node
 
 _FOR_EVER = 1 << 62
+_ASKED_AGAIN = -1  # in place of when the use is near
+_MOST_ROUNDS_TO_ANSWER, _FORGOTTEN_IN_A_ROUND = 64.0, 0.02
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Claims:
         self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
         self._ending: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # the same
         self._leaving: list[tuple[Holdings, np.ndarray, np.ndarray, int, int]] = []  # and owner, parcel that says so
+        self._rounds_to_answer = node.rounds_to_answer
         self._put_off: dict[int, list[tuple[Holdings, np.ndarray, np.ndarray]]] = {}  # by `due`, as `_wanted`
 
     # Clocks and intents
@@ -156,6 +159,8 @@ class Claims:
         for clock in self.clocks:
             clock.timing.round_begins(clock.now)
         self.settle_leaving()
+        if self._rounds_to_answer is not None:
+            self._rounds_to_answer -= _FORGOTTEN_IN_A_ROUND * (self._rounds_to_answer - self._node.rounds_to_answer)
         if not self.is_paused:
             self._move_on()
         if self._node.exchange_is_due:
@@ -194,10 +199,16 @@ class Claims:
 
     def _due(self, clock: Clock, start: int) -> int:
         """Return the clock of the fastest worker from which keys that `clock` uses at `start` are to be asked for."""
-        rounds = self._node.rounds_to_answer
-        if rounds is None:
+        if self._rounds_to_answer is None:
             return 0
-        return self.fastest + start - clock.now - math.ceil(rounds * clock.timing.clocks_per_round) - 1
+        return self.fastest + start - clock.now - math.ceil(self._rounds_to_answer * clock.timing.clocks_per_round) - 1
+
+    def are_needed(self, holdings: Holdings, slots: np.ndarray) -> None:
+        """A worker needs keys now (slots of copies, int64 `[n]`) that are not here: if they were put off, that was too
+        long, and others are not for as long as that is remembered."""
+        copies = holdings.copies
+        if (copies.states[slots] == Copy.PUT_OFF).any() or (copies.due[slots] == _ASKED_AGAIN).any():
+            self._rounds_to_answer = min(2.0 * self._rounds_to_answer, _MOST_ROUNDS_TO_ANSWER)
 
     def _register(self, holdings: Holdings, intent: Intent, due: int) -> None:
         """Count an intent, whose use is near at clock `due`, for its keys, and note those that are to be asked for."""
@@ -336,7 +347,7 @@ class Claims:
             for holdings, keys, at in self._put_off.pop(clock):
                 copies = holdings.copies
                 at = at[(copies.keys[at] == keys) & (copies.states[at] == Copy.PUT_OFF)]
-                copies.states[at] = Copy.WANTED
+                copies.states[at], copies.due[at] = Copy.WANTED, _ASKED_AGAIN
                 self._wanted.append((holdings, copies.keys[at], at))
 
     def on_copies(self, source: int, message: Message) -> None:

@@ -25,7 +25,7 @@ from pm.syncing import Syncing
 
 DEFAULT_CLOCKS_PER_EXCHANGE = 3
 CLOCKS_PER_MOVE_OF_LOADERS = 32
-CLOCKS_PER_REFRESH_OF_LOADERS = 64
+CLOCKS_PER_REFRESH_OF_LOADERS = 9
 ROUNDS_TO_ANSWER_OF_LOADERS = 2.0
 _LONGEST_SECONDS_WITHOUT_EXCHANGE = 0.1
 _LONGEST_SECONDS_BEHIND = 5.0
@@ -66,8 +66,8 @@ class Node:
         clocks_per_move: a key that has moved more often than that stays with its owner (`pm.decision.are_restless`);
             None: AdaPM's rule, whatever the number of moves.
         rounds_to_answer: a rank that asks for a key which others need too, and uses it only after more than so many of
-            its rounds, is told to ask again: the key is here in time, but not from when its intent is acted on. None:
-            it gets a copy at once, as in AdaPM.
+            its rounds (more where keys came late so), is told to ask again: the key is here in time, but not from when
+            its intent is acted on. None: it gets a copy at once, as in AdaPM.
         keys_in_arrays: groups have arrays of places as long as they have so many keys together; later ones hash tables.
     """
 

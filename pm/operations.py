@@ -206,6 +206,8 @@ class Operations:
             if active.all():
                 return
         elsewhere = ~active
+        if self._node.rounds_to_answer is not None:
+            self._node.claims.are_needed(holdings, at[elsewhere & (at >= 0)])
         waits = under_way | np.isin(states, (Copy.WANTED, Copy.REQUESTED, Copy.LEAVING))
         target = self._node.locations[operation.group].next_hop(keys, guess=True)
         if operation.action == Action.SET:  # the owner of a copy is known
