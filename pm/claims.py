@@ -76,7 +76,7 @@ class Claims:
         self._wanted: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # keys, and their slots then
         self._ending: list[tuple[Holdings, np.ndarray, np.ndarray]] = []  # the same
         self._leaving: list[tuple[Holdings, np.ndarray, np.ndarray, int, int]] = []  # and owner, parcel that says so
-        self._rounds_to_answer = node.rounds_to_answer
+        self._rounds_to_answer, self._came_late = node.rounds_to_answer, False
         self._put_off: dict[int, list[tuple[Holdings, np.ndarray, np.ndarray]]] = {}  # by `due`, as `_wanted`
 
     # Clocks and intents
@@ -125,6 +125,8 @@ class Claims:
         self._finished = [intent for intent in self._finished if intent.group != number]
         for name in ("_wanted", "_ending", "_leaving"):
             setattr(self, name, [entry for entry in getattr(self, name) if entry[0].group.number != number])
+        for clock, entries in list(self._put_off.items()):
+            self._put_off[clock] = [entry for entry in entries if entry[0].group.number != number]
 
     def close(self, clock: Clock) -> None:
         """A worker is done: its intents end, and nobody waits for its clock."""
@@ -160,7 +162,7 @@ class Claims:
             clock.timing.round_begins(clock.now)
         self.settle_leaving()
         if self._rounds_to_answer is not None:
-            self._rounds_to_answer -= _FORGOTTEN_IN_A_ROUND * (self._rounds_to_answer - self._node.rounds_to_answer)
+            self._put_off_less_or_more()
         if not self.is_paused:
             self._move_on()
         if self._node.exchange_is_due:
@@ -205,10 +207,18 @@ class Claims:
 
     def are_needed(self, holdings: Holdings, slots: np.ndarray) -> None:
         """A worker needs keys now (slots of copies, int64 `[n]`) that are not here: if they were put off, that was too
-        long, and others are not for as long as that is remembered."""
+        long."""
         copies = holdings.copies
-        if (copies.states[slots] == Copy.PUT_OFF).any() or (copies.due[slots] == _ASKED_AGAIN).any():
+        self._came_late |= bool((copies.states[slots] == Copy.PUT_OFF).any())
+        self._came_late |= bool((copies.due[slots] == _ASKED_AGAIN).any())
+
+    def _put_off_less_or_more(self) -> None:
+        """Where keys came late since the last round, others are put off less for some time."""
+        if self._came_late:
             self._rounds_to_answer = min(2.0 * self._rounds_to_answer, _MOST_ROUNDS_TO_ANSWER)
+            self._came_late = False
+        else:
+            self._rounds_to_answer -= _FORGOTTEN_IN_A_ROUND * (self._rounds_to_answer - self._node.rounds_to_answer)
 
     def _register(self, holdings: Holdings, intent: Intent, due: int) -> None:
         """Count an intent, whose use is near at clock `due`, for its keys, and note those that are to be asked for."""
@@ -301,7 +311,7 @@ class Claims:
             is_wanted = copies.live[at] > 0
             if is_wanted.any():
                 again, at = at[is_wanted], at[~is_wanted]
-                copies.states[again], copies.parcels[again] = Copy.WANTED, -1
+                copies.states[again], copies.parcels[again], copies.due[again] = Copy.WANTED, -1, 0
                 self._wanted.append((holdings, copies.keys[again], again))
             copies.remove(at)
 

@@ -153,7 +153,8 @@ class Owned:
         if len(late):
             self.late.append(late)
         if by == SOMEBODY:
-            self._told_all.append(slots)
+            slots = slots[~masks.are_empty(self.behind[slots])]
+            self._told_all += [slots] if len(slots) else []
         elif by != THE_OWNER:
             self._used.setdefault(by, []).append(slots)
 
