@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,7 @@ class ManagedModel:
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
         self._hook_handles: list[object] = []
         self._share_of_backward: float | None = None
-        self._epoch_end_is_due = False
+        self._epoch_end_is_due = self._has_warned = False
         self._pre_hooks: dict[Optimizer, RemovableHandle] = {}
         self._has_stepped_rows: set[Optimizer] = set()  # in the step that is under way
 
@@ -183,6 +184,14 @@ class ManagedModel:
     def sum_begins(self, carries: bool) -> None:
         """A sum of dense gradients begins; `carries` says that gradients gathered inside `no_sync` are in it."""
         self._share_of_backward = None
+        if not self.optimizers and not self._has_warned and self.reducer.has_trained:
+            self._has_warned = True
+            warnings.warn(
+                "backward() on several ranks, and no loader was given an optimizer: a rank that has no sample in the "
+                "last batch cannot take the others' step along. Pass optimizer= to AdaLoader; if gradients are applied "
+                "by hand, or only looked at, drop_last=True keeps ranks together",
+                stacklevel=2,
+            )
         if self.follower is not None and not self.joining:
             self.follower.announce(carries)
 

@@ -41,8 +41,8 @@ class Tower(nn.Module):
 class Job:
     """What is trained with plain loaders of the global batch (`managed` False), and with ours."""
 
-    def __init__(self, comm, seed: int, managed: bool, optimizer: str = "Adagrad"):
-        self.comm, self.managed = comm, managed
+    def __init__(self, comm, seed: int, managed: bool, optimizer: str = "Adagrad", strategy=None):
+        self.comm, self.managed, self.strategy = comm, managed, strategy
         generator = torch.Generator().manual_seed(seed)
         samples = BATCH_SIZE * comm.size * BATCHES
         self.data = torch.utils.data.TensorDataset(
@@ -60,7 +60,8 @@ class Job:
     def load(self, model, optimizer):
         if not self.managed:
             return torch.utils.data.DataLoader(self.data, batch_size=BATCH_SIZE * self.comm.size)
-        loader = AdaLoader(self.data, batch_size=BATCH_SIZE, model=model, optimizer=optimizer, min_rows=1)
+        options = {"model": model, "optimizer": optimizer, "min_rows": 1, "strategy": self.strategy}
+        loader = AdaLoader(self.data, batch_size=BATCH_SIZE, **options)
         self.loaders.append(loader)
         return loader
 
@@ -215,3 +216,26 @@ def test_a_step_inside_of_backward(comm, seed):
         return
     with pytest.raises(ManagedTableError, match="inside backward.*Step after backward"):
         job.model(ids).sum().backward()
+
+
+@pytest.mark.ranks(2)
+def test_gradients_applied_by_hand(comm, seed):
+    """Without an optimizer: equal where all ranks have a part in all batches, and a warning that they must."""
+
+    def train(job):
+        loader = job.load(job.model, None)
+        for left, _, target in loader:
+            F.mse_loss(job.model.layer(job.model.table.weight[left]).sum(-1), target).backward()
+            with torch.no_grad():
+                for parameter in job.model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+
+    plain, job = Job(comm, seed, False), Job(comm, seed, True, strategy={"table.weight": "dense"})
+    train(plain)
+    with pytest.warns(UserWarning, match="no loader was given an optimizer.*drop_last=True") as found:
+        train(job)
+    assert sum("optimizer" in str(warning.message) for warning in found) == 1
+    for ours, theirs in zip(job.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    job.close()
