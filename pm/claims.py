@@ -205,6 +205,11 @@ class Claims:
             return 0
         return self.fastest + start - clock.now - math.ceil(self._rounds_to_answer * clock.timing.clocks_per_round) - 1
 
+    @property
+    def come_late(self) -> bool:
+        """Whether keys that were put off have come late of late: ranks wait for each other."""
+        return self._rounds_to_answer is not None and self._rounds_to_answer > 2.0 * self._node.rounds_to_answer
+
     def are_needed(self, holdings: Holdings, slots: np.ndarray) -> None:
         """A worker needs keys now (slots of copies, int64 `[n]`) that are not here: if they were put off, that was too
         long."""

@@ -62,7 +62,8 @@ class Node:
             messages of it, whatever the number of changes that it carries.
         clocks_per_refresh: where whoever uses a copy changes it, as in training, those that their holders are not
             changing need not be up to date: they are brought so once in so many clocks of the fastest worker, or in
-            5 s, or when somebody waits for it. None: in each exchange, as in AdaPM.
+            5 s, or when somebody waits for it, or keys that were put off come late (`rounds_to_answer`): who waits gets
+            behind. None: in each exchange, as in AdaPM.
         clocks_per_move: a key that has moved more often than that stays with its owner (`pm.decision.are_restless`);
             None: AdaPM's rule, whatever the number of moves.
         rounds_to_answer: a rank that asks for a key which others need too, and uses it only after more than so many of
@@ -328,7 +329,7 @@ class Node:
     @property
     def refreshes_all(self) -> bool:
         """Whether an exchange brings all copies up to date, those too that their holders do not change."""
-        if self._clocks_per_refresh is None or self.syncing.needs_exchange:
+        if self._clocks_per_refresh is None or self.syncing.needs_exchange or self.claims.come_late:
             return True
         is_old = self._seconds - self._refreshed_seconds > _LONGEST_SECONDS_BEHIND
         return is_old or self.claims.fastest - self._refreshed_at >= self._clocks_per_refresh

@@ -208,14 +208,16 @@ def test_a_step_inside_of_backward(comm, seed):
         optimizers[parameter].step()
         optimizers[parameter].zero_grad()
 
-    for parameter in job.model.parameters():
-        parameter.register_post_accumulate_grad_hook(step)
-    ids, _, target = next(iter(loader))
+    hooks = [parameter.register_post_accumulate_grad_hook(step) for parameter in job.model.parameters()]
+    ids, _, _ = next(iter(loader))
     if comm.size == 1:
         job.model(ids).sum().backward()
-        return
-    with pytest.raises(ManagedTableError, match="inside backward.*Step after backward"):
-        job.model(ids).sum().backward()
+    else:
+        with pytest.raises(ManagedTableError, match="inside backward.*Step after backward"):
+            job.model(ids).sum().backward()
+    for hook in hooks:  # which hold what holds them
+        hook.remove()
+    job.close()
 
 
 @pytest.mark.ranks(2)
