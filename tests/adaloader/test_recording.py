@@ -38,7 +38,9 @@ def test_intents_are_written_and_a_second_run_adds_to_the_file(tmp_path, stalene
     intended = {}
     for line in lines[lines.index(begins[0], 1) :]:
         if line["what"] == "intends":
-            assert line["start"] not in intended and line["end"] is None
+            assert line["end"] is None
+            if line["start"] in intended:  # a batch that is read before keys are known is planned again once they are
+                assert line["start"] < 5 and line["keys"] == intended[line["start"]]
             intended[line["start"]] = line["keys"]
     assert set(range(5, 9)) <= set(intended), "but those that were read before keys were known"
     for step, keys in intended.items():
