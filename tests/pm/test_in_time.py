@@ -173,6 +173,18 @@ def test_a_key_that_others_still_need_is_copied_when_its_use_is_near():
     assert cluster.state(1) == Copy.FREE and not cluster.nodes[1].claims._put_off.get(0)
 
 
+def test_of_keys_that_are_asked_for_together_only_those_of_later_are_put_off():
+    cluster = Cluster(rounds_to_answer=0.0)
+    owner, asker = cluster.nodes[:2]
+    near, far = np.flatnonzero(owner.locations[0].home_of(np.arange(100)) == 0)[:2]
+    owner.claims.intend(cluster.clocks[0], 0, np.array([near, far]), 0, 1000)
+    asker.claims.intend(cluster.clocks[1], 0, np.array([near]), 1, 1000)
+    asker.claims.intend(cluster.clocks[1], 0, np.array([far]), 6, 1000)
+    cluster.settle()
+    _, states = asker.holdings[0].copies.find(np.array([near, far]))
+    assert states.tolist() == [Copy.ACTIVE, Copy.PUT_OFF] and cluster.count(Kind.REQUEST) == 1
+
+
 def test_an_intent_that_ends_while_it_is_put_off_leaves_nothing():
     cluster = Cluster(rounds_to_answer=0.0)
     cluster.intend(0, 0, 1000)
