@@ -131,7 +131,7 @@ class EventualManager(SynchronousManager):
                 table.spec.fill(rows, values)  # which loading a checkpoint may change
                 out[some, :dim] = values
                 if out.shape[1] > dim:
-                    out[some, dim:] = self._initial_states(table, rows)
+                    out[some, dim:] = self.initial_states(table, rows)
 
         def made(keys: np.ndarray, slots: np.ndarray) -> None:
             for table, some, rows in self._groups.split(number, keys):
@@ -189,7 +189,7 @@ class EventualManager(SynchronousManager):
             records = np.empty((len(keys), new.group.width), spec.dtype)
             records[:, : spec.dim] = values
             if new.group.moves:
-                records[:, spec.dim :] = self._initial_states(table, keys)
+                records[:, spec.dim :] = self.initial_states(table, keys)
             made = new.owned.add_records(keys, records, counters)
             if new.group.made is not None:
                 new.group.made(keys, made)

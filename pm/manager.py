@@ -201,12 +201,13 @@ class Manager(WholeTables):
 
     def _initialise_state(self, table: Table, rows: np.ndarray, slots: np.ndarray) -> None:
         if table.store.record_class.state_words:
-            table.store.set_states(slots, self._initial_states(table, rows))
+            table.store.set_states(slots, self.initial_states(table, rows))
         if table.history is not None:
             table.store.set_caught_up(slots, 0)
         cuda_ops.mark_steps(table.store.steps, table.store.record_class.record_bytes, slots, 0)
 
-    def _initial_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+    def initial_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the states `[n, state_words]` of distinct `rows` (int64 `[n]`) before any step."""
         initial = table.spec.rule.initial_state(table.spec.group)
         states = np.full((len(rows), table.spec.record_class.state_words), initial, table.spec.dtype)
         if states.size and table.spec.fill_states is not None:
@@ -217,7 +218,7 @@ class Manager(WholeTables):
         """Return (values `[n, dim]`, states `[n, state_words]`) of distinct `rows` (int64 `[n]`) before any step."""
         values = np.empty((len(rows), table.spec.dim), table.spec.dtype)
         table.spec.fill(rows, values)
-        return values, self._initial_states(table, rows)
+        return values, self.initial_states(table, rows)
 
     # Rows that steps moved without touching them
 
@@ -251,7 +252,7 @@ class Manager(WholeTables):
         spec = table.spec
         values = np.empty((len(rows), spec.dim), spec.dtype)
         spec.fill(rows, values)
-        states = self._initial_states(table, rows)
+        states = self.initial_states(table, rows)
         if table.history is None or not len(table.history):
             return values, states
         scratch = RecordStore(spec.record_class, len(rows))

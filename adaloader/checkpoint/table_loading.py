@@ -161,7 +161,7 @@ def _own_records(
         if of.history is not None:
             fresh = caught_up_to(of, 0, len(own))
             caught_up = file.rows(held_name("caught_up", name), start, stop)[at] if same_rule else fresh
-        held_states = _side_by_side(parts) if states else manager.initial_rows(of, own)[1]
+        held_states = _side_by_side(parts) if states else manager.initial_states(of, own)
         yield Records(own, np.ascontiguousarray(values), held_states, caught_up)
 
 

@@ -38,6 +38,21 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, seed, optimiz
     whole.close(), resumed.close()
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_that_goes_back_to_its_checkpoint_repeats_itself(tmp_path, seed, optimizer):
+    run = Script(None, optimizer, torch.float64, seed=seed).start().run(7)
+    run.save(tmp_path / "saved")
+    done = len(run.losses)
+    run.run(9)
+    expected, losses = run.state(), run.losses[done:]
+    run.load(tmp_path / "saved")
+    run.iterator, done = None, len(run.losses)  # the loop that was under way is over
+    run.run(9)
+    assert run.losses[done:] == losses
+    assert_identical(run.state(), expected)
+    run.close()
+
+
 @pytest.mark.parametrize("lookahead", [0, 1, 5, 40])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_what_reading_draws_is_drawn_again(tmp_path, seed, lookahead, shuffle):
