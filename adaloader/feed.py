@@ -51,12 +51,23 @@ class Feed:
         return frozenset(table.name for table in self._key_functions)
 
     def plan(self, batch: Batch) -> None:
-        """Have the rows of `batch` brought here; `batch.planned` is set when its keys are known."""
+        """Have the rows of `batch` brought here, after the next `begin`; `batch.planned` is set when its keys are
+        known."""
         if self.intends:
             self.planner.plan(batch)
         else:
             batch.data = None
             batch.planned.set()
+
+    def begin(self) -> None:
+        """Have all batches planned that were given to `plan`."""
+        self.planner.begin()
+
+    def await_planned(self, batch: Batch) -> None:
+        """Wait until the keys of `batch` are known."""
+        if not batch.planned.is_set():
+            self.begin()
+            batch.planned.wait()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

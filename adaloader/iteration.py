@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # A loop that was handed more batches than this and has looked up none reads them for something else than training.
 _MOST_AHEAD_UNSEEN = 2
+# So many batches after the one handed out are planned, and this share of those that are read ahead.
+_ALWAYS_PLANNED = 2
+_SHARE_PLANNED = 0.75
 
 
 class Iteration:
@@ -54,6 +57,8 @@ class Iteration:
         self._weight_of = weight_of
         self._read: dict[int, Batch] = {}
         self._start = self._next_handed = start
+        self._first_unplanned: int | None = None
+        self._newest_read: int | None = None
         self._last_used: tuple[int, int] | None = None
         self._steps_when_handed: int | None = None
         self._sums_when_used = 0
@@ -67,9 +72,11 @@ class Iteration:
         batch = Batch(number, self, self._weight_of(number, data), data, self._expected_version(number))
         self.feed.plan(batch)
         self._read[number] = batch
+        self._first_unplanned = number if self._first_unplanned is None else self._first_unplanned
 
     def on_yield(self, number: int, data: Any) -> None:
         batch, model = self._read[number], self._model
+        self._plan_when_near(number)
         model.watch.end_if_used()
         self._wait_for_keys(batch)
         if batch.error is not None:
@@ -135,13 +142,14 @@ class Iteration:
         used."""
         waiting = [b for b in self._model.batches.unused(self) if b.data is not None and not b.tables]
         for batch in [*self._read.values(), *waiting]:
-            batch.planned.wait()
+            self.feed.await_planned(batch)
             for plan in batch.plans():
                 self._model.manager.release(plan)
             batch.tables, batch.error = {}, None
             batch.planned.clear()
             batch.expected = self._expected_version(batch.number)
             self.feed.plan(batch)
+        self.feed.begin()
         for batch in waiting:
             self._wait_for_keys(batch)
 
@@ -149,7 +157,7 @@ class Iteration:
         """The loop is over before its end: forget what was read for it."""
         self._model.watch.left(self)
         for batch in self._read.values():
-            batch.planned.wait()
+            self.feed.await_planned(batch)
         read, self._read = list(self._read.values()), {}
         self._model.batches.drop(read + self._model.batches.of(self))
 
@@ -159,6 +167,19 @@ class Iteration:
         return sum(batch.number > last_used for batch in self._model.batches.unused(self))
 
     # Within
+
+    def _plan_when_near(self, number: int) -> None:
+        """Batch `number` is handed out: have those planned that wait for it, once the first of them comes near.
+
+        So they are planned several in a row (see `planner.py`), and yet most of what is read is planned.
+        """
+        newest = next(reversed(self._read))
+        was_read, self._newest_read = newest != self._newest_read, newest
+        if self._first_unplanned is not None:
+            ahead = self._first_unplanned - number
+            if not was_read or ahead <= max(_ALWAYS_PLANNED, _SHARE_PLANNED * (newest - number)):
+                self._first_unplanned = None
+                self.feed.begin()
 
     def _steps_since_use(self) -> int | None:
         """Return the steps since the batch that was taken up last was first looked up; None if there was none."""
@@ -198,7 +219,7 @@ class Iteration:
     def _wait_for_keys(self, batch: Batch) -> None:
         if not batch.planned.is_set():
             started = time.perf_counter()
-            batch.planned.wait()
+            self.feed.await_planned(batch)
             waited = time.perf_counter() - started
             self._model.manager.traffic.wait_seconds += waited
             self._model.manager.traffic.seconds["waiting"] += waited

@@ -1,4 +1,8 @@
-"""The thread that turns batches read ahead into intents: derives ids, dedups them, and tells the manager."""
+"""The thread that turns batches read ahead into intents: derives ids, dedups them, and tells the manager.
+
+It plans several batches in a row, when it is told to begin: a step in between drives the planner's code and data from
+the processor's caches, and each handing over of the interpreter's lock costs the trainer time.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +48,7 @@ class Planner:
     def __init__(self, model: ManagedModel, key_functions: Mapping[ManagedTable, Callable[[Any], Any]]):
         self._model = model
         self._key_functions = key_functions
+        self._given: deque[Batch] = deque()
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._scratch = cuda_ops.DedupScratch()
         self._said: set[str] = set()
@@ -51,14 +57,21 @@ class Planner:
         self._thread.start()
 
     def plan(self, batch: Batch) -> None:
-        """Find out what `batch` needs of each table, and intend it; `batch.planned` is set when that is done."""
+        """Find out what `batch` needs of each table, and intend it, after the next `begin`; `batch.planned` is set when
+        that is done."""
         if self._closed:
             raise RuntimeError("this loader was closed; build another one to go on")
-        self._queue.put(batch)
+        self._given.append(batch)
+
+    def begin(self) -> None:
+        """Have the thread work off what it was given."""
+        while self._given:
+            self._queue.put(self._given.popleft())
 
     def close(self) -> None:
         """Let the thread end once it has worked off what it was given."""
         self._closed = True
+        self.begin()
         self._queue.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -68,12 +81,20 @@ class Planner:
             started = time.perf_counter()
             try:
                 batch.tables = self._tables_of(batch)
-                self._model.manager.flush_intents()
             except BaseException as error:  # raised where the batch is handed out
                 batch.error = error
+            if self._queue.empty():
+                self._flush(batch)
             self._model.manager.traffic.seconds["keys"] += time.perf_counter() - started
             batch.planned.set()
             batch = None  # waiting for the next, the thread must not keep this one alive
+
+    def _flush(self, batch: Batch) -> None:
+        """Have what is intended leave; `batch` is the last one planned."""
+        try:
+            self._model.manager.flush_intents()
+        except BaseException as error:
+            batch.error = batch.error or error
 
     def _tables_of(self, batch: Batch) -> dict[int, BatchRows]:
         by_table: dict[ManagedTable, list[np.ndarray]] = {}
