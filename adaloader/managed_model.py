@@ -39,6 +39,8 @@ from adaloader.optimizers import (
 from adaloader.probation import confirm
 from adaloader.scalers import Scalers
 from adaloader.slabs import Buffers, Part
+from adaloader.state_watch import StateWatch
+from adaloader.step_hooks import call_first_after_steps, call_last_before_steps
 from adaloader.watch import Watch
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class ManagedModel:
         self._hook_handles: list[object] = []
         self._share_of_backward: float | None = None
         self._epoch_end_is_due = self._has_warned = False
+        self.state_watches: dict[Optimizer, StateWatch] = {}
         self._pre_hooks: dict[Optimizer, RemovableHandle] = {}
         self._has_stepped_rows: set[Optimizer] = set()  # in the step that is under way
 
@@ -266,8 +269,8 @@ class ManagedModel:
                 if this() is not None:
                     this()._after_step(optimizer)
 
-            self._pre_hooks[optimizer] = optimizer.register_step_pre_hook(before)
-            self._hook_handles += [self._pre_hooks[optimizer], optimizer.register_step_post_hook(after)]
+            self._pre_hooks[optimizer] = call_last_before_steps(optimizer, before)
+            self._hook_handles += [self._pre_hooks[optimizer], call_first_after_steps(optimizer, after)]
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Prepare a step; one with a closure, which makes its gradients itself, is prepared after each call of that."""
@@ -276,6 +279,8 @@ class ManagedModel:
             self.watch.step_begins()
             if self.follower is not None:
                 self.follower.step_begins()
+            if optimizer in self.state_watches:
+                self.state_watches[optimizer].step_begins(optimizer)
         rules: dict[int, pm.Rule] = {}
         for table, group in self._held_by(optimizer):
             if isinstance(table.table.spec.rule, pm.Frozen):
@@ -320,8 +325,9 @@ class ManagedModel:
         """Whether to step rows before the optimizer's own step, so that the other ranks, which wait for this rank's
         gradients, have them while that goes on.
 
-        It must make no difference: no other hook comes after ours, which might change hyperparameters yet, and no
-        scaler says within the step whether it is skipped. If that step then raises, rows have been stepped.
+        It must make no difference: no other hook comes after ours, which might change hyperparameters yet (see
+        `step_hooks.py`), and no scaler says within the step whether it is skipped. If that step then raises, rows have
+        been stepped.
         """
         hooks = self._pre_hooks[optimizer].hooks_dict_ref() or {}
         return (
@@ -348,6 +354,8 @@ class ManagedModel:
             for table, _ in self._held_by(optimizer):
                 if table.probation is not None and table.counts.rows:
                     confirm(table)
+        if optimizer in self.state_watches:
+            self.state_watches[optimizer].is_as_it_should_be(optimizer)
         if self.follower is not None and not self.joining:
             self.follower.step_taken()
 

@@ -36,6 +36,7 @@ from adaloader.managed_model import ManagedModel
 from adaloader.managed_table import ManagedTable
 from adaloader.optimizer_layout import broadcast_optimizer_state
 from adaloader.probation import confirm
+from adaloader.state_watch import StateWatch
 from adaloader.table_values import load_states, numbers_of_rank_0, text_of_rank_0
 
 
@@ -124,7 +125,10 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
 
     def loaded(optimizer):
         managed = to_managed()
-        if managed is None or managed.importing is not None:
+        if managed is None:
+            return
+        managed.state_watches[optimizer].is_as_it_should_be(optimizer)
+        if managed.importing is not None:
             return
         for _, table in _indexed_tables(managed, optimizer):
             entry = optimizer.state.get(table.parameter, {})
@@ -132,6 +136,19 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
                 _load_table(managed, optimizer, table, entry if _has_state(table, entry) else None)
         state_was_loaded(managed)
 
+    def reset(optimizer):
+        managed = to_managed()
+        tables = [table for _, table in _indexed_tables(managed, optimizer) if state_names(table.table.spec.rule)]
+        if tables:
+            refuse_on_several_ranks(
+                managed,
+                f"optimizer.state of {type(optimizer).__name__} was emptied",
+                "load_full_optimizer_state_dict(model, optimizer, state_dict) with that of a new optimizer",
+            )
+        for table in tables:
+            _load_table(managed, optimizer, table, None)
+
+    managed.state_watches[optimizer] = StateWatch(reset)
     optimizer.register_state_dict_post_hook(saved)
     optimizer.register_load_state_dict_pre_hook(before_loading)
     optimizer.register_load_state_dict_post_hook(loaded)

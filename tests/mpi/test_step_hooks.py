@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from dataclasses import dataclass
@@ -55,6 +56,59 @@ def test_hooks_that_set_the_learning_rate(comm, seed, optimizer, hooks_first):
     assert_exact(comm, WithHooks(WideAndDeep, OPTIMIZERS[optimizer], seed, length=length, hooks_first=hooks_first))
 
 
+@dataclass
+class WithHooksOnValues(Run):
+    """Hooks of the user's change gradients before a step and values after it, and average these."""
+
+    hooks_first: bool = False
+
+    def train(self, make_loader):
+        torch.manual_seed(self.seed)
+        model = self.model().to(self.dtype)
+        optimizer = self.optimizer(model.parameters())
+        average = copy.deepcopy(model)
+        if self.hooks_first:
+            self.add_hooks(model, optimizer, average)
+        loader = make_loader(model, optimizer)
+        if not self.hooks_first:
+            self.add_hooks(model, optimizer, average)
+        losses = []
+        for _ in range(self.epochs):
+            for batch in loader:
+                loss = F.binary_cross_entropy_with_logits(model(batch), batch["label"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append((float(loss.detach()) * len(batch["label"]), len(batch["label"])))
+        with torch.no_grad():  # what hooks have seen of tables counts as well
+            for parameter, seen in zip(model.parameters(), average.parameters(), strict=True):
+                parameter.copy_(seen)
+        return losses, model, optimizer, loader
+
+    @staticmethod
+    def add_hooks(model, optimizer, average):
+        def before(*_):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+        @torch.no_grad()
+        def after(*_):
+            for parameter, seen in zip(model.parameters(), average.parameters(), strict=True):
+                parameter.mul_(0.999)
+                seen.lerp_(parameter.clone(), 0.3)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+
+@pytest.mark.parametrize("hooks_first", [True, False])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad"])
+def test_hooks_that_change_gradients_and_values(comm, seed, optimizer, hooks_first):
+    length = 6 * 4 * comm.size
+    assert_exact(
+        comm, WithHooksOnValues(WideAndDeep, OPTIMIZERS[optimizer], seed, length=length, hooks_first=hooks_first)
+    )
+
+
 class WithScaler(Run):
     """A scaler that meets gradients that are no numbers; fused optimizers are told within the step to skip it."""
 
@@ -90,7 +144,7 @@ def test_fused_optimizers_with_a_scaler(comm, seed, optimizer):
 
 @pytest.mark.ranks(2, 3)
 def test_rows_are_stepped_before_what_others_do_not_wait_for(comm, seed, monkeypatch):
-    """Unless a hook comes after ours, or a closure makes the gradients; and each step is one, even if it raises."""
+    """Unless a closure makes the gradients; whatever hooks there are, and each step is one, even if it raises."""
     torch.manual_seed(seed)
     model = ManyTables().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -120,5 +174,5 @@ def test_rows_are_stepped_before_what_others_do_not_wait_for(comm, seed, monkeyp
         for hook in hooks:
             hook.remove()
     assert before == list(range(8)) and manager.steps == 8
-    assert [later - earlier for earlier, later in zip(before, within, strict=True)] == [1, 1, 1, 1, 1, 0, 0, 1]
+    assert [later - earlier for earlier, later in zip(before, within, strict=True)] == [1, 1, 1, 1, 1, 1, 0, 1]
     close(comm, loader)
