@@ -69,7 +69,8 @@ class Claims:
     def __init__(self, node: Node):
         self._node = node
         self._order = itertools.count()
-        self.clocks: list[Clock] = []
+        self.clocks: list[Clock] = []  # of the workers that are not done
+        self._fastest_closed = 0
         self.is_paused = False
         self._generations: Counter[int] = Counter()
         self._finished: list[Intent] = []
@@ -89,17 +90,17 @@ class Claims:
     @property
     def now(self) -> int:
         """The rank's clock: that of the slowest of its workers."""
-        return min((clock.now for clock in self.clocks if not clock.closed), default=0)
+        return min((clock.now for clock in self.clocks), default=0)
 
     @property
     def fastest(self) -> int:
-        """The clock of the fastest of the rank's workers."""
-        return max((clock.now for clock in self.clocks), default=0)
+        """The clock of the fastest of the rank's workers, those that are done too: it never falls."""
+        return max([self._fastest_closed, *(clock.now for clock in self.clocks)])
 
     @property
     def slowest(self) -> int:
         """The clock that others may have to wait for: a rank whose workers are all done keeps nobody waiting."""
-        return self.now if any(not clock.closed for clock in self.clocks) else _FOR_EVER
+        return self.now if self.clocks else _FOR_EVER
 
     def intend(self, clock: Clock, group: int, keys: np.ndarray, start: int, end: int | None) -> Intent:
         """A worker will access distinct `keys` while its clock is in [start, end], or from `start` on."""
@@ -129,8 +130,12 @@ class Claims:
             self._put_off[clock] = [entry for entry in entries if entry[0].group.number != number]
 
     def close(self, clock: Clock) -> None:
-        """A worker is done: its intents end, and nobody waits for its clock."""
+        """A worker is done: its intents end, and nobody waits for its clock; again: does nothing."""
+        if clock.closed:
+            return
         clock.closed = True
+        self._fastest_closed = max(self._fastest_closed, clock.now)
+        self.clocks = [other for other in self.clocks if other is not clock]
         clock.waiting.clear()
         self._finished += [intent for _, _, intent in clock.live]
         clock.live.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,18 @@ class Lengths:
         self.by_group = [int(length) for length in distinct]
         self._group_of = group_of.astype(np.uint8 if len(distinct) <= 256 else np.int32) if len(distinct) > 1 else None
 
+    def __str__(self) -> str:
+        if self.is_uniform:
+            return str(self.by_group[0])
+        return np.array2string(self._lengths_of(slice(None)), separator=", ", threshold=16)
+
+    def digest(self) -> bytes:
+        """Return bytes that are the same where each key's length is."""
+        digest = hashlib.blake2b(np.array(self.by_group, np.int64), digest_size=16)
+        if self._group_of is not None:
+            digest.update(self._group_of)
+        return digest.digest()
+
     @property
     def is_uniform(self) -> bool:
         """Whether all values have one length."""
@@ -123,16 +136,20 @@ class Lengths:
             raise IndexError(f"key {bad} is out of range (keys are 0 to {self.num_keys - 1})")
         return array.astype(np.int64, copy=False)
 
-    def check_values(self, values: object, keys: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-        """Return `values` as an array that shares their memory.
+    def check_values(
+        self, values: object, keys: np.ndarray, dtype: np.dtype, name: str, *, written: bool = False
+    ) -> np.ndarray:
+        """Return `values` as an array that shares their memory; `written`: it will be written to.
 
         Raises:
             TypeError: if they are neither an array nor a tensor of `dtype` in host memory.
-            ValueError: if their shape does not fit the keys.
+            ValueError: if their shape does not fit the keys, or they are `written` and cannot be.
         """
-        array = values if isinstance(values, np.ndarray) else _of_tensor(values, name)
+        array = values if isinstance(values, np.ndarray) else _of_tensor(values, dtype, name)
         if array.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, as the manager's values are; got {array.dtype}")
+        if written and not array.flags.writeable:
+            raise ValueError(f"{name} is written to, and got a read-only array; pass a copy of it, or a new one")
         if self.is_uniform:
             wanted = (len(keys), self.by_group[0])
             if array.shape != wanted and array.shape != (wanted[0] * wanted[1],):
@@ -149,7 +166,7 @@ class Lengths:
             raise ValueError(f"{name} must be contiguous")
         return array
 
-    def _lengths_of(self, keys: np.ndarray) -> np.ndarray:
+    def _lengths_of(self, keys: np.ndarray | slice) -> np.ndarray:
         return np.array(self.by_group, np.int64)[self._group_of[keys]]
 
     def parts(self, keys: np.ndarray) -> list[Part]:
@@ -174,9 +191,15 @@ def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     return np.unique(keys, return_inverse=True)
 
 
-def _of_tensor(values: object, name: str) -> np.ndarray:
+def _of_tensor(values: object, dtype: np.dtype, name: str) -> np.ndarray:
     if not hasattr(values, "detach"):
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type(values).__name__}")
     if values.device.type != "cpu":
         raise TypeError(f"{name} must be in host memory, got a tensor on {values.device}")
-    return values.detach().numpy()
+    try:
+        return values.detach().numpy()
+    except (TypeError, RuntimeError) as error:  # bfloat16, sparse
+        raise TypeError(
+            f"{name} must be a dense tensor of {dtype}, as the manager's values are; got one of {values.dtype} "
+            f"({values.layout})"
+        ) from error

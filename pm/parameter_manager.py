@@ -6,6 +6,17 @@ import contextlib
 
 import numpy as np
 
+from pm.arguments import (
+    check_comm,
+    check_count,
+    check_flag,
+    check_integer,
+    check_positive,
+    check_same,
+    check_staleness,
+    check_update_threshold,
+)
+from pm.decision import check_techniques
 from pm.holdings import Group
 from pm.launch import default_comm
 from pm.lengths import Lengths
@@ -47,6 +58,8 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
 
     Raises:
         ValueError, TypeError: if an argument is not as described; before other ranks are spoken to.
+        ValueError: on all ranks, if they do not give the same `num_keys`, `value_length`, `dtype`, `staleness`,
+            `techniques` and `update_threshold`; names the ranks and what differs.
         OSError: if this rank cannot write its file of `record`.
         RuntimeError: under mpirun without mpi4py, if `comm` is not given.
     """
@@ -69,9 +82,25 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
         timeout_seconds: float = 300.0,
     ):
         lengths, of_values = Lengths(num_keys, value_length), _check_dtype(dtype)
-        _check_staleness(staleness, update_threshold)
-        if cache_keys < 0:
-            raise ValueError(f"cache_keys must be 0 or more; got {cache_keys}")
+        check_comm(comm)
+        check_techniques(techniques)
+        staleness = check_staleness(staleness)
+        update_threshold = check_update_threshold(update_threshold, staleness)
+        act_late = check_flag("act_late", act_late)
+        max_rounds_per_second = check_positive("max_rounds_per_second", max_rounds_per_second, "a number of rounds")
+        cache_keys = check_count("cache_keys", cache_keys, "a number of keys")
+        seed = check_integer("seed", seed, "an integer")
+        timeout_seconds = check_positive("timeout_seconds", timeout_seconds, "a number of seconds")
+        comm = default_comm() if comm is None else comm
+        same = {
+            "num_keys": lengths.num_keys,
+            "dtype": of_values.name,
+            "staleness": staleness,
+            "techniques": techniques,
+            "update_threshold": update_threshold,
+        }
+        as_bytes = {name: (value, repr(value).encode()) for name, value in same.items()}
+        check_same(comm, as_bytes | {"value_length": (lengths, lengths.digest())})
         groups = [
             Group(
                 number,
@@ -83,7 +112,7 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
             for number, length in enumerate(lengths.by_group)
         ]
         runtime = Runtime(
-            default_comm() if comm is None else comm,
+            comm,
             groups,
             max_rounds_per_second=max_rounds_per_second,
             record=record,
@@ -91,7 +120,7 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
             techniques=techniques,
             acts_late=act_late,
             cache_keys=cache_keys,
-            update_threshold=update_threshold or 0.0,
+            update_threshold=update_threshold,
             staleness=staleness,
         )
         super().__init__(runtime, lengths, of_values, seed, number=0)
@@ -164,12 +193,3 @@ def _check_dtype(dtype: object) -> np.dtype:
     if name not in ("float32", "float64"):
         raise ValueError(f"dtype must be 'float32' or 'float64'; got {dtype!r}")
     return np.dtype(name)
-
-
-def _check_staleness(staleness: object, update_threshold: float | None) -> None:
-    if staleness is not None and (not isinstance(staleness, int) or isinstance(staleness, bool) or staleness < 0):
-        raise ValueError(f"staleness must be None (no bound) or a number of clocks, 0 or more; got {staleness!r}")
-    if update_threshold is not None and not update_threshold >= 0:
-        raise ValueError(f"update_threshold must be 0 or more; got {update_threshold!r}")
-    if update_threshold and staleness == 0:
-        raise ValueError("update_threshold holds changes back, which staleness=0 does not allow; leave one of them out")

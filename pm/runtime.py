@@ -62,8 +62,6 @@ class Runtime:
         on_control: Callable[[int, Message], None] = lambda source, message: None,
         **options,
     ):
-        if not max_rounds_per_second > 0:
-            raise ValueError(f"max_rounds_per_second must be positive; got {max_rounds_per_second}")
         self.rank, self.ranks = (0, 1) if comm is None else (comm.rank, comm.size)
         self.lock = threading.RLock()
         self.gone: set[int] = set()
@@ -113,9 +111,10 @@ class Runtime:
 
     def close_clocks(self) -> None:
         """All workers are done."""
-        for clock in self.node.claims.clocks:
-            if not clock.closed:
-                self.close_clock(clock)
+        with self.lock:
+            clocks = list(self.node.claims.clocks)
+        for clock in clocks:
+            self.close_clock(clock)
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Begin operations."""
@@ -137,6 +136,7 @@ class Runtime:
         """A worker will access distinct keys while its clock is in [start, end]."""
         self.check_open()
         with self.lock:
+            _check_in_use(clock)
             for group, keys in keys_by_group:
                 self.node.claims.intend(clock, group, keys, start, end)
                 if self._recorder is not None:
@@ -147,6 +147,7 @@ class Runtime:
         self.check_open()
         node = self.node
         with self.lock:
+            _check_in_use(clock)
             before = node.claims.now
             clock.now += 1
             now = node.claims.now
@@ -278,6 +279,11 @@ class Runtime:
         self.waiting.raise_failure()
         if self.closed:
             raise RuntimeError("this parameter manager is closed")
+
+
+def _check_in_use(clock: Clock) -> None:
+    if clock.closed:
+        raise RuntimeError("this worker is closed, so it has no clock and no intents; worker() gives another")
 
 
 def _names(ranks: Sequence[int]) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from pm.lengths import Lengths
@@ -14,13 +18,16 @@ DONE = -1
 
 
 class Request:
-    """One call of a worker: operations on the groups of its keys, which are done one by one."""
+    """One call of a worker: operations on the groups of its keys, done one by one, under the runtime's lock."""
 
     def __init__(self, parts: int):
         self.remaining = parts
+        self.when_done: Callable[[], object] = lambda: None
 
     def part_is_done(self) -> None:
         self.remaining -= 1
+        if not self.remaining:
+            self.when_done()
 
 
 class Worker:
@@ -39,7 +46,7 @@ class Worker:
         self._runtime = runtime
         self._seed = seed
         self._clock = runtime.add_clock()
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, Request] = {}  # that are not done, by handle
         self._handles = 0
         self._sampling: Sampling | None = None
 
@@ -50,10 +57,11 @@ class Worker:
 
         Raises:
             IndexError: if a key is out of range.
-            TypeError, ValueError: if keys or `out` have the wrong dtype or shape. Nothing is done then.
+            TypeError, ValueError: if keys or `out` have the wrong dtype or shape, or `out` is read-only. Nothing is
+                done then.
         """
         keys = self.lengths.check(keys)
-        array = self.lengths.check_values(out, keys, self.dtype, "out")
+        array = self.lengths.check_values(out, keys, self.dtype, "out", written=True)
         parts = self.lengths.parts(keys)
         request = Request(len(parts))
         operations = []
@@ -98,14 +106,18 @@ class Worker:
         self._runtime.run(operations)
         if not request.remaining:
             return DONE
-        self._handles += 1
-        self._requests[self._handles] = request
+        with self._runtime.lock:
+            if not request.remaining:  # meanwhile
+                return DONE
+            self._handles += 1
+            self._requests[self._handles] = request
+            request.when_done = partial(self._requests.pop, self._handles)
         return self._handles
 
     def pull_if_local(self, keys: object, out: object) -> bool:
         """Read keys into `out` if all of them are here, without a message; return whether. Raises as `pull`."""
         keys = self.lengths.check(keys)
-        array = self.lengths.check_values(out, keys, self.dtype, "out")
+        array = self.lengths.check_values(out, keys, self.dtype, "out", written=True)
         found = []
         for part in self.lengths.parts(keys):
             pulled = np.empty((len(part.keys), part.length), self.dtype)
@@ -131,9 +143,11 @@ class Worker:
         """Wait until an operation is done.
 
         Raises:
+            TypeError: if the handle is no integer.
             ValueError: if no operation of this worker had that handle.
             PeerError: if another rank does not answer.
         """
+        handle = _check_handle(handle)
         if handle == DONE:
             return
         if not 0 < handle <= self._handles:
@@ -141,11 +155,12 @@ class Worker:
         request = self._requests.get(handle)
         if request is not None:
             self._runtime.wait_until(lambda: not request.remaining, "the owners of keys to answer")
-            del self._requests[handle]
 
     def wait_all(self) -> None:
         """Wait until all operations of this worker are done."""
-        for handle in list(self._requests):
+        with self._runtime.lock:
+            handles = list(self._requests)
+        for handle in handles:
             self.wait(handle)
 
     def wait_sync(self) -> None:
@@ -163,6 +178,7 @@ class Worker:
         Raises:
             ValueError: if `end` is before `start`.
             IndexError, TypeError: as `pull`.
+            RuntimeError: if this worker is closed.
         """
         end = start if end is None else end
         if end < start:
@@ -176,7 +192,12 @@ class Worker:
         return self._clock.now
 
     def advance_clock(self) -> int:
-        """Move this worker's clock on by one and return it; with a bound on staleness, wait as long as that demands."""
+        """Move this worker's clock on by one and return it; with a bound on staleness, wait as long as that demands.
+
+        Raises:
+            PeerError: if another rank does not come.
+            RuntimeError: if this worker is closed.
+        """
         self._runtime.advance(self._clock)
         return self._clock.now
 
@@ -222,9 +243,11 @@ class Worker:
         """Take the next keys of a prepared sample: write them to `keys` (int64 `[k]`) and their values to `out`.
 
         Raises:
-            ValueError: for a handle of no sample, more keys than are left of it, or an `out` that does not fit.
-            TypeError: if `keys` is not a writeable int64 vector, or `out` has another dtype.
+            ValueError: for a handle of no sample, more keys than are left of it, or an `out` that does not fit or is
+                read-only.
+            TypeError: if the handle is no integer, `keys` is not a writeable int64 vector, or `out` has another dtype.
         """
+        handle = _check_handle(handle)
         if self._sampling is None:
             raise ValueError(f"handle {handle} is of no sample: prepare_sample was not called")
         self._sampling.pull(handle, keys.detach().numpy() if hasattr(keys, "detach") else keys, out)
@@ -233,6 +256,13 @@ class Worker:
         """This worker is done: its intents end, and nobody waits for its clock."""
         self.wait_all()
         self._runtime.close_clock(self._clock)
+
+
+def _check_handle(handle: object) -> int:
+    try:
+        return operator.index(handle)
+    except TypeError as error:
+        raise TypeError(f"a handle is an int that this worker gave out; got {handle!r}") from error
 
 
 class _Access:

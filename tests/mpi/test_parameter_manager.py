@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,98 @@ def test_ranks_may_close_at_different_clocks(comm):
             manager.advance_clock()
 
 
+@pytest.mark.ranks(2)
+def test_the_clock_of_a_worker_that_is_done_holds_nobody_up_and_is_not_kept(comm):
+    with make(comm, staleness=1) as manager:
+        for _ in range(4):
+            other = manager.worker()
+            other.intent([1, 2], other.current_clock, other.current_clock + 1)
+            other.close()
+            manager.advance_clock()
+        assert manager._runtime.node.claims.clocks == [manager._clock]
+        meet(comm)
+
+
+@pytest.mark.ranks(2)
+def test_operations_that_are_done_leave_nothing_behind(comm):
+    with make(comm) as manager:
+        elsewhere = np.flatnonzero(~manager.is_local(np.arange(12)))
+        handles = []
+        for _ in range(20):
+            handles.append(manager.push(elsewhere, np.ones((len(elsewhere), 4), np.float32)))
+            manager.push([], np.empty((0, 4), np.float32))
+        assert max(handles) > 0
+        manager._runtime.wait_until(lambda: not manager._requests, "pushes to be done")
+        for handle in handles:
+            manager.wait(handle)  # of what is done
+        with pytest.raises(ValueError, match="not one that this worker was given"):
+            manager.wait(max(handles) + 1)
+        manager.barrier()
+        out = np.empty((12, 4), np.float32)
+        manager.wait(manager.pull(np.arange(12), out))
+        assert not manager._requests
+        assert (out == 20 * (comm.size - 1)).all()
+        meet(comm)
+
+
+@pytest.mark.ranks(2)
+def test_a_read_only_out_is_refused_and_the_manager_goes_on(comm):
+    with make(comm) as manager:
+        elsewhere = np.flatnonzero(~manager.is_local(np.arange(12)))
+        out = np.zeros((len(elsewhere), 4), np.float32)
+        out.flags.writeable = False
+        for keys in (elsewhere, elsewhere[[0, *range(len(elsewhere) - 1)]]):
+            with pytest.raises(ValueError, match="out .*read-only"):
+                manager.pull(keys, out)
+        manager.push(np.arange(12), np.ones((12, 4), np.float32))
+        manager.barrier()
+        out = out.copy()
+        manager.wait(manager.pull(elsewhere, out))
+        assert (out == comm.size).all()
+        meet(comm)
+
+
+SAME = {"num_keys": 4, "length": [1, 2, 1, 2]}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        ({"length": [2, 1, 1, 2]}, ["value_length"]),
+        ({"length": 1}, ["value_length"]),
+        ({"num_keys": 5, "length": [1, 2, 1, 2, 1]}, ["num_keys", "value_length"]),
+        ({"dtype": "float64"}, ["dtype"]),
+        ({"staleness": 2}, ["staleness"]),
+        ({"techniques": "none"}, ["techniques"]),
+        ({"update_threshold": 1.0, "staleness": 1}, ["staleness", "update_threshold"]),
+    ],
+)
+def test_ranks_that_give_different_arguments_are_told_so(comm, other, names):
+    threads = threading.active_count()
+    with pytest.raises(ValueError) as raised:
+        make(comm, **(SAME | other if comm.rank == comm.size - 1 else SAME))
+    for name in ("num_keys", "value_length", "dtype", "staleness", "techniques", "update_threshold"):
+        said = f"ranks [{comm.size - 1}] have another {name} than rank 0" in str(raised.value)
+        assert said == (name in names)
+    assert f"this is rank {comm.rank}" in str(raised.value)
+    assert threading.active_count() == threads
+    meet(comm)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_may_give_different_arguments_of_their_own(comm):
+    own = {"seed": comm.rank, "cache_keys": 5 + comm.rank, "act_late": comm.rank == 0}
+    lengths = 4 if comm.rank == 0 else np.full(12, 4)  # the same
+    with make(comm, length=lengths, update_threshold=(None, 0.0)[comm.rank % 2], **own) as manager:
+        manager.push(np.arange(12), np.ones((12, 4), np.float32))
+        manager.barrier()
+        out = np.empty((12, 4), np.float32)
+        manager.wait(manager.pull(np.arange(12), out))
+        assert (out == comm.size).all()
+        meet(comm)
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [
@@ -147,6 +241,7 @@ def test_ranks_may_close_at_different_clocks(comm):
         (lambda m: m.intent([1], 5, 4), ValueError),
         (lambda m: m.intent([12], 5), IndexError),
         (lambda m: m.wait(77), ValueError),
+        (lambda m: m.wait("x"), TypeError),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(comm, call, error):
