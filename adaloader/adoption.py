@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,7 +32,7 @@ from adaloader.optimizers import group_of, rule_for, snapshot
 from adaloader.probation import Probation
 from adaloader.program_fill import ProgramFill
 from adaloader.table_parameter import TableParameter, become_table
-from adaloader.table_values import broadcast_array, load_states
+from adaloader.table_values import all_texts, broadcast_array, load_states
 
 _TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _MASK64 = (1 << 64) - 1
@@ -247,7 +248,10 @@ _SAME_EVERYWHERE = "all ranks must build the same model, optimizer and loader"
 
 
 def agree(manager: pm.Manager, what: str, description: str, remedy: str = _SAME_EVERYWHERE) -> None:
-    """Raise ValueError on every rank unless all ranks' `description` is the same text (collective)."""
+    """Raise ValueError on every rank unless all ranks' `description` is the same text (collective).
+
+    It shows two ranks' texts where they begin to differ.
+    """
     if manager.ranks == 1:
         return
     digest = np.frombuffer(hashlib.blake2b(description.encode(), digest_size=8).digest(), np.uint8)
@@ -255,10 +259,24 @@ def agree(manager: pm.Manager, what: str, description: str, remedy: str = _SAME_
     manager.transport.collective(lambda comm: comm.Iallgather(digest, digests), manager.timeout_seconds)
     differing = [rank for rank in range(manager.ranks) if not np.array_equal(digests[rank], digests[0])]
     if differing:
+        texts = all_texts(manager, description)
+        other = manager.rank if manager.rank in differing else differing[0]
+        ours, theirs = _around_difference(texts[0], texts[other])
         raise ValueError(
-            f"ranks {differing} have other {what} than rank 0 (this is rank {manager.rank}: {description[:300]}); "
-            f"{remedy}"
+            f"ranks {differing} have other {what} than rank 0 (this is rank {manager.rank}): rank 0 has {ours}, and "
+            f"rank {other} has {theirs}; {remedy}"
         )
+
+
+_SHOWN_CHARACTERS = 100
+"""Of two long texts that differ: how many are shown on each side of the place from which they do."""
+
+
+def _around_difference(*texts: str) -> list[str]:
+    """Return the part of each text in which they begin to differ."""
+    at = len(os.path.commonprefix(texts))
+    start, stop = max(0, at - _SHOWN_CHARACTERS), at + _SHOWN_CHARACTERS
+    return [f"{'...' if start else ''}{text[start:stop]}{'...' if len(text) > stop else ''}" for text in texts]
 
 
 def seeds_of_rank_0(manager: pm.Manager, found: dict[str, nn.Parameter]) -> dict[str, int]:

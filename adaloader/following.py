@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler, ReduceLROnPlateau
 
 from adaloader.agreement import broadcast
 from adaloader.optimizers import adopt_hyperparameters, hyperparameter_vector
@@ -105,7 +105,7 @@ class Follower:
         """Steps that this rank has taken, and backwards that it has had or joined."""
         return self._manager.steps, self._model().reducer.backwards
 
-    def end(self, following: Following, counts: list[int], *, follow: bool) -> None:
+    def end(self, following: Following, positions: list[float], *, follow: bool) -> None:
         """This rank has no more batches in an iteration, or has left its loop; with `follow`, stay until all have
         ended."""
         number = following.number
@@ -116,7 +116,7 @@ class Follower:
         steps = self._manager.steps
         reductions, scalers = model.reducer.reductions, len(model.scalers)
         numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers, model.reducer.deferred)
-        arrays = (np.array(counts, np.int64), self._cleared_since_sum())
+        arrays = (np.array(positions, np.float64), self._cleared_since_sum())
         for peer in self._manager.peers:
             self._manager.transport.send(peer, Message(Kind.END, numbers, arrays))
         self._manager.transport.wake()
@@ -139,7 +139,7 @@ class Follower:
         """The loop has taken the end of an iteration, and has yet to work on its last batch."""
         earlier, self._postponed = self._postponed, following
         if earlier is not None:
-            self.end(earlier, earlier.counts(), follow=False)
+            self.end(earlier, earlier.positions(), follow=False)
 
     def step_taken(self) -> None:
         """This rank has taken a step of its own."""
@@ -148,12 +148,12 @@ class Follower:
         for following in list(self._under_way):
             following.step_taken()
         if self._postponed is not None and self._postponed.iteration_is_worked_off():
-            self._follow_postponed(self._postponed.counts_after_this_step())
+            self._follow_postponed(self._postponed.positions_after_this_step())
 
     def gradient_goes(self) -> None:
         """The loop clears gradients: those of its last batches, if not stepped, the others need before."""
         if self._postponed is not None and self._postponed.gradient_was_not_stepped():
-            self._follow_postponed(self._postponed.counts())
+            self._follow_postponed(self._postponed.positions())
 
     def step_begins(self) -> None:
         """This rank is about to take a step of its own: its schedulers must have come as far as the others'."""
@@ -164,13 +164,13 @@ class Follower:
     def finish(self) -> None:
         """Something else begins: what was postponed is due."""
         if self._postponed is not None:
-            self._follow_postponed(self._postponed.counts())
+            self._follow_postponed(self._postponed.positions())
         self.step_begins()
 
-    def _follow_postponed(self, counts: list[int]) -> None:
+    def _follow_postponed(self, positions: list[float]) -> None:
         following, self._postponed = self._postponed, None
         self._catching_up = following  # later: the loop has not come to its scheduler yet
-        self.end(following, counts, follow=True)
+        self.end(following, positions, follow=True)
 
     def take_over_scalers(self, states: list[torch.Tensor]) -> None:
         """Set this rank's loss scalers to another's."""
@@ -294,8 +294,8 @@ class Follower:
         if last and not any(end.numbers[2] for end in last):
             for parameter in model.dense_parameters():
                 parameter.grad = None
-        counts = [end.arrays[0].tolist() for end in ends if len(end.arrays[0]) == len(following.schedulers)]
-        following.furthest = [max(each) for each in zip(*counts, strict=True)]
+        positions = [end.arrays[0].tolist() for end in ends if len(end.arrays[0]) == len(following.schedulers)]
+        following.furthest = [max(each) for each in zip(*positions, strict=True)]
 
     def _take_over_dense_state(self, model: ManagedModel, own_steps: int, ended: dict[int, Message]) -> None:
         """Have ranks that followed steps continue from the dense state of one that took them all (collective).
@@ -370,9 +370,9 @@ class Following:
         self.gradient_was_not_stepped: Callable[[], bool] = lambda: False
         self._follower = follower
         self._progress_at_start = follower.progress()
-        self._counts_at_step: list[int] | None = None
-        self._gains_after_step: list[int] | None = None
-        self.furthest: list[int] = []
+        self._positions_at_step: list[float] | None = None
+        self._gains_after_step: list[float] | None = None
+        self.furthest: list[float] = []
         self.scaler_states: list[torch.Tensor] = []
 
     def ended(self, reason: str, *, handed_out: bool, later: bool) -> None:
@@ -382,39 +382,65 @@ class Following:
             return
         # A loop that has had batches and made no step is no training: what it lacks, nobody waits for.
         trained = not handed_out or self._follower.progress() != self._progress_at_start
-        self._follower.end(self, self.counts(), follow=reason == "exhausted" and trained)
+        self._follower.end(self, self.positions(), follow=reason == "exhausted" and trained)
         self.catch_up()
 
     def step_taken(self) -> None:
         """Note how far the schedulers are in a step of the loop's."""
-        self._counts_at_step = self.counts()
+        self._positions_at_step = self.positions()
 
     def batch_begun(self) -> None:
         """Note how far they have come between the step before and this batch."""
-        if self._counts_at_step is not None:
-            self._gains_after_step = [now - b for now, b in zip(self.counts(), self._counts_at_step, strict=True)]
-            self._counts_at_step = None
+        if self._positions_at_step is not None:
+            before = self._positions_at_step
+            self._gains_after_step = [now - then for now, then in zip(self.positions(), before, strict=True)]
+            self._positions_at_step = None
 
-    def counts_after_this_step(self) -> list[int]:
+    def positions_after_this_step(self) -> list[float]:
         """Return how far the schedulers will be when the loop, which is in a step, has done what it does after one."""
         if self._gains_after_step is None:
-            return self.counts()
-        return [now + gain for now, gain in zip(self.counts(), self._gains_after_step, strict=True)]
+            return self.positions()
+        return [now + gain for now, gain in zip(self.positions(), self._gains_after_step, strict=True)]
 
     def catch_up(self) -> None:
         """Take the scheduler steps that the others took after this rank had left the loop, and their loss scale."""
-        for scheduler, count in zip(self.schedulers, self.furthest, strict=False):
-            while scheduler._step_count < count:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # about an order of calls that is the others'
-                    scheduler.step()
+        behind = list(zip(self.schedulers, self.furthest, strict=False))
+        while behind:  # in turns, as loops step them: rates are rounded in that order
+            behind = [each for each in behind if _step_towards(*each)]
         if self.scaler_states:
             self._follower.take_over_scalers(self.scaler_states)
             self.scaler_states = []
 
-    def counts(self) -> list[int]:
+    def positions(self) -> list[float]:
         """Return how far the schedulers are."""
-        return [scheduler._step_count for scheduler in self.schedulers]
+        return [_position(scheduler) for scheduler in self.schedulers]
+
+
+def _position(scheduler: LRScheduler) -> float:
+    """Return how far `scheduler` is: the number of its step, with the fraction that a loop may have given it.
+
+    Not `_step_count`: some of PyTorch's have none, and some do not count there.
+    """
+    if not hasattr(scheduler, "last_epoch"):  # a ChainedScheduler, whose parts are stepped together
+        parts = getattr(scheduler, "_schedulers", ())
+        return _position(parts[0]) if parts else 0.0
+    if isinstance(scheduler, CosineAnnealingWarmRestarts):
+        return scheduler.last_epoch + scheduler.T_cur % 1  # what it was given is `last_epoch` rounded down
+    return scheduler.last_epoch
+
+
+def _step_towards(scheduler: LRScheduler, position: float) -> bool:
+    """Step `scheduler` if it is behind `position`, and say whether that took it any further."""
+    before = _position(scheduler)
+    if before >= position:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about an order of calls that is the others'
+        if before % 1 or position % 1:
+            scheduler.step(position)  # as the others' loops call it
+        else:
+            scheduler.step()
+    return _position(scheduler) > before
 
 
 def _schedulers_of(optimizers: list[Optimizer]) -> list[LRScheduler]:

@@ -22,12 +22,19 @@ def managed_of(model: nn.Module, instead: str) -> ManagedModel:
 
     Raises:
         ValueError: if nothing does, naming what to use `instead`.
+        RuntimeError: on several ranks, once the model's last loader was closed here: the others may have gone.
     """
     managed = managed_models.get(model)
     if managed is None:
         raise ValueError(
             f"no AdaLoader manages this {type(model).__name__}; pass the model that the loader was given, or use "
             f"{instead}"
+        )
+    if managed.ranks > 1 and managed.sessions == 0:
+        raise RuntimeError(
+            f"the last loader of this {type(model).__name__} was closed, so that the {managed.ranks} ranks over which "
+            "its tables are spread have parted; call full_state_dict(model), and what else takes or loads whole state, "
+            "before loader.close()"
         )
     if managed.follower is not None:
         managed.follower.finish()

@@ -241,7 +241,7 @@ def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
             raise ValueError(
                 f"table {table.name!r} is already trained by the optimizer of an earlier loader of this model, and a "
                 f"table has one optimizer: pass that one, and change its param_groups (lr, weight_decay) for the next "
-                f"phase; or close the loader, and build model and loader anew from full_state_dict(model)"
+                f"phase; or take full_state_dict(model), then close the loader, and build model and loader anew from it"
             )
         _train_from_now_on(managed, table, fresh[place[0]])
     managed.attach(fresh)

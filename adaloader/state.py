@@ -37,6 +37,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: if no AdaLoader manages the model.
+        RuntimeError: on several ranks, if the model's last loader was closed.
         MemoryError: on every rank, if rank 0 lacks the memory; says how many bytes are needed and free.
     """
     managed = managed_of(model, _INSTEAD)
@@ -56,7 +57,7 @@ def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Any] | None,
     Raises:
         ValueError: if no AdaLoader manages the model.
         RuntimeError: as `Module.load_state_dict`, on every rank and before anything is changed, if entries are missing
-            or unexpected (with `strict`) or of another shape.
+            or unexpected (with `strict`) or of another shape; on several ranks, if the model's last loader was closed.
     """
     managed = managed_of(model, _INSTEAD)
     manager = managed.manager

@@ -61,7 +61,8 @@ def _refuse_unknown_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -
                 remedy = (
                     f"the loader was given {type(trained_by[0]).__name__} for it, and a table has one optimizer. Step "
                     "that one (in Lightning, return it from configure_optimizers), or change its param_groups; for "
-                    "another optimizer close the loader, and build model and loader anew from full_state_dict(model)"
+                    "another optimizer take full_state_dict(model), then close the loader, and build model and loader "
+                    "anew from it"
                 )
             raise ManagedTableError(
                 f"{type(optimizer).__name__} holds table {table.name!r}, whose rows AdaLoader updates, and was not "

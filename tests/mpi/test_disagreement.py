@@ -179,6 +179,24 @@ def test_ranks_with_different_models_or_settings(comm):
 
 
 @pytest.mark.ranks(2)
+def test_what_differs_is_shown_however_long_the_rest_is(comm):
+    """Here it is the last of 40 parameters; on every rank two ranks' texts are shown, one of them its own if it can."""
+    odd = comm.rank > 0
+    model = Net()
+    model.tower = nn.ModuleList([nn.Linear(8, 8) for _ in range(20)])
+    model.last = nn.Linear(8, 3 + comm.rank)
+    with pytest.raises(ValueError) as raised:
+        build(model)
+    text, other = str(raised.value), comm.rank or 1
+    assert f"this is rank {comm.rank}" in text and len(text) < 1000
+    ours, theirs = text.split("rank 0 has ")[1].split(f"and rank {other} has ")
+    assert "('last.weight', (3, 8)" in ours and f"('last.weight', ({3 + other}, 8)" in theirs
+    with pytest.raises(ValueError, match="'shared_memory': True.* has .*'shared_memory': False"):
+        build(Net(), shared_memory=not odd)
+    build(Net())
+
+
+@pytest.mark.ranks(2)
 def test_ranks_with_different_datasets(comm):
     """Every rank must see the whole data: one that was given its share by hand would train on a share of that."""
     odd = comm.rank == comm.size - 1

@@ -290,3 +290,28 @@ def test_a_parameter_used_in_two_ways_before_the_first_step_is_dense_on_every_ra
     if comm.rank == 0:
         assert torch.equal(whole["shelf"], model.shelf.detach())
     close(comm, loader)
+
+
+def test_state_is_taken_before_the_last_loader_is_closed(comm, seed):
+    """Ranks part there, and none can gather any more: one process has all rows, and goes on."""
+    model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(61, seed))
+    other = AdaLoader(Visits(17, seed), batch_size=BATCH, model=model, optimizer=optimizer, min_rows=1)
+    train(model, optimizer, loader)
+    close(comm, other)
+    weights = adaloader.full_state_dict(model)
+    state = adaloader.full_optimizer_state_dict(model, optimizer)
+    loader.close()
+    calls = [
+        lambda: adaloader.full_state_dict(model),
+        lambda: adaloader.full_optimizer_state_dict(model, optimizer),
+        lambda: adaloader.load_full_state_dict(model, weights),
+        lambda: adaloader.load_full_optimizer_state_dict(model, optimizer, state),
+    ]
+    for call in calls:
+        if comm.size > 1:
+            with pytest.raises(RuntimeError, match=rf"{comm.size} ranks .* have parted; call .* before loader.close"):
+                call()
+        else:
+            call()
+    if comm.size == 1:
+        assert_same_tensors(adaloader.full_state_dict(model), weights, 0)
