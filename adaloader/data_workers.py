@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
 
-# A worker that dies closes its sockets, and the pipe that is its sentinel, before the system says that it has ended.
-_DYING_SECONDS = 2.0
+# A worker that dies closes its sockets, and the pipe that is its sentinel, before the system says that it has ended:
+# seconds before, if it has much memory to give back and the machine is busy.
+_DYING_SECONDS = 10.0
+# What PyTorch says of an error that was raised in a worker, which lives.
+_RAISED_IN_WORKER = "in DataLoader worker process"
 
 
 def read_batch(inner: Iterator) -> Any:
@@ -22,6 +25,8 @@ def read_batch(inner: Iterator) -> Any:
     try:
         return next(inner)
     except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if _RAISED_IN_WORKER in str(error):
+            raise
         # Of a stream's workers those that have no more end in order, before the others.
         workers = {worker.sentinel: worker for worker in getattr(inner, "_workers", ()) if worker.exitcode != 0}
         ended = [workers[sentinel] for sentinel in wait(list(workers), _DYING_SECONDS)] if workers else []

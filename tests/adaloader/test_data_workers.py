@@ -5,7 +5,9 @@ from multiprocessing import get_context
 from threading import Timer
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
+from adaloader import data_workers
 from adaloader.data_workers import read_batch
 
 
@@ -47,7 +49,8 @@ def test_worker_that_is_still_dying_is_named(error):
         broken.close()
 
 
-def test_error_of_living_workers_is_left_as_it_is():
+def test_error_of_living_workers_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(data_workers, "_DYING_SECONDS", 0.5)
     error = FileNotFoundError(2, "no such sample")
     broken = _Broken(error, 1)
     try:
@@ -56,6 +59,21 @@ def test_error_of_living_workers_is_left_as_it_is():
         assert raised.value is error
     finally:
         broken.close()
+
+
+class _Absent(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, at):
+        raise FileNotFoundError(2, f"no sample {at}")
+
+
+def test_error_raised_in_a_worker_comes_at_once(monkeypatch):
+    """Nobody is dying then: to look for that would take as long as it may take."""
+    monkeypatch.setattr(data_workers, "wait", None)
+    with pytest.raises(FileNotFoundError, match="no sample 0"):
+        read_batch(iter(DataLoader(_Absent(), 4, num_workers=1)))
 
 
 def test_worker_that_ended_in_order_is_not_the_cause():
