@@ -171,13 +171,15 @@ class Iteration:
     def _plan_when_near(self, number: int) -> None:
         """Batch `number` is handed out: have those planned that wait for it, once the first of them comes near.
 
-        So they are planned several in a row (see `planner.py`), and yet most of what is read is planned.
+        So they are planned several in a row (see `planner.py`), and yet most of what is read is planned. Of several
+        ranks, which wait for each other in each step, each plans as it reads: steps are to take them equally long.
         """
         newest = next(reversed(self._read))
         was_read, self._newest_read = newest != self._newest_read, newest
         if self._first_unplanned is not None:
             ahead = self._first_unplanned - number
-            if not was_read or ahead <= max(_ALWAYS_PLANNED, _SHARE_PLANNED * (newest - number)):
+            near = max(_ALWAYS_PLANNED, _SHARE_PLANNED * (newest - number))
+            if not was_read or ahead <= near or self._model.ranks > 1:
                 self._first_unplanned = None
                 self.feed.begin()
 

@@ -1,7 +1,7 @@
 """The thread that turns batches read ahead into intents: derives ids, dedups them, and tells the manager.
 
-It plans several batches in a row, when it is told to begin: a step in between drives the planner's code and data from
-the processor's caches, and each handing over of the interpreter's lock costs the trainer time.
+It begins when it is told to, so that it can plan several batches in a row: a step in between drives the planner's code
+and data from the processor's caches, and each handing over of the interpreter's lock costs the trainer time.
 """
 
 from __future__ import annotations
