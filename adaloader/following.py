@@ -7,19 +7,17 @@ they have begun; nothing is sent about it while all ranks have batches.
 
 from __future__ import annotations
 
-import gc
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from adaloader.agreement import broadcast
 from adaloader.optimizers import adopt_hyperparameters, hyperparameter_vector
+from adaloader.schedules import position_of, schedulers_of, step_towards
 from pm.messages import Kind, Message
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ class Follower:
         """
         number = loader * _MOST_ITERATIONS + count
         self._open.add(number)
-        following = Following(self, number, total_weight, _schedulers_of(self._model().optimizers))
+        following = Following(self, number, total_weight, schedulers_of(self._model().optimizers))
         self._under_way.add(following)
         return following
 
@@ -406,52 +404,11 @@ class Following:
         """Take the scheduler steps that the others took after this rank had left the loop, and their loss scale."""
         behind = list(zip(self.schedulers, self.furthest, strict=False))
         while behind:  # in turns, as loops step them: rates are rounded in that order
-            behind = [each for each in behind if _step_towards(*each)]
+            behind = [each for each in behind if step_towards(*each)]
         if self.scaler_states:
             self._follower.take_over_scalers(self.scaler_states)
             self.scaler_states = []
 
     def positions(self) -> list[float]:
         """Return how far the schedulers are."""
-        return [_position(scheduler) for scheduler in self.schedulers]
-
-
-def _position(scheduler: LRScheduler) -> float:
-    """Return how far `scheduler` is: the number of its step, with the fraction that a loop may have given it.
-
-    Not `_step_count`: some of PyTorch's have none, and some do not count there.
-    """
-    if not hasattr(scheduler, "last_epoch"):  # a ChainedScheduler, whose parts are stepped together
-        parts = getattr(scheduler, "_schedulers", ())
-        return _position(parts[0]) if parts else 0.0
-    if isinstance(scheduler, CosineAnnealingWarmRestarts):
-        return scheduler.last_epoch + scheduler.T_cur % 1  # what it was given is `last_epoch` rounded down
-    return scheduler.last_epoch
-
-
-def _step_towards(scheduler: LRScheduler, position: float) -> bool:
-    """Step `scheduler` if it is behind `position`, and say whether that took it any further."""
-    before = _position(scheduler)
-    if before >= position:
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about an order of calls that is the others'
-        if before % 1 or position % 1:
-            scheduler.step(position)  # as the others' loops call it
-        else:
-            scheduler.step()
-    return _position(scheduler) > before
-
-
-def _schedulers_of(optimizers: list[Optimizer]) -> list[LRScheduler]:
-    """Return the learning-rate schedulers of `optimizers` that are stepped by themselves; PyTorch keeps no list of
-    them."""
-    found = [
-        each
-        for each in gc.get_objects()
-        if issubclass(type(each), LRScheduler)
-        and not isinstance(each, ReduceLROnPlateau)
-        and any(each.optimizer is optimizer for optimizer in optimizers)
-    ]
-    inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
-    return [each for each in found if id(each) not in inner]
+        return [position_of(scheduler) for scheduler in self.schedulers]

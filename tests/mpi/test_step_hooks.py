@@ -19,7 +19,7 @@ from tests.training import close
 
 @dataclass
 class WithHooks(Run):
-    """A hook that comes before or after the loader's sets the learning rate of each step, and one another after it."""
+    """Hooks of the user's that come before or after the loader's; they may keep something in a copy of the model."""
 
     hooks_first: bool = False
 
@@ -27,12 +27,12 @@ class WithHooks(Run):
         torch.manual_seed(self.seed)
         model = self.model().to(self.dtype)
         optimizer = self.optimizer(model.parameters())
+        kept = copy.deepcopy(model)
         if self.hooks_first:
-            self.hook(optimizer)
+            self.add_hooks(model, optimizer, kept)
         loader = make_loader(model, optimizer)
         if not self.hooks_first:
-            self.hook(optimizer)
-        optimizer.register_step_post_hook(lambda *_: optimizer.param_groups[0].update(lr=1e3))
+            self.add_hooks(model, optimizer, kept)
         losses = []
         for _ in range(self.epochs):
             for batch in loader:
@@ -41,72 +41,59 @@ class WithHooks(Run):
                 loss.backward()
                 optimizer.step()
                 losses.append((float(loss.detach()) * len(batch["label"]), len(batch["label"])))
+        self.end(model, kept)
         return losses, model, optimizer, loader
 
-    @staticmethod
-    def hook(optimizer):
+    def add_hooks(self, model, optimizer, kept):
+        raise AssertionError("which hooks?")
+
+    def end(self, model, kept):
+        """Do what is to be done after the last epoch."""
+
+
+class WithRates(WithHooks):
+    """A hook sets the learning rate of each step, and one another after it."""
+
+    def add_hooks(self, model, optimizer, kept):
         rates = (0.05 / step for step in itertools.count(1))
         optimizer.register_step_pre_hook(lambda *_: optimizer.param_groups[0].update(lr=next(rates)))
+        optimizer.register_step_post_hook(lambda *_: optimizer.param_groups[0].update(lr=1e3))
 
 
 @pytest.mark.parametrize("hooks_first", [True, False])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adagrad"])
 def test_hooks_that_set_the_learning_rate(comm, seed, optimizer, hooks_first):
     length = 6 * 4 * comm.size
-    assert_exact(comm, WithHooks(WideAndDeep, OPTIMIZERS[optimizer], seed, length=length, hooks_first=hooks_first))
+    assert_exact(comm, WithRates(WideAndDeep, OPTIMIZERS[optimizer], seed, length=length, hooks_first=hooks_first))
 
 
-@dataclass
-class WithHooksOnValues(Run):
-    """Hooks of the user's change gradients before a step and values after it, and average these."""
+class WithValues(WithHooks):
+    """Hooks change gradients before a step and values after it, and average these."""
 
-    hooks_first: bool = False
-
-    def train(self, make_loader):
-        torch.manual_seed(self.seed)
-        model = self.model().to(self.dtype)
-        optimizer = self.optimizer(model.parameters())
-        average = copy.deepcopy(model)
-        if self.hooks_first:
-            self.add_hooks(model, optimizer, average)
-        loader = make_loader(model, optimizer)
-        if not self.hooks_first:
-            self.add_hooks(model, optimizer, average)
-        losses = []
-        for _ in range(self.epochs):
-            for batch in loader:
-                loss = F.binary_cross_entropy_with_logits(model(batch), batch["label"])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append((float(loss.detach()) * len(batch["label"]), len(batch["label"])))
-        with torch.no_grad():  # what hooks have seen of tables counts as well
-            for parameter, seen in zip(model.parameters(), average.parameters(), strict=True):
-                parameter.copy_(seen)
-        return losses, model, optimizer, loader
-
-    @staticmethod
-    def add_hooks(model, optimizer, average):
+    def add_hooks(self, model, optimizer, kept):
         def before(*_):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
 
         @torch.no_grad()
         def after(*_):
-            for parameter, seen in zip(model.parameters(), average.parameters(), strict=True):
+            for parameter, seen in zip(model.parameters(), kept.parameters(), strict=True):
                 parameter.mul_(0.999)
                 seen.lerp_(parameter.clone(), 0.3)
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
 
+    @torch.no_grad()
+    def end(self, model, kept):
+        for parameter, seen in zip(model.parameters(), kept.parameters(), strict=True):  # as hooks have seen tables
+            parameter.copy_(seen)
+
 
 @pytest.mark.parametrize("hooks_first", [True, False])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adagrad"])
 def test_hooks_that_change_gradients_and_values(comm, seed, optimizer, hooks_first):
     length = 6 * 4 * comm.size
-    assert_exact(
-        comm, WithHooksOnValues(WideAndDeep, OPTIMIZERS[optimizer], seed, length=length, hooks_first=hooks_first)
-    )
+    assert_exact(comm, WithValues(WideAndDeep, OPTIMIZERS[optimizer], seed, length=length, hooks_first=hooks_first))
 
 
 class WithScaler(Run):
