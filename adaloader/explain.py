@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adaloader.candidate import CandidateParameter
+from adaloader.tables.candidate import CandidateParameter
 
 if TYPE_CHECKING:
-    from adaloader.feed import Feed
-    from adaloader.managed_model import ManagedModel
-    from adaloader.managed_table import ManagedTable
+    from adaloader.model.managed_model import ManagedModel
+    from adaloader.reading.feed import Feed
+    from adaloader.tables.managed_table import ManagedTable
 
 _TABLE_MODULES = ("Embedding", "EmbeddingBag")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaloader.checkpoint.layout import complete_in
-from adaloader.registry import RUN_FOLDER, Entry, read_entries
+from adaloader.ranks.registry import RUN_FOLDER, Entry, read_entries
 
 _LOOK_SECONDS = 0.1
 _SECONDS_TO_END = 5.0

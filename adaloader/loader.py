@@ -14,17 +14,17 @@ from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from adaloader.batch_weights import own_weight, shared_weight
 from adaloader.explain import Explanation
-from adaloader.loader_iterator import DRAWS, LoaderIterator
-from adaloader.lookahead import LookaheadIterator
-from adaloader.read_draws import ReadDraws
-from adaloader.sampling import GlobalBatchSampler, Shares
+from adaloader.model.trainers import Accelerated, check_accelerate, lightning_arguments
+from adaloader.reading.batch_weights import own_weight, shared_weight
+from adaloader.reading.loader_iterator import DRAWS, LoaderIterator
+from adaloader.reading.lookahead import LookaheadIterator
+from adaloader.reading.read_draws import ReadDraws
+from adaloader.reading.sampling import GlobalBatchSampler, Shares
 from adaloader.session import Session
 from adaloader.settings import DEFAULT_MIN_ROWS, DEFAULT_TIMEOUT_SECONDS, Settings
-from adaloader.trainers import Accelerated, check_accelerate, lightning_arguments
 from adaloader.wrapped_loader import WrappedLoader
-from pm.eventual import DEFAULT_ROUNDS_PER_SECOND
+from pm.asynchronous.eventual import DEFAULT_ROUNDS_PER_SECOND
 
 Keys = str | None | Mapping[object, Callable[[Any], Any]]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pm
+from adaloader.ranks.table_values import all_texts
 from adaloader.settings import Settings
-from adaloader.table_values import all_texts
 from pm.recorder import Recorder, path_of_rank
 
 if TYPE_CHECKING:
-    from adaloader.managed_model import ManagedModel
+    from adaloader.model.managed_model import ManagedModel
 
 
 def open_record(manager: pm.Manager, record: object) -> Recorder | None:

@@ -13,18 +13,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from adaloader.auto_lookahead import AutoLookahead
-from adaloader.data_workers import read_batch
 from adaloader.explain import Explanation, explain
-from adaloader.feed import Feed
-from adaloader.given_keys import keys_by_table
-from adaloader.iteration import Iteration
-from adaloader.managing import manage
-from adaloader.random_ids import Passes
-from adaloader.sampling import random_state, set_random_state
+from adaloader.model.managing import manage
+from adaloader.planning.given_keys import keys_by_table
+from adaloader.planning.random_ids import Passes
+from adaloader.ranks.table_values import all_numbers
+from adaloader.reading.auto_lookahead import AutoLookahead
+from adaloader.reading.data_workers import read_batch
+from adaloader.reading.feed import Feed
+from adaloader.reading.iteration import Iteration
+from adaloader.reading.sampling import random_state, set_random_state
 from adaloader.settings import Settings
 from adaloader.stats import stats
-from adaloader.table_values import all_numbers
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.periodic import Periodic

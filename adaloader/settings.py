@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaloader.strategy import check_strategy
+from adaloader.model.strategy import check_strategy
+from pm.asynchronous.eventual import DEFAULT_ROUNDS_PER_SECOND
 from pm.decision import check_techniques
-from pm.eventual import DEFAULT_ROUNDS_PER_SECOND
 
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_LOOKAHEAD_WITH_STALENESS = 16

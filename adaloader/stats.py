@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from adaloader.managed_model import ManagedModel
+from adaloader.model.managed_model import ManagedModel
 
 
 def stats(managed: ManagedModel) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from adaloader.batch_weights import own_weight
 from adaloader.explain import Explanation
-from adaloader.loader_iterator import DRAWS, LoaderIterator
-from adaloader.lookahead import LookaheadIterator, Place
+from adaloader.reading.batch_weights import own_weight
+from adaloader.reading.loader_iterator import DRAWS, LoaderIterator
+from adaloader.reading.lookahead import LookaheadIterator, Place
 from adaloader.session import Session
 from adaloader.settings import Settings
 

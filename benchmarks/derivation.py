@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from adaloader import AdaLoader, planner
-from adaloader.batch_rows import BatchRows
-from adaloader.iteration import Iteration
+from adaloader import AdaLoader
+from adaloader.lookups.batch_rows import BatchRows
+from adaloader.planning import planner
+from adaloader.reading.iteration import Iteration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from ctr_data import make_synthetic

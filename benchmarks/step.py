@@ -238,7 +238,7 @@ def distributed(table: nn.Module, comm: object) -> nn.Module:
     """The table as plain PyTorch trains it on several ranks: under DistributedDataParallel with gloo."""
     if comm is None or comm.size == 1:
         return table
-    from adaloader.process_group import process_group
+    from adaloader.dense.process_group import process_group
 
     return nn.parallel.DistributedDataParallel(table, process_group=process_group(comm))
 

@@ -6,11 +6,11 @@
     mpirun -n 2 python benchmarks/traffic.py --mpi                real ranks, over `pm.ParameterManager`
     mpirun -n 2 python benchmarks/traffic.py --mpi --staleness 0  real ranks, over a loader that is exact
 
-The simulated ranks run the protocols' own code (`pm.simulation`, and `pm.lockstep_simulator` at staleness 0) and pack
-every message as it would travel, so all bytes are counted: intents, locations, acknowledgements, records, changes,
-headers. `none` keeps each row at its home rank and fetches and pushes on demand; `full` is computed: every rank holds
-every row, and sends the changes of the rows of each batch (id and record) to every other rank. A step is one batch on
-every rank; bytes are those that all ranks send.
+The simulated ranks run the protocols' own code (`pm.simulated.simulation`, and `pm.lockstep_simulator` at staleness 0)
+and pack every message as it would travel, so all bytes are counted: intents, locations, acknowledgements, records,
+changes, headers. `none` keeps each row at its home rank and fetches and pushes on demand; `full` is computed: every
+rank holds every row, and sends the changes of the rows of each batch (id and record) to every other rank. A step is one
+batch on every rank; bytes are those that all ranks send.
 
 With `--staleness 0` they are those of an `AdaLoader` that is exact: a step then sends gradients and new values, not
 changes of records; `full` sends every rank the gradients of all others. There `--machine-ranks 2` has each two
@@ -33,10 +33,10 @@ from pathlib import Path
 import numpy as np
 from workloads import WORKLOADS
 
-from pm.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS, ROUNDS_TO_ANSWER_OF_LOADERS
-from pm.schedules import Recording
-from pm.simulated_network import Setting
-from pm.simulation import Simulation
+from pm.asynchronous.node import CLOCKS_PER_MOVE_OF_LOADERS, CLOCKS_PER_REFRESH_OF_LOADERS, ROUNDS_TO_ANSWER_OF_LOADERS
+from pm.simulated.schedules import Recording
+from pm.simulated.simulated_network import Setting
+from pm.simulated.simulation import Simulation
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
 ID_BYTES = 4

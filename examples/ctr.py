@@ -127,7 +127,7 @@ def keep_used_rows(model: nn.Module, train: Clicks, test: Clicks) -> tuple[Click
     The rows start as they would in the declared table, so that plain PyTorch can be compared with a table
     that it could not build.
     """
-    from adaloader.deferred import program_of
+    from adaloader.deferred.context import program_of
 
     used, name = torch.cat([train.sparse, test.sparse]).unique(), "embedding.weight"
     program = program_of(model.embedding.weight)

@@ -1,26 +1,24 @@
 """The parameter manager: keeps tables' rows as records on the ranks that own them, and brings them where needed.
 
-A `Manager` serves one rank; a `SynchronousManager` several, over MPI, with results that equal one process's. Where
-ranks need not wait for each other, a `Node` (`node.py`: the protocol without input or output) is run by a `Runtime`, on
-which `ParameterManager`, the manager by hand, stands. Records live in `store.py`, who owns a key is asked of
-`directory.py` (`locations.py` of a node), and one background thread per rank (`transport.py`) moves typed messages
-(`messages.py`). Ranks of one machine read each other's records in shared memory (`neighbours.py`, `in_place.py`); where
-all are on one, most tables are in a store of all of them (`shared_tables.py`, `shared_store.py`, `shared_steps.py`).
-The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then `synchronous.py`,
-`asking.py` (intents), `serving.py` (owning rows) and `moving.py` (giving them away); for the asynchronous protocol
-`node.py`.
+A `Manager` serves one rank (`manager.py`). Of several ranks a `SynchronousManager` gives results that equal one
+process's (`exact/`); where ranks need not wait for each other, a `Node` is run by a `Runtime` (`asynchronous/`), on
+which `ParameterManager`, the manager by hand, stands too (`by_hand/`). One background thread per rank (`transport.py`)
+moves typed messages (`messages.py`); ranks of one machine read each other's records in memory that they share
+(`colocated/`). Records live in `storage/`, some on a device (`device/`), and move on as `rules.py` says; `simulated/`
+runs both protocols on virtual ranks. The room imports `intents` (timing) and `cuda_ops`. Read `manager.py` first, then
+`exact/synchronous.py`; for the asynchronous protocol `asynchronous/node.py`.
 """
 
-from pm.cached_manager import CachedManager
+from pm.asynchronous.eventual import EventualManager
+from pm.by_hand.parameter_manager import ParameterManager
+from pm.by_hand.worker import Worker
 from pm.dense_rules import Adadelta, Adam, Adamax, DecayingAdagrad, MomentumSGD, NAdam, RAdam, RMSprop
-from pm.eventual import EventualManager
+from pm.device.cached_manager import CachedManager
+from pm.exact.synchronous import SynchronousManager
 from pm.manager import Manager
-from pm.parameter_manager import ParameterManager
 from pm.rules import SGD, Adagrad, Frozen, RowwiseAdagrad, Rule, SparseAdam
-from pm.synchronous import SynchronousManager
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.waiting import PeerError
-from pm.worker import Worker
 
 __all__ = [
     "SGD",

@@ -23,11 +23,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from pm import rules
+from pm.colocated.machines import Machines
 from pm.decision import TECHNIQUES
-from pm.machines import Machines
+from pm.exact.synchronous import SynchronousManager
 from pm.messages import Kind, Message, message_bytes, pack, unpack
-from pm.schedules import Recording
-from pm.synchronous import SynchronousManager
+from pm.simulated.schedules import Recording
 from pm.tables import RowPlan, TableGradient, TableSpec
 from pm.waiting import PeerError, Waiting
 

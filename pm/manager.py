@@ -18,11 +18,11 @@ from pm.dense_rules import SWEPT_STEPS
 from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
 from pm.recorder import Recorder
-from pm.slot_index import MOST_SLOTS, SlotIndex
-from pm.store import RecordClass, RecordStore
+from pm.storage.slot_index import MOST_SLOTS, SlotIndex
+from pm.storage.store import RecordClass, RecordStore
+from pm.storage.whole_tables import WholeTables
 from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
 from pm.together import JointGradient, apply_joint, apply_together, runs
-from pm.whole_tables import WholeTables
 
 # Tables of so many rows together have an array of slots on each of several ranks: 16 MB.
 _ARRAY_ROWS = 1 << 22

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import cuda_ops
-from pm.store import reserve_zeros
+from pm.storage.store import reserve_zeros
 
 _RANK_BITS = 16
 _RANK_MASK = (1 << _RANK_BITS) - 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import cuda_ops
 from pm.dense_rules import DenseRule
-from pm.store import RecordStore
+from pm.storage.store import RecordStore
 
 
 class SparseRule:

@@ -5,7 +5,7 @@ promises.
     python -m pm.simulator --seeds 0:5000 --techniques replication --staleness 1
     python -m pm.simulator --seeds 0:1000 --common-keys --staleness 1
     python -m pm.simulator --seed 17 --trace           one of them again, with every message
-    python -m pm.simulator --replay lookups.npz        a recording (`pm.schedules.Recording`), with bytes by kind
+    python -m pm.simulator --replay lookups.npz        a recording (`simulated.schedules.Recording`), with bytes by kind
     python -m pm.simulator --replay moves-*.jsonl      what the ranks of a run intended: the files of its `record=`
 """
 
@@ -18,10 +18,10 @@ from collections import Counter
 from dataclasses import asdict
 
 from pm.decision import TECHNIQUES
-from pm.ledger import Violation
-from pm.schedules import Recording
-from pm.simulated_network import Setting
-from pm.simulation import Simulation, run_seed, setting_of
+from pm.simulated.ledger import Violation
+from pm.simulated.schedules import Recording
+from pm.simulated.simulated_network import Setting
+from pm.simulated.simulation import Simulation, run_seed, setting_of
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import cuda_ops
 from pm.history import History
 from pm.keys import make_keys
 from pm.rules import Rule
-from pm.store import RecordClass, RecordStore
+from pm.storage.store import RecordClass, RecordStore
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _until(reached) -> None:
 
 
 def _pid_of_rank(folder: Path, rank: int) -> int:
-    from adaloader.registry import read_entries
+    from adaloader.ranks.registry import read_entries
 
     return next(entry.pid for entry in read_entries(folder) if entry.rank == rank)
 

@@ -14,8 +14,8 @@ import os, sys, time, traceback
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from adaloader.dense import DenseReducer
-from adaloader.process_group import process_group
+from adaloader.dense.parameters import DenseReducer
+from adaloader.dense.process_group import process_group
 
 comm = MPI.COMM_WORLD
 

@@ -135,7 +135,7 @@ JOBS: dict[str, tuple[int, str]] = {
         def broken(): fail()
         def stuck():
             if RANK == 1:
-                adaloader.managed_model.managed_models[parts[0]].manager.transport.post(broken)
+                adaloader.model.managed_model.managed_models[parts[0]].manager.transport.post(broken)
                 time.sleep(300)  # this rank's own code notices nothing
         train(*parts, at=4, do=stuck)
         """,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pm
 from adaloader.errors import CheckpointError
-from adaloader.table_values import all_texts
+from adaloader.ranks.table_values import all_texts
 
 
 def raise_together(manager: pm.Manager, problem: str) -> None:

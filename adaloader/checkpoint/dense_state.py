@@ -13,8 +13,8 @@ from adaloader.checkpoint.saving import parameter_names
 from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.checkpoint.tree import decode
 from adaloader.errors import CheckpointError
-from adaloader.gathering import importing, leaving_tables_out
-from adaloader.managed_model import ManagedModel
+from adaloader.model.gathering import importing, leaving_tables_out
+from adaloader.model.managed_model import ManagedModel
 
 
 class DenseState:

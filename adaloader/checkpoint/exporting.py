@@ -15,11 +15,11 @@ import cuda_ops
 from adaloader.checkpoint.layout import Index, TableEntry, find_checkpoint, held_name, open_file, read_index
 from adaloader.checkpoint.tensor_file import TensorFile, TensorFileWriter
 from adaloader.checkpoint.tree import decode
+from adaloader.deferred.program_fill import program_fill
 from adaloader.errors import CheckpointError
-from adaloader.program_fill import program_fill
 from pm.history import History
-from pm.records import Records
-from pm.store import RecordClass, RecordStore
+from pm.storage.records import Records
+from pm.storage.store import RecordClass, RecordStore
 
 _WINDOW_BYTES = 8 << 20
 _SEARCH_ROWS = 1 << 18

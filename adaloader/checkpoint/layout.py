@@ -23,7 +23,7 @@ import numpy as np
 
 from adaloader.checkpoint.tensor_file import TensorFile, open_regular, parse_json
 from adaloader.errors import CheckpointError
-from pm.records import latest_caught_up
+from pm.storage.records import latest_caught_up
 
 FORMAT = "adaloader-checkpoint"
 VERSION = 1

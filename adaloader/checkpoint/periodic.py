@@ -23,8 +23,8 @@ from adaloader.errors import CheckpointError
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.writing import Saving
-    from adaloader.iteration import Iteration
-    from adaloader.loader_iterator import LoaderIterator
+    from adaloader.reading.iteration import Iteration
+    from adaloader.reading.loader_iterator import LoaderIterator
 
 log = logging.getLogger("adaloader")
 

@@ -19,9 +19,9 @@ from adaloader.checkpoint.dtypes import BY_NAME
 from adaloader.checkpoint.report import Restored
 from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.errors import CheckpointError
-from adaloader.managed_model import ManagedModel
-from adaloader.state import load_full_state_dict
-from adaloader.table_values import text_of_rank_0
+from adaloader.model.managed_model import ManagedModel
+from adaloader.model.state import load_full_state_dict
+from adaloader.ranks.table_values import text_of_rank_0
 
 
 def load_plain(path: str | os.PathLike | Mapping[str, Any], managed: ManagedModel, *, strict: bool) -> Restored:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaloader.candidate import agree_on_candidates, state_was_loaded
 from adaloader.checkpoint.agreement import raise_together
 from adaloader.checkpoint.dense_state import DenseState, load_dense
 from adaloader.checkpoint.layout import Index, find_checkpoint, open_file, read_index, verify_file
@@ -21,9 +20,10 @@ from adaloader.checkpoint.table_loading import check_tables, load_tables
 from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.checkpoint.tree import decode
 from adaloader.errors import CheckpointError
-from adaloader.managed_model import ManagedModel
-from adaloader.random_states import check_random_states, set_random_states
-from adaloader.table_values import all_texts
+from adaloader.model.managed_model import ManagedModel
+from adaloader.ranks.table_values import all_texts
+from adaloader.reading.random_states import check_random_states, set_random_states
+from adaloader.tables.candidate import agree_on_candidates, state_was_loaded
 
 if TYPE_CHECKING:
     from adaloader.loader import AdaLoader

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaloader.candidate import agree_on_candidates
 from adaloader.checkpoint.agreement import raise_together
 from adaloader.checkpoint.exchange import Exchange
 from adaloader.checkpoint.layout import FileEntry, Index
@@ -22,10 +21,11 @@ from adaloader.checkpoint.tables import cut, table_entry
 from adaloader.checkpoint.tree import Encoder
 from adaloader.checkpoint.writing import Part, SaveCounts, Saved, Saving
 from adaloader.errors import CheckpointError
-from adaloader.gathering import leaving_tables_out
-from adaloader.managed_model import ManagedModel
-from adaloader.random_states import random_states
-from adaloader.table_values import text_of_rank_0
+from adaloader.model.gathering import leaving_tables_out
+from adaloader.model.managed_model import ManagedModel
+from adaloader.ranks.table_values import text_of_rank_0
+from adaloader.reading.random_states import random_states
+from adaloader.tables.candidate import agree_on_candidates
 
 if TYPE_CHECKING:
     from adaloader.loader import AdaLoader

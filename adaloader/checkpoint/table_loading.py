@@ -10,19 +10,19 @@ import numpy as np
 import torch
 
 import pm
-from adaloader.candidate import CandidateParameter, decide_now
 from adaloader.checkpoint.layout import Index, TableEntry, held_name
 from adaloader.checkpoint.tables import states_of
 from adaloader.checkpoint.tensor_file import TensorFile
 from adaloader.checkpoint.tree import decode
+from adaloader.deferred.program_fill import program_fill
 from adaloader.errors import CheckpointError
-from adaloader.held_state import starting_from
-from adaloader.managed_model import ManagedModel
-from adaloader.managed_table import ManagedTable
-from adaloader.probation import confirm
-from adaloader.program_fill import program_fill
+from adaloader.model.managed_model import ManagedModel
+from adaloader.optimizers.held_state import starting_from
+from adaloader.tables.candidate import CandidateParameter, decide_now
+from adaloader.tables.managed_table import ManagedTable
+from adaloader.tables.probation import confirm
 from pm.history import History
-from pm.records import Records, caught_up_to, initial_records, write_records
+from pm.storage.records import Records, caught_up_to, initial_records, write_records
 
 _CHUNK_BYTES = 4 << 20
 

@@ -12,12 +12,12 @@ import cuda_ops
 import pm
 from adaloader.checkpoint.layout import TableEntry, held_name
 from adaloader.checkpoint.tree import Encoder
-from adaloader.held_state import state_names
-from adaloader.managed_model import ManagedModel
-from adaloader.managed_table import ManagedTable
-from adaloader.program_fill import ProgramFill
-from pm.records import Kept, Records, in_order, keep_records, take_records
-from pm.store import RecordClass
+from adaloader.deferred.program_fill import ProgramFill
+from adaloader.model.managed_model import ManagedModel
+from adaloader.optimizers.held_state import state_names
+from adaloader.tables.managed_table import ManagedTable
+from pm.storage.records import Kept, Records, in_order, keep_records, take_records
+from pm.storage.store import RecordClass
 
 _CHUNK_BYTES = 2 << 20
 _FORMS = {"float32": "F32", "float64": "F64"}

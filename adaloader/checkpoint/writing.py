@@ -32,7 +32,7 @@ from adaloader.errors import CheckpointError
 from pm import PeerError
 
 if TYPE_CHECKING:
-    from adaloader.managed_model import ManagedModel
+    from adaloader.model.managed_model import ManagedModel
 
 _LOOK_SECONDS = 0.1
 _INTACT = "what was saved before is intact, and the run can go on"

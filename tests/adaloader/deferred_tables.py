@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from adaloader.deferred import deferred_init, program_of
+from adaloader.deferred.context import deferred_init, program_of
 
 N, D = 5000, 12
 

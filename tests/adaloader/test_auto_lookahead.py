@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adaloader import AdaLoader
-from adaloader.auto_lookahead import FIRST, LEAST, MOST, AutoLookahead
+from adaloader.reading.auto_lookahead import FIRST, LEAST, MOST, AutoLookahead
 
 
 class Clock:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adaloader import AdaLoader, UnsupportedOptimizerError, full_state_dict
-from adaloader.ranks import same_comm
+from adaloader.ranks.communicator import same_comm
 
 ROWS = 1200
 SGD = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

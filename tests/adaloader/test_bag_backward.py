@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaloader import bags
-from adaloader.slabs import Slab
+from adaloader.lookups import bags
+from adaloader.lookups.slabs import Slab
 
 
 def slab_of(rows):

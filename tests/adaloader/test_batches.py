@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pm
-from adaloader.batch_rows import BatchRows
-from adaloader.batches import Batch, Batches
+from adaloader.lookups.batch_rows import BatchRows
+from adaloader.lookups.batches import Batch, Batches
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adaloader import AdaLoader, blocks
+from adaloader import AdaLoader
+from adaloader.lookups import blocks
 from tests.adaloader.against_plain import assert_same_as_plain, train, weigh
 
 TABLES, SAMPLES, BATCHES = 7, 5, 9

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaloader import AdaLoader, UnsupportedOptimizerError
-from adaloader.candidate import CandidateParameter
-from adaloader.table_parameter import TableParameter
+from adaloader.tables.candidate import CandidateParameter
+from adaloader.tables.table_parameter import TableParameter
 from tests.launch import launch
 
 ROWS, DIM = 1200, 6

@@ -7,8 +7,8 @@ from threading import Timer
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from adaloader import data_workers
-from adaloader.data_workers import read_batch
+from adaloader.reading import data_workers
+from adaloader.reading.data_workers import read_batch
 
 
 class _Broken:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaloader.deferred import (
+from adaloader.deferred.context import (
     DeferredInitError,
     DeferredTensor,
     deferred_init,
@@ -361,7 +361,7 @@ def test_a_table_larger_than_memory_takes_none():
     program = """
         import copy, torch
         from torch import nn
-        from adaloader.deferred import deferred_init, program_of
+        from adaloader.deferred.context import deferred_init, program_of
         import numpy as np
 
         ROWS = 33_762_588

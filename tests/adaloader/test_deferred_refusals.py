@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adaloader.deferred import (
+from adaloader.deferred.context import (
     DeferredInitError,
     deferred_init,
     program_of,

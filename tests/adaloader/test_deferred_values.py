@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from adaloader.deferred import (
+from adaloader.deferred.context import (
     DeferredTensor,
     stable_hash,
 )
-from adaloader.init_program import stream_key
+from adaloader.deferred.init_program import stream_key
 from tests.adaloader.deferred_tables import D, N, declared, rows_of
 
 DTYPES = (torch.float32, torch.float64)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from adaloader.deferred import (
+from adaloader.deferred.context import (
     DeferredInitError,
     program_of,
 )
-from adaloader.init_program import InitProgram
+from adaloader.deferred.init_program import InitProgram
 from tests.adaloader.deferred_tables import D, N, declared, rows_of
 
 # --- programs ---

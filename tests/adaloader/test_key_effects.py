@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaloader import AdaLoader, ManagedTableError
-from adaloader.kinds import UNKNOWN, Kinds, features_of
+from adaloader.planning.kinds import UNKNOWN, Kinds, features_of
 from intents import contents
 from tests.adaloader.against_plain import assert_same_as_plain, train
 from tests.adaloader.any_model import CASES, Draw, Net

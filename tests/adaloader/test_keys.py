@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.data import DataLoader, Dataset
 
 from adaloader import AdaLoader, full_state_dict
-from adaloader.managed_model import managed_models
+from adaloader.model.managed_model import managed_models
 from tests.loop_cases import MIN_ROWS, ROWS, Clicks, Model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
@@ -307,7 +307,7 @@ def test_underived_keys_are_said_once_with_table_and_reason(seed, caplog):
 
 def test_the_number_of_recordings_is_bounded(seed, monkeypatch):
     """A model whose ids can never be foreseen is not watched for ever."""
-    from adaloader import watch
+    from adaloader.planning import watch
 
     made = []
     monkeypatch.setattr(watch, "Recorder", lambda original=watch.Recorder: made.append(original()) or made[-1])

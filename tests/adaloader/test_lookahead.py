@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from adaloader.lookahead import LookaheadIterator, copy_state
+from adaloader.reading.lookahead import LookaheadIterator, copy_state
 
 
 class Source:

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from adaloader import feed
+from adaloader.reading import feed
 from tests.adaloader.id_loaders import Pairs, managed, train
 
 

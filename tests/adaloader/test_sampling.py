@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from adaloader.lookahead import LookaheadIterator
-from adaloader.sampling import GlobalBatchSampler, random_state, set_random_state
+from adaloader.reading.lookahead import LookaheadIterator
+from adaloader.reading.sampling import GlobalBatchSampler, random_state, set_random_state
 
 SEEDS = st.integers(0, 2**31 - 1)
 

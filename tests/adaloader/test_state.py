@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import adaloader
-from adaloader import AdaLoader, free_memory, gathering
+from adaloader import AdaLoader
+from adaloader.memory import free_memory
+from adaloader.model import gathering
 from tests.training import OPTIMIZERS, Shop, Visits, assert_same_optimizer_state, assert_same_tensors, step, train
 
 

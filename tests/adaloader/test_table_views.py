@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaloader import AdaLoader, ManagedTableError
-from adaloader.table_parameter import TableParameter
-from adaloader.view_layout import layout_of
+from adaloader.tables.table_parameter import TableParameter
+from adaloader.views.view_layout import layout_of
 from tests.adaloader.against_plain import assert_same_as_plain, train, weigh
 
 ROWS, DIM = 240, 6

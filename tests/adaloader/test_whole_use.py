@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaloader import AdaLoader, ManagedTableError, deferred_init, full_state_dict
-from adaloader.table_parameter import TableParameter
+from adaloader.tables.table_parameter import TableParameter
 from tests.adaloader.against_plain import assert_same_as_plain
 
 ROWS, DIM = 37, 4

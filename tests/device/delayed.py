@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-import adaloader.device_memory
+import adaloader.memory.device_memory
 import cuda_ops.dispatch
-from adaloader.device_memory import DeviceMemory
+from adaloader.memory.device_memory import DeviceMemory
 from tests.device import far
 
 _LATE_SECONDS = 0.0005
@@ -100,6 +100,6 @@ def _far_body(cpu_body):
 def install() -> torch.device:
     """Make models on the far device possible in this process; return the device."""
     device = far.far_device()
-    adaloader.device_memory.KINDS[far.NAME] = DelayedMemory
+    adaloader.memory.device_memory.KINDS[far.NAME] = DelayedMemory
     cuda_ops.dispatch.BODIES[far.NAME] = _far_body
     return device

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaloader.device_memory import all_on_host, memory_of, on_device, on_host
+from adaloader.memory.device_memory import all_on_host, memory_of, on_device, on_host
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32, np.float64])

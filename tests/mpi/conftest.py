@@ -206,7 +206,7 @@ def own_stores(monkeypatch):
 
     So it is where tables are too large for one store of all ranks.
     """
-    monkeypatch.setattr("pm.shared_tables.most_keys", lambda: 0)
+    monkeypatch.setattr("pm.colocated.shared_tables.most_keys", lambda: 0)
 
 
 @pytest.fixture(params=["one store", "own stores"])
@@ -246,9 +246,9 @@ def shared_path(tmp_path: Path) -> Path:
 def moving_at_once(monkeypatch):
     """Rows move as soon as they may, whatever it costs: tests of moving see more of it."""
     at_any_stage = 1, np.ones(4, bool)
-    monkeypatch.setattr("pm.reuse.Reuse.worth_a_move", lambda reuse, rank, store: at_any_stage)
-    monkeypatch.setattr("pm.moving._FEW", 0)
-    monkeypatch.setattr("pm.moving._SELDOM", 1)
+    monkeypatch.setattr("pm.exact.reuse.Reuse.worth_a_move", lambda reuse, rank, store: at_any_stage)
+    monkeypatch.setattr("pm.exact.moving._FEW", 0)
+    monkeypatch.setattr("pm.exact.moving._SELDOM", 1)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adaloader.dense import DenseReducer
-from adaloader.process_group import process_group
+from adaloader.dense.parameters import DenseReducer
+from adaloader.dense.process_group import process_group
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ONE_BUCKET, MANY_BUCKETS = 1 << 20, 1

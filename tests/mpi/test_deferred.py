@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import adaloader
 from adaloader import AdaLoader, DeferredInitError
-from adaloader.deferred_tensor import program_of
+from adaloader.deferred.deferred_tensor import program_of
 from tests.training import OPTIMIZERS, Shop, Visits, assert_same_optimizer_state, assert_same_tensors, close, train
 
 BATCH = 4  # a rank

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from adaloader import buckets as buckets_module
+from adaloader.dense import buckets as buckets_module
 from tests.mpi.dense_ranks import MANY_BUCKETS, Net, assert_same_grads
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adaloader import AdaLoader
-from adaloader.managed_model import managed_models
+from adaloader.model.managed_model import managed_models
 
 pytestmark = pytest.mark.ranks(3)
 ROWS, DIM, DELAY_SECONDS = 40, 3, 0.03

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pm
-import pm.machine
+import pm.colocated.machine
 from adaloader import AdaLoader
 from pm.messages import Kind, message_bytes
 from tests.mpi.meeting import meet
@@ -87,7 +87,7 @@ def test_neither_delays_nor_where_rows_are_change_a_bit(managers, seed):
 @pytest.mark.parametrize("area_bytes", [0, 1000])
 def test_without_room_in_shared_memory_a_bit_is_the_same(managers, seed, monkeypatch, area_bytes):
     results = [World(managers(**PAIRS), np.random.default_rng(seed)).run()]
-    monkeypatch.setattr(pm.machine, "_AREA_BYTES", area_bytes)
+    monkeypatch.setattr(pm.colocated.machine, "_AREA_BYTES", area_bytes)
     results.append(World(managers(**PAIRS), np.random.default_rng(seed)).run())
     same_bits(*results)
 

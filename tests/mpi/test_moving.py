@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import pm
+from pm.exact.reuse import Reuse
 from pm.messages import Kind
-from pm.reuse import Reuse
 from tests.mpi.meeting import meet
 from tests.mpi.worlds import World, assert_nothing_is_held, gathered, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import pm
-import pm.machine
-import pm.neighbours
-from pm.store import RecordStore
+import pm.colocated.machine
+import pm.colocated.neighbours
+from pm.storage.store import RecordStore
 from tests.mpi.meeting import meet
 from tests.mpi.worlds import World, gathered, pulled, read, train
 from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
@@ -20,7 +20,9 @@ from tests.pm.oracle import DENSE_RULES, DenseTable, make_spec
 
 def over_machines(monkeypatch, machine_of) -> None:
     """Have ranks believe that rank r is on machine `machine_of(r)`."""
-    monkeypatch.setattr(pm.machine, "ranks_of_machine", lambda comm: comm.Split(machine_of(comm.rank), comm.rank))
+    monkeypatch.setattr(
+        pm.colocated.machine, "ranks_of_machine", lambda comm: comm.Split(machine_of(comm.rank), comm.rank)
+    )
 
 
 @pytest.fixture(params=["pairs", "one apart", "alternating"])
@@ -126,7 +128,7 @@ def test_neighbours_send_no_rows(managers, comm, rule):
 @pytest.mark.parametrize("area_bytes", [0, 2000, 1 << 28])
 @pytest.mark.usefixtures("own_stores")
 def test_gradients_go_through_shared_memory_as_far_as_there_is_room(managers, seed, monkeypatch, area_bytes):
-    monkeypatch.setattr(pm.machine, "_AREA_BYTES", area_bytes)
+    monkeypatch.setattr(pm.colocated.machine, "_AREA_BYTES", area_bytes)
     manager = managers(shared_memory=True)
     World(manager, np.random.default_rng(seed)).run()
     (table,) = manager.add_tables([make_spec(len(manager.tables), 400, 64, "float32", "sgd")])
@@ -189,7 +191,7 @@ def test_no_more_is_mapped_than_the_address_space_has_room_for(managers, monkeyp
     """Tables of terabytes leave each rank room for its own; what it does not map it gets by message."""
     spec = make_spec(0, 300, 60, "float64", "sgd")
     store_bytes = RecordStore.bytes_of(spec.record_class, 2 * 300)
-    monkeypatch.setattr(pm.neighbours, "_MOST_MAPPED_BYTES", 2 * store_bytes - 1)  # of one other rank
+    monkeypatch.setattr(pm.colocated.neighbours, "_MOST_MAPPED_BYTES", 2 * store_bytes - 1)  # of one other rank
     manager = managers(shared_memory=True)
     (table,) = manager.add_tables([spec])
     rows = np.arange(300, dtype=np.int64)
@@ -210,11 +212,11 @@ def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monke
 
     odd = comm.rank == comm.size - 1
     if odd and where == "page":
-        monkeypatch.setattr(pm.machine, "SharedBlock", refuse)
+        monkeypatch.setattr(pm.colocated.machine, "SharedBlock", refuse)
     if odd and where == "store":
-        monkeypatch.setattr(pm.neighbours, "SharedBlock", refuse)
+        monkeypatch.setattr(pm.colocated.neighbours, "SharedBlock", refuse)
     if odd and where == "mapping":
-        monkeypatch.setattr(pm.neighbours, "map_block", refuse)
+        monkeypatch.setattr(pm.colocated.neighbours, "map_block", refuse)
     manager = managers(shared_memory=True)
     assert manager.machine_ranks == (1 if where == "page" else manager.ranks)
     (table,) = manager.add_tables([make_spec(0, 80, 3, "float32", "sgd")])
@@ -223,7 +225,7 @@ def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monke
     plans = [manager.intend(table, rows, version) for version in (0, 6)]
     take_steps(manager, table, dense, 4, lambda step, rank: rows[10 * rank : 10 * rank + 50])
     if odd and where == "mapping of another rule":
-        monkeypatch.setattr(pm.neighbours, "map_block", refuse)
+        monkeypatch.setattr(pm.colocated.neighbours, "map_block", refuse)
     manager.settle()
     values = dense.values.copy()
     manager.replace_rule(table, make_spec(0, 80, 3, "float32", "adagrad"))

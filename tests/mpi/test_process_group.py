@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaloader.agreement import broadcast
-from adaloader.process_group import process_group
+from adaloader.dense.process_group import process_group
+from adaloader.ranks.agreement import broadcast
 
 
 def test_broadcast_gives_rank_0_s_values(ranks):

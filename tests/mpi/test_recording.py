@@ -13,7 +13,7 @@ from torch import nn
 
 from adaloader import AdaLoader
 from pm.recorder import path_of_rank
-from pm.schedules import Recording
+from pm.simulated.schedules import Recording
 from pm.simulator import main
 from tests.mpi.meeting import meet
 

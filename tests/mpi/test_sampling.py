@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pm
-from pm.sampling import SCHEMES, Sampling
+from pm.by_hand.sampling import SCHEMES, Sampling
 
 NUM_KEYS = 300
 SECONDS_TO_ARRIVE = 30.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pm
-import pm.shared_steps
+import pm.colocated.shared_steps
 from tests.mpi.worlds import pulled, read
 from tests.pm.oracle import DenseTable, make_spec
 
@@ -117,7 +117,7 @@ def test_a_rank_that_does_not_step_is_named(managers, comm):
 
 
 def test_gradients_without_room_are_refused(managers, comm, monkeypatch):
-    monkeypatch.setattr(pm.shared_steps, "_HALF_BYTES", 4096)
+    monkeypatch.setattr(pm.colocated.shared_steps, "_HALF_BYTES", 4096)
     manager = managers(shared_memory=True)
     (table,) = started(manager, "sgd")
     dense = DenseTable(0, table.spec)

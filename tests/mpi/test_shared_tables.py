@@ -9,10 +9,10 @@ from mpi4py import MPI
 from torch import nn
 
 import adaloader
-import pm.neighbours
-import pm.shared_tables
+import pm.colocated.neighbours
+import pm.colocated.shared_tables
 from adaloader import AdaLoader
-from adaloader.managed_model import managed_models
+from adaloader.model.managed_model import managed_models
 
 pytestmark = pytest.mark.ranks(2)
 ROWS, DIM = 90, 4
@@ -161,16 +161,16 @@ def test_adam_and_frozen_tables_beside_it(comm, seed):
 def test_where_memory_cannot_be_shared_rows_are_moved_and_copied(comm, seed, monkeypatch, why):
     options = {}
     if why == "one rank cannot map it":
-        original = pm.neighbours.map_block
+        original = pm.colocated.neighbours.map_block
 
         def cannot(process, file, size):
             if comm.rank == comm.size - 1:
                 raise OSError("no such file")
             return original(process, file, size)
 
-        monkeypatch.setattr(pm.neighbours, "map_block", cannot)
+        monkeypatch.setattr(pm.colocated.neighbours, "map_block", cannot)
     elif why == "no room":
-        monkeypatch.setattr(pm.shared_tables, "most_keys", lambda: 10 if comm.rank == 0 else 1 << 40)
+        monkeypatch.setattr(pm.colocated.shared_tables, "most_keys", lambda: 10 if comm.rank == 0 else 1 << 40)
     else:
         options["shared_memory"] = False
     model, data = TwoTables(seed), sample_set(seed)

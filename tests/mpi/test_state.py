@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import adaloader
-from adaloader import AdaLoader, gathering
+from adaloader import AdaLoader
+from adaloader.model import gathering
 from tests.training import (
     ITEMS,
     OPTIMIZERS,

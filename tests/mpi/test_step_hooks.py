@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from adaloader import AdaLoader
-from adaloader.managed_model import managed_models
+from adaloader.model.managed_model import managed_models
 from tests.mpi.test_exactness import OPTIMIZERS, Clicks, ManyTables, Run, WideAndDeep, assert_exact
 from tests.training import close
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaloader import AdaLoader, ManagedTableError, full_state_dict
-from adaloader.table_parameter import TableParameter
+from adaloader.tables.table_parameter import TableParameter
 
 ROWS, DIM, BATCH_SIZE = 41, 3, 6
 

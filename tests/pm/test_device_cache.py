@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pm.device_cache import DeviceCache
-from pm.planned_uses import NEVER, PlannedUses
-from pm.turns_to_go import TurnsToGo
+from pm.device.device_cache import DeviceCache
+from pm.device.turns_to_go import TurnsToGo
+from pm.storage.planned_uses import NEVER, PlannedUses
 
 seeds = st.integers(0, 2**32 - 1)
 DIM = 3

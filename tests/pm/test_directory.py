@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pm.directory import NOBODY, Directory, RankIndex
+from pm.exact.directory import NOBODY, Directory, RankIndex
 
 NO_KEYS = np.empty(0, np.int64)
 

@@ -7,11 +7,11 @@ from collections import deque
 import numpy as np
 import pytest
 
-from pm.holdings import Copy, Group
+from pm.asynchronous.holdings import Copy, Group
+from pm.asynchronous.node import Node
+from pm.asynchronous.operations import Action, Operation
 from pm.messages import Kind, Message
-from pm.node import Node
-from pm.operations import Action, Operation
-from pm.store import RecordClass
+from pm.storage.store import RecordClass
 
 RANKS = 3
 

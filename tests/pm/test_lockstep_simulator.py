@@ -5,8 +5,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from pm.moving import Moving
-from pm.schedules import Recording
+from pm.exact.moving import Moving
+from pm.simulated.schedules import Recording
 from pm.waiting import PeerError
 
 if find_spec("mpi4py") is None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pm.machines import Machines
+from pm.colocated.machines import Machines
 from pm.pieces import Piece, Summing
 from tests.pm.oracle import some_rows
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pm.missing import Missing
-from pm.peers import Peers
+from pm.exact.missing import Missing
+from pm.exact.peers import Peers
 
 
 def of_rank_0(applied: int, steps: int, arrived: dict[int, object]) -> SimpleNamespace:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from pm.holdings import Group
+from pm.asynchronous.holdings import Group
+from pm.asynchronous.node import Node
+from pm.asynchronous.operations import Action, Operation
 from pm.messages import Kind, Message, narrow
-from pm.node import Node
-from pm.operations import Action, Operation
-from pm.store import RecordClass
+from pm.storage.store import RecordClass
 
 
 def test_an_answer_that_is_newer_than_the_copy_that_came_before_it_is_not_read():

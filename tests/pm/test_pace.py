@@ -2,8 +2,8 @@
 
 import pytest
 
-import pm.pace
-from pm.pace import Pace
+import pm.asynchronous.pace
+from pm.asynchronous.pace import Pace
 
 
 class Node:
@@ -33,7 +33,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(pm.pace, "time", clock)
+    monkeypatch.setattr(pm.asynchronous.pace, "time", clock)
     return clock
 
 

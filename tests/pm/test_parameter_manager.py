@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pm
-from pm.lengths import Lengths
+from pm.by_hand.lengths import Lengths
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ from pm.lengths import Lengths
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_built(monkeypatch, argument, error, message):
-    monkeypatch.setattr("pm.parameter_manager.Runtime", None)
+    monkeypatch.setattr("pm.by_hand.parameter_manager.Runtime", None)
     with pytest.raises(error, match=message):
         pm.ParameterManager(10, 4, **argument)
 

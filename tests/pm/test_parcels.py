@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pm.asynchronous.holdings import Group
+from pm.asynchronous.node import Node
 from pm.decision import are_restless, shared_longer
-from pm.holdings import Group
 from pm.messages import Kind, Message, narrow
-from pm.node import Node
-from pm.store import RecordClass
+from pm.storage.store import RecordClass
 
 KEYS = np.arange(4, dtype=np.int64)
 REQUEST = Message(Kind.REQUEST, (0, 0), (narrow(KEYS),))

@@ -7,7 +7,7 @@ import secrets
 import numpy as np
 import pytest
 
-from pm.place_index import PlaceIndex
+from pm.asynchronous.place_index import PlaceIndex
 
 
 @pytest.mark.parametrize("by_key", [False, True])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pm.reuse import Reuse
+from pm.exact.reuse import Reuse
 
 DIM = 16
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pm.sampling import SCHEMES, Sampling
+from pm.by_hand.sampling import SCHEMES, Sampling
 
 VALUES = 3
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pm.machine import Machine
-from pm.shared_gradients import SharedGradients
+from pm.colocated.machine import Machine
+from pm.colocated.shared_gradients import SharedGradients
 
 
 def areas(ranks: int, size: int) -> Machine:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pm import shared_memory
-from pm.shared_memory import SharedBlock, map_block
-from pm.store import RecordClass, RecordStore
+from pm.storage import shared_memory
+from pm.storage.shared_memory import SharedBlock, map_block
+from pm.storage.store import RecordClass, RecordStore
 
 OWNER = """
 import runpy, sys

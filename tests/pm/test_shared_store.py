@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import cuda_ops
-from pm.records import take_records
 from pm.rules import SGD
-from pm.shared_memory import SharedBlock
-from pm.shared_store import SharedStore
-from pm.snapshot import Snapshot
-from pm.store import RecordClass
+from pm.storage.records import take_records
+from pm.storage.shared_memory import SharedBlock
+from pm.storage.shared_store import SharedStore
+from pm.storage.snapshot import Snapshot
+from pm.storage.store import RecordClass
 
 DIM, RANKS = 3, 3
 CLASS = RecordClass(DIM, "float64", "sgd", 0)
@@ -198,7 +198,7 @@ def test_adding_and_states():
 
 @pytest.mark.parametrize("made", [True, False], ids=["all made", "one not made"])
 def test_records_of_which_all_were_made_are_put_into_large_pages(monkeypatch, made):
-    monkeypatch.setattr("pm.shared_store._LEAST_LARGE_BYTES", 1 << 20)
+    monkeypatch.setattr("pm.storage.shared_store._LEAST_LARGE_BYTES", 1 << 20)
     rows = 200_000  # of 32 bytes
     store, other, _ = stores(rows)
     keys = np.arange(rows if made else rows - 1)

@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pm.holdings import Copies, Holdings, Owned
-from pm.ledger import Violation
-from pm.locations import Locations
-from pm.operations import Operations
+from pm.asynchronous.holdings import Copies, Holdings, Owned
+from pm.asynchronous.locations import Locations
+from pm.asynchronous.operations import Operations
+from pm.asynchronous.syncing import Syncing
 from pm.recorder import Recorder, path_of_rank
-from pm.schedules import Does, Event, Recording, random_schedule
-from pm.simulated_network import Setting
-from pm.simulation import Simulation, run_seed
+from pm.simulated.ledger import Violation
+from pm.simulated.schedules import Does, Event, Recording, random_schedule
+from pm.simulated.simulated_network import Setting
+from pm.simulated.simulation import Simulation, run_seed
 from pm.simulator import main
-from pm.syncing import Syncing
 
 MOST_SEEDS = 100
 

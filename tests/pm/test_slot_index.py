@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pm.keys import make_keys
-from pm.slot_index import MOST_SLOTS, SlotIndex
+from pm.storage.slot_index import MOST_SLOTS, SlotIndex
 
 ROWS = [1, 7, 40, 300, 5000]
 

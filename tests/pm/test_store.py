@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pm.store import RecordClass, RecordStore
+from pm.storage.store import RecordClass, RecordStore
 
 CAPACITY = 40
 

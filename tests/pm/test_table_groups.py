@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import pm
-from pm.claims import Claims
-from pm.table_groups import Span, TableGroups
-from pm.table_plans import JointIntents, TablePlan
+from pm.asynchronous.claims import Claims
+from pm.asynchronous.table_groups import Span, TableGroups
+from pm.asynchronous.table_plans import JointIntents, TablePlan
 from pm.tables import Table
 from tests.pm.oracle import make_spec
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from adaloader.checkpoint.inspecting import check
 from adaloader.checkpoint.layout import INDEX, complete_in, read_index
-from adaloader.registry import RUN_FOLDER, read_entries
+from adaloader.ranks.registry import RUN_FOLDER, read_entries
 from tests.launch import ROOT, _environment, mpirun
 
 PROGRAM = Path(__file__).with_name("ctr_job.py")
