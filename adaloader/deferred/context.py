@@ -11,17 +11,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from adaloader.deferred.deferred_operations import show_trunc_normal
-from adaloader.deferred.deferred_tensor import (
-    DeferredTensor,
-    declare,
-    open_contexts,
-    operation_name,
-    program_of,
-    take_over,
-)
+from adaloader.deferred.deferred_tensor import DeferredTensor, declare, open_contexts, program_of, take_over
 from adaloader.deferred.factories import read_factory
 from adaloader.deferred.init_program import DeferredInitError, InitProgram, stable_hash
 from adaloader.deferred.init_refusal import user_line
+from adaloader.overrides.native import operation_name
 
 __all__ = [
     "DeferredInitError",

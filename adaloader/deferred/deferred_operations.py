@@ -12,7 +12,6 @@ import torch
 
 from adaloader.deferred.deferred_tensor import (
     DeferredTensor,
-    constant_tensor,
     declare,
     new_tensor,
     on_the_stand_in,
@@ -22,6 +21,7 @@ from adaloader.deferred.deferred_tensor import (
 from adaloader.deferred.factories import METHODS, read_factory
 from adaloader.deferred.init_program import Irreproducible
 from adaloader.deferred.init_steps import IN_PLACE, NN_INIT, OUT_OF_PLACE, scalar
+from adaloader.overrides.constant import constant_tensor
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 

@@ -13,6 +13,8 @@ import torch
 
 from adaloader.deferred.init_program import InitProgram, Irreproducible
 from adaloader.deferred.init_refusal import refusal
+from adaloader.overrides.constant import constant_tensor
+from adaloader.overrides.native import operation_name
 
 _OURS = ("_declaration", "_rows")
 
@@ -144,25 +146,10 @@ def new_tensor(declaration: Declaration, device, rows=None, shape=None) -> Defer
     return tensor
 
 
-def constant_tensor(shape, value, *, dtype, device, requires_grad=False) -> torch.Tensor:
-    """Return a plain tensor of any shape whose elements are all one element in memory (every stride is 0)."""
-    with torch._C.DisableTorchFunction():  # no mode, of ours or the user's, has a say in it
-        element = torch.full((1,) * len(shape), value, dtype=dtype, device=device)
-        return element.expand(shape).requires_grad_(requires_grad)
-
-
 def on_the_stand_in(func, *args, **kwargs):
     """Call `func` on the one-element tensors that deferred ones are to PyTorch."""
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
-
-
-def operation_name(func) -> str:
-    """Return the name of what `__torch_function__` was asked for: `mul_`, `size`, `init.uniform_`."""
-    name = getattr(func, "__name__", str(func))
-    if name in ("__get__", "__set__"):
-        return f"{func.__self__.__name__}.{name}"
-    return f"init.{name}" if getattr(func, "__module__", None) == "torch.nn.init" else name
 
 
 def _split_arguments(name, args, kwargs):

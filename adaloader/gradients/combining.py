@@ -19,8 +19,8 @@ import torch
 
 import cuda_ops
 from adaloader.errors import ManagedTableError
+from adaloader.gradients.parts import Part
 from adaloader.gradients.row_sum import RowSum
-from adaloader.lookups.slabs import Part
 from adaloader.memory.device_memory import on_host
 from pm.messages import Kind, Message
 from pm.pieces import Piece, Summing

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from adaloader.errors import ManagedTableError
+from adaloader.gradients.parts import Part, no_rows
 from adaloader.gradients.row_gradient import RowGradient, row_gradient
 from adaloader.gradients.row_sum import RowSum
-from adaloader.lookups.slabs import Part, no_rows
 
 _UNUSED = (
     "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this is "

@@ -17,9 +17,9 @@ import torch
 
 from adaloader.errors import ManagedTableError
 from adaloader.gradients.backward import TaskEnd, current_task, queue_at_end
+from adaloader.gradients.parts import Part
 from adaloader.gradients.row_gradient import RowGradient, row_gradient
 from adaloader.gradients.row_sum import RowSum
-from adaloader.lookups.slabs import Part
 
 if TYPE_CHECKING:
     from adaloader.model.managed_model import ManagedModel

@@ -12,12 +12,13 @@ from functools import partial
 
 import torch
 
-from adaloader.deferred.deferred_tensor import constant_tensor, operation_name
 from adaloader.gradients import row_operations
 from adaloader.gradients.row_sum import RowSum, refusal
 from adaloader.overrides.compiler import not_compiled
+from adaloader.overrides.constant import constant_tensor
 from adaloader.overrides.conversion import METHODS, check_stays
 from adaloader.overrides.form import FORM
+from adaloader.overrides.native import operation_name
 
 
 class RowGradient(torch.Tensor):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from adaloader.errors import ManagedTableError
+from adaloader.gradients.parts import Part
 from adaloader.gradients.row_sum import RowSum, refusal
-from adaloader.lookups.slabs import Part
 from adaloader.memory.device_memory import on_host
 
 MOST_DENSE_BYTES = 1 << 30

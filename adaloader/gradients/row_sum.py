@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from adaloader.errors import ManagedTableError
-from adaloader.lookups.slabs import Part, coalesce, no_rows
+from adaloader.gradients.parts import Part, coalesce, no_rows
 
 if TYPE_CHECKING:
-    from adaloader.lookups.block_gradient import BlockGradient
+    from adaloader.gradients.block_gradient import BlockGradient
     from adaloader.tables.managed_table import ManagedTable
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from adaloader.lookups.slabs import Part
+from adaloader.gradients.parts import Part
 from adaloader.memory.device_memory import on_host
 from adaloader.optimizers.gradient_layout import check_layout
 

@@ -20,8 +20,8 @@ from torch.autograd.graph import get_gradient_edge
 
 import cuda_ops
 import pm
-from adaloader.lookups.block_gradient import BlockGradient
-from adaloader.lookups.slabs import Part, spread
+from adaloader.gradients.block_gradient import BlockGradient
+from adaloader.gradients.parts import Part, spread
 from adaloader.overrides.compiler import not_compiled
 from pm.together import read_expanded, read_together
 

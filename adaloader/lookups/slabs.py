@@ -1,8 +1,7 @@
-"""Slabs: the rows that a batch works on, as one compact tensor, and the gradients that arrive for them."""
+"""Slabs: the rows that a batch works on, as one compact tensor."""
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,85 +11,12 @@ import torch
 
 import cuda_ops
 import pm
+from adaloader.gradients.parts import Part, spread
 from adaloader.memory.device_memory import memory_of, on_device
 from adaloader.overrides.compiler import not_compiled
 
 if TYPE_CHECKING:
     from adaloader.tables.managed_table import ManagedTable
-
-# Fresh memory costs a page fault per 4 KiB; sizes are rounded so that a buffer fits the next batch's slab as well.
-_BUFFER_ROWS = 1024
-_MOST_BUFFERS = 16
-
-
-def _references(arrays: list[np.ndarray]) -> list[int]:
-    """Return how often each array of the list is referred to, the list and this count itself included."""
-    counts = []
-    for array in arrays:
-        counts.append(sys.getrefcount(array))  # a loop's variable: versions of Python count these differently
-    return counts
-
-
-_REFERENCES_OF_UNUSED = _references([np.empty(1)])[0]
-
-
-class Buffers:
-    """Memory for slabs, used again once nothing refers to it any more (a graph may keep a slab beyond its batch)."""
-
-    def __init__(self):
-        self._kept: list[np.ndarray] = []
-
-    def take(self, rows: int, dim: int, dtype: str) -> np.ndarray:
-        """Return an array `[rows, dim]` with unspecified contents."""
-        wanted = max(1, -(-rows // _BUFFER_ROWS)) * _BUFFER_ROWS * dim
-        unused = [count == _REFERENCES_OF_UNUSED for count in _references(self._kept)]
-        for kept, free in zip(self._kept, unused, strict=True):
-            if free and kept.dtype == dtype and wanted <= kept.size <= 2 * wanted:
-                return kept[: rows * dim].reshape(rows, dim)
-        made = np.empty(wanted, dtype)
-        still = zip(self._kept, unused, strict=True)
-        self._kept = [k for k, free in still if not free or k.dtype != dtype or k.size >= wanted][-_MOST_BUFFERS:]
-        self._kept.append(made)
-        return made[: rows * dim].reshape(rows, dim)
-
-
-@dataclass(frozen=True)
-class Sums:
-    """The gradients `[U, dim]` of all rows of a block (see `blocks.py`), and the address of the first."""
-
-    array: np.ndarray
-    address: int
-
-
-@dataclass
-class Part:
-    """One backward's gradient for the rows of one slab.
-
-    Args:
-        rows: distinct row ids, int64 `[U]`.
-        values: gradient `[U, dim]`, where the table's parameter is.
-        plan: the plan that the rows belong to, if any.
-        scale: factor still to be applied; None until the backward that made it is over.
-        counts: times each row was looked up (int64 `[U]`), where the frequency divides the gradient.
-        ordinal: number of the lookup within the step, for gradients divided by frequency.
-        sums: of the block that `plan` was made with, if `values` was a part of them when it came.
-    """
-
-    rows: np.ndarray
-    values: torch.Tensor
-    plan: pm.RowPlan | None
-    scale: float | None
-    counts: np.ndarray | None = None
-    ordinal: int = 0
-    sums: Sums | None = None
-
-    def sums_of_block(self) -> np.ndarray | None:
-        """Return the array of `sums` if `values` are still the memory of this part's rows there."""
-        if self.sums is None or self.plan is None or self.plan.stretch is None:
-            return None
-        address = self.sums.address + self.plan.first * self.sums.array.strides[0]
-        is_there = self.values.data_ptr() == address and len(self.values) == len(self.plan.rows)
-        return self.sums.array if is_there and self.values.is_contiguous() else None
 
 
 @dataclass(frozen=True)
@@ -189,11 +115,6 @@ class _RowsOf(torch.autograd.Function):
         return spread(ctx.rows, grad, ctx.table.parameter.shape) if is_dense else None, None, None, None
 
 
-def spread(rows: np.ndarray, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a tensor of `shape` with `values` `[U, dim]` at distinct `rows` (int64 `[U]`), and zeros elsewhere."""
-    return values.new_zeros(shape).index_add(0, on_device(rows, memory_of(values.device)), values)
-
-
 class _Expand(torch.autograd.Function):
     """out[i] = slab[positions[i]]; the gradient is summed per slab row, leaving out the padding row."""
 
@@ -244,49 +165,3 @@ def expand(slab: Slab, positions: np.ndarray, shape: torch.Size, padding: int = 
         padding: position whose row gets no gradient, -1 for none.
     """
     return _Expand.apply(slab.tensor, slab, positions, shape, padding)
-
-
-def no_rows(table: ManagedTable) -> Part:
-    """Return a gradient of `table` that is zero everywhere."""
-    empty = torch.empty(0, table.table.spec.dim, dtype=table.parameter.dtype, device=table.parameter.device)
-    return Part(np.empty(0, np.int64), empty, None, 1.0)
-
-
-def coalesce(parts: list[Part]) -> Part:
-    """Sum parts without counts into one over their distinct rows, with its scale applied."""
-    rows, inverse = cuda_ops.dedup(np.concatenate([part.rows for part in parts]))
-    stacked = torch.cat([_scaled(part) for part in parts])
-    values = torch.empty(len(rows), stacked.shape[1], dtype=stacked.dtype, device=stacked.device)
-    memory = memory_of(stacked.device)
-    if memory is None:
-        cuda_ops.segment_sum(stacked.numpy(), inverse, values.numpy())
-    else:
-        with cuda_ops.trusted():
-            cuda_ops.segment_sum(stacked, memory.send(inverse), values)
-    return Part(rows, values, None, 1.0)
-
-
-def add_up(parts: list[Part]) -> Part:
-    """Sum parts that several backward passes gave for the same lookup, whose rows, plan and counts they share."""
-    values = torch.stack([_scaled(part) for part in parts]).sum(0)
-    return replace(parts[0], values=values, scale=1.0)
-
-
-def _scaled(part: Part) -> torch.Tensor:
-    values = part.values.detach()  # that of backward(create_graph=True) has a graph
-    return values if part.scale in (None, 1.0) else values * part.scale
-
-
-def sum_per_lookup(parts: list[Part]) -> list[Part]:
-    """Sum those of `parts` (with counts) that several backward passes gave for one lookup."""
-    by_lookup: dict[int, list[Part]] = {}
-    for part in parts:
-        by_lookup.setdefault(part.ordinal, []).append(part)
-    return [same[0] if len(same) == 1 else add_up(same) for same in by_lookup.values()]
-
-
-def coalesce_or_only(parts: list[Part], table: ManagedTable) -> Part:
-    """Return the sum of `parts` (without counts) as one part, an empty one if there are none."""
-    if len(parts) == 1:
-        return parts[0]
-    return coalesce(parts) if parts else no_rows(table)

@@ -1,1 +1,1 @@
-"""Memory: the host's, a device's, and which rows are kept on the device. Read `device_memory.py` first."""
+"""Memory: the host's, a device's, and buffers that are used again. Read `device_memory.py` first."""

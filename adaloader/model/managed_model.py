@@ -20,10 +20,11 @@ from torch.utils.hooks import RemovableHandle
 import pm
 from adaloader.dense.parameters import DenseReducer
 from adaloader.errors import ManagedTableError
+from adaloader.gradients.block_gradient import shares_for_step
 from adaloader.gradients.gradient_hooks import GradientHooks
+from adaloader.gradients.parts import Part
 from adaloader.lookups.batches import Batch, Batches
-from adaloader.lookups.block_gradient import shares_for_step
-from adaloader.lookups.slabs import Buffers, Part
+from adaloader.memory.buffers import Buffers
 from adaloader.optimizers.scalers import Scalers
 from adaloader.optimizers.state_watch import StateWatch
 from adaloader.optimizers.step_hooks import call_first_after_steps, call_last_before_steps

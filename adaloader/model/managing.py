@@ -20,9 +20,9 @@ from adaloader.deferred.deferred_tensor import program_of
 from adaloader.dense.parameters import DenseReducer
 from adaloader.dense.process_group import process_group
 from adaloader.gradients.combining import Combiner
-from adaloader.memory.row_cache import cache_rows, lone_manager
 from adaloader.model import adoption, averaged
 from adaloader.model.managed_model import ManagedModel, managed_models
+from adaloader.model.row_cache import cache_rows, lone_manager
 from adaloader.model.state import hook_modules, hook_state_dicts
 from adaloader.model.strategy import resolve_strategy
 from adaloader.model.trainers import bare_optimizer

@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
-from adaloader.deferred.deferred_tensor import constant_tensor, program_of
+from adaloader.deferred.deferred_tensor import program_of
 from adaloader.errors import UnsupportedOptimizerError
 from adaloader.memory.device_memory import on_host
 from adaloader.optimizers.supported import group_of, snapshot
+from adaloader.overrides.constant import constant_tensor
 
 # The entries of `optimizer.state[parameter]` by rule, in PyTorch's order, which is that of the parts of a record.
 _ENTRIES = {

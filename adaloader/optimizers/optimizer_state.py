@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 import pm
-from adaloader.deferred.deferred_tensor import constant_tensor
 from adaloader.model.gathering import (
     check_memory,
     exporting,
@@ -34,6 +33,7 @@ from adaloader.optimizers.held_state import (
 )
 from adaloader.optimizers.optimizer_layout import broadcast_optimizer_state
 from adaloader.optimizers.state_watch import StateWatch
+from adaloader.overrides.constant import constant_tensor
 from adaloader.ranks.table_values import load_states, numbers_of_rank_0, text_of_rank_0
 from adaloader.tables.candidate import agree_on_candidates, state_was_loaded
 from adaloader.tables.managed_table import ManagedTable

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adaloader.deferred.deferred_tensor import constant_tensor, program_of
+from adaloader.deferred.deferred_tensor import program_of
+from adaloader.overrides.constant import constant_tensor
 
 
 class RowwiseAdagrad(Optimizer):

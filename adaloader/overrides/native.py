@@ -1,4 +1,5 @@
-"""Functions of PyTorch as `__torch_function__` is given them, whatever other libraries have put in their places."""
+"""Functions of PyTorch as `__torch_function__` is given them, whatever other libraries have put in their places, and
+their names."""
 
 from __future__ import annotations
 
@@ -15,3 +16,11 @@ def native(name: str) -> Callable:
     if f"{getattr(here, '__module__', None) or 'torch'}.".startswith("torch."):
         return here
     return getattr(torch._C._VariableFunctions, name)
+
+
+def operation_name(func) -> str:
+    """Return the name of what `__torch_function__` was asked for: `mul_`, `size`, `init.uniform_`."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        return f"{func.__self__.__name__}.{name}"
+    return f"init.{name}" if getattr(func, "__module__", None) == "torch.nn.init" else name

@@ -10,7 +10,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from adaloader.errors import ManagedTableError
 from adaloader.gradients.gradient_hooks import give_back_hooks
-from adaloader.lookups.slabs import spread
+from adaloader.gradients.parts import spread
 from adaloader.memory.free_memory import free_bytes
 from adaloader.optimizers.held_state import state_names
 from adaloader.optimizers.supported import group_of

@@ -14,10 +14,11 @@ import torch
 import cuda_ops
 import pm
 from adaloader.errors import ManagedTableError
+from adaloader.gradients.parts import Part, coalesce_or_only, sum_per_lookup
 from adaloader.gradients.row_operations import replace
 from adaloader.gradients.row_sum import RowSum
 from adaloader.lookups.batch_rows import BatchRows
-from adaloader.lookups.slabs import Part, Slab, coalesce_or_only, make_slab, sum_per_lookup
+from adaloader.lookups.slabs import Slab, make_slab
 from adaloader.memory.device_memory import DeviceMemory, all_on_host, memory_of, on_device, on_host
 from adaloader.planning.coverage import LookupCounts
 from adaloader.ranks.table_values import read_whole

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adaloader.deferred.deferred_tensor import constant_tensor
 from adaloader.errors import ManagedTableError, WholeTableError
 from adaloader.gradients import functional_grad
 from adaloader.gradients.gradient_hooks import OfTable
@@ -22,6 +21,7 @@ from adaloader.gradients.row_gradient import RowGradient, row_gradient
 from adaloader.gradients.whole_gradient import catch_whole_gradients
 from adaloader.lookups import blocks, operations
 from adaloader.overrides.compiler import not_compiled
+from adaloader.overrides.constant import constant_tensor
 from adaloader.overrides.conversion import METHODS, check_stays
 from adaloader.overrides.form import FORM
 from adaloader.overrides.native import native

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaloader.deferred.deferred_tensor import operation_name
 from adaloader.errors import ManagedTableError
 from adaloader.gradients.row_gradient import RowGradient
 from adaloader.lookups.operations import ids_of_assignment
+from adaloader.overrides.native import operation_name
 from adaloader.tables.dense_use import become_dense, refuse, why_not_dense
 from adaloader.tables.writes import add_gradient, change_every_row, change_rows, overwrite
 from adaloader.views.rows_view import guarded, written_arguments

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from adaloader.deferred.deferred_tensor import operation_name
 from adaloader.errors import ManagedTableError
 from adaloader.overrides.compiler import not_compiled
+from adaloader.overrides.native import operation_name
 
 # In-place by name, but they change no value.
 _HARMLESS = {"requires_grad_", "detach_", "rename_", "share_memory_"}

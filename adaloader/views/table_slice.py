@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaloader.deferred.deferred_tensor import constant_tensor, operation_name
 from adaloader.errors import WholeTableError
 from adaloader.lookups.slabs import expand
 from adaloader.optimizers.gradient_layout import check_layout
 from adaloader.overrides.compiler import not_compiled
+from adaloader.overrides.constant import constant_tensor
+from adaloader.overrides.native import operation_name
 from adaloader.views.rows_view import guarded
 from adaloader.views.view_layout import Layout, layout_of
 from adaloader.views.view_positions import columns_of, offsets_of, order_of_results, rows_and_columns, with_open_rows

@@ -16,9 +16,8 @@ import contextlib
 
 import torch
 
-from adaloader.deferred.deferred_tensor import operation_name
 from adaloader.errors import WholeTableError
-from adaloader.overrides.native import native
+from adaloader.overrides.native import native, operation_name
 from adaloader.views.rows_view import written_arguments
 from adaloader.views.table_slice import TableSlice, rows_or_refusal, slice_of, unseen, view_by
 from adaloader.views.view_lookups import embedding, embedding_bag, gather, get_item, index_select, take, take_along_dim

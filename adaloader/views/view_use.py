@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from adaloader.deferred.deferred_tensor import operation_name
 from adaloader.errors import ManagedTableError
+from adaloader.overrides.native import operation_name
 from adaloader.tables.dense_use import become_dense, refuse, why_not_dense
 from adaloader.tables.whole_use import WITHOUT_GRADIENT
 from adaloader.tables.writes import overwrite

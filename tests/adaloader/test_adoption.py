@@ -8,7 +8,7 @@ from torch import nn
 
 import adaloader
 from adaloader import AdaLoader, DeferredInitError
-from adaloader.deferred.deferred_tensor import constant_tensor
+from adaloader.overrides.constant import constant_tensor
 from tests.training import OPTIMIZERS, Shop, Visits, assert_same_optimizer_state, assert_same_tensors, train
 
 

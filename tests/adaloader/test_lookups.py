@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaloader import AdaLoader
-from adaloader.lookups.slabs import Buffers
+from adaloader.memory.buffers import Buffers
 from tests.adaloader.against_plain import OPTIMIZERS, assert_same_as_plain, train, weigh
 from tests.adaloader.one_table import DIM, ROWS, Weight, batches
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import pm
-from adaloader.lookups.slabs import Part, Sums
+from adaloader.gradients.parts import Part, Sums
 from pm.together import JointGradient
 
 if TYPE_CHECKING:
