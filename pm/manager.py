@@ -129,22 +129,46 @@ class Manager(WholeTables):
         array_rows = _ARRAY_ROWS if self.ranks > 1 else 0
         return SlotIndex(self._rows_by_table, array_rows) if capacity < MOST_SLOTS else None
 
-    def replace_rule(self, table: Table, spec: TableSpec) -> None:
-        """Give `table` another update rule (collective): its records move to a store of the new class.
+    def why_rule_stays(self, table: Table, *, all_made: bool) -> str:
+        """Return why `table` cannot be given another update rule, "" if it can.
+
+        `all_made`: whether the records of all its rows were made.
+        """
+        if all_made or table.history is None or not len(table.history) or self._leaves_resting_rows(table):
+            return ""
+        return (
+            f"its {len(table.history)} steps under {table.spec.rule.name} have moved rows too that were never looked "
+            "up, and that are not held anywhere"
+        )
+
+    def _check_rule_may_go(self, table: Table, all_made: bool) -> None:
+        if why := self.why_rule_stays(table, all_made=all_made):
+            raise ValueError(f"table {table.spec.name!r} cannot be given another rule: {why}")
+
+    def _leaves_resting_rows(self, table: Table) -> bool:
+        """Whether the table's steps so far have left alone the rows that no gradient has reached."""
+        scratch = RecordStore(table.spec.record_class, 1)
+        slots, before = scratch.allocate(1), np.ones((1, table.spec.dim), table.spec.dtype)
+        scratch.set_values(slots, before)
+        initial = table.spec.rule.initial_state(table.spec.group)
+        scratch.set_states(slots, np.full((1, table.spec.record_class.state_words), initial, table.spec.dtype))
+        table.advance(scratch, slots)
+        return np.array_equal(scratch.values(slots, np.empty_like(before)), before)
+
+    def replace_rule(self, table: Table, spec: TableSpec, *, all_made: bool = False) -> None:
+        """Give `table` another update rule (collective): its records move to a store of another class, and their state
+        begins anew.
 
         Raises:
-            ValueError: if steps have moved rows that nobody holds, which the new rule would not know of.
+            ValueError: if it cannot be given one; see `why_rule_stays`.
         """
-        if table.history is not None and len(table.history):
-            raise ValueError(
-                f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
-                "moved all its rows; it cannot be given another rule"
-            )
+        self._check_rule_may_go(table, all_made)
         table.store.await_snapshot()
         with self._structure:
             held_keys, held_slots = table.store.index.items()
             mine = table_of(held_keys) == table.number
             keys, slots = held_keys[mine], held_slots[mine]
+            self.catch_up(table, slots, states=False)
             old, table.store = table.store, self._store_for(spec.record_class, spec.rows, spec.rows)
             table.spec = spec
             table.begin_history()

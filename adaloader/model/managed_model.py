@@ -103,11 +103,12 @@ class ManagedModel:
         self.leaving_tables_out = False
         self.exported: dict[tuple[str, bool], torch.Tensor | None] = {}
         self.importing: dict[ManagedTable, torch.Tensor] | None = None
-        self._hook_handles: list[object] = []
         self._share_of_backward: float | None = None
         self._epoch_end_is_due = self._has_warned = False
         self.state_watches: dict[Optimizer, StateWatch] = {}
         self._pre_hooks: dict[Optimizer, RemovableHandle] = {}
+        self._hooks: dict[Optimizer, list[RemovableHandle]] = {}
+        self._replaced: list[weakref.ref[Optimizer]] = []
         self._has_stepped_rows: set[Optimizer] = set()  # in the step that is under way
 
     @property
@@ -271,7 +272,29 @@ class ManagedModel:
                     this()._after_step(optimizer)
 
             self._pre_hooks[optimizer] = call_last_before_steps(optimizer, before)
-            self._hook_handles += [self._pre_hooks[optimizer], call_first_after_steps(optimizer, after)]
+            hooks = [self._pre_hooks[optimizer], call_first_after_steps(optimizer, after)]
+            self._hooks.setdefault(optimizer, []).extend(hooks)
+
+    def keep_hooks(self, optimizer: Optimizer, hooks: list[RemovableHandle]) -> None:
+        """Keep the handles of hooks on `optimizer`, for the time when it is let go."""
+        self._hooks.setdefault(optimizer, []).extend(hooks)
+
+    def let_go(self, optimizer: Optimizer) -> None:
+        """Another optimizer trains the tables of `optimizer` from now on: it is none of the model's any more, and holds
+        nothing for them.
+        """
+        for hook in self._hooks.pop(optimizer):
+            hook.remove()
+        del self._pre_hooks[optimizer]
+        self.state_watches.pop(optimizer, None)
+        for table, _ in self._held_by(optimizer):
+            optimizer.state.pop(table.parameter, None)
+        self.optimizers = [known for known in self.optimizers if known is not optimizer]
+        self._replaced = [known for known in self._replaced if known() is not None] + [weakref.ref(optimizer)]
+
+    def was_let_go(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` was one of the model's until another took its place."""
+        return any(known() is optimizer for known in self._replaced)
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Prepare a step; one with a closure, which makes its gradients itself, is prepared after each call of that."""

@@ -231,22 +231,56 @@ def _check_same_settings(managed: ManagedModel, settings: Settings) -> None:
 
 
 def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
-    """A later loader brings optimizers that the first one did not have."""
+    """A later loader brings optimizers that the first one did not have: for tables that none has trained, or in place
+    of those that did."""
     fresh = [o for o in optimizers if not any(o is known for known in managed.optimizers)]
-    for table in managed.tables:
-        place = group_of(fresh, table.parameter, table.name)
-        if place is None:
-            continue
-        if not isinstance(table.table.spec.rule, pm.Frozen):
-            raise ValueError(
-                f"table {table.name!r} is already trained by the optimizer of an earlier loader of this model, and a "
-                f"table has one optimizer: pass that one, and change its param_groups (lr, weight_decay) for the next "
-                f"phase; or take full_state_dict(model), then close the loader, and build model and loader anew from it"
-            )
-        _train_from_now_on(managed, table, fresh[place[0]])
+    held = [(table, place) for table in managed.tables if (place := group_of(optimizers, table.parameter, table.name))]
+    brought = [(table, optimizers[number], at) for table, (number, at) in held if optimizers[number] in fresh]
+    changed = [entry for entry in brought if not isinstance(entry[0].table.spec.rule, pm.Frozen)]
+    if changed:
+        _check_change(managed, changed)
+    for table, optimizer, at in brought:
+        if isinstance(table.table.spec.rule, pm.Frozen):
+            _train_from_now_on(managed, table, optimizer)
+        else:
+            adoption.change_optimizer(managed, table, optimizer, at)
+    for known in managed.optimizers:
+        if any(group_of([known], table.parameter) for table, _, _ in changed):
+            managed.let_go(known)
     managed.attach(fresh)
     for optimizer in fresh:
         hook_optimizer(managed, optimizer)
+
+
+def _check_change(managed: ManagedModel, changed: list[tuple[ManagedTable, Optimizer, int]]) -> None:
+    """Raise if a table cannot be trained by the group of an optimizer that it is to be trained by in place of another,
+    before anything is changed (collective).
+
+    Raises:
+        UnsupportedOptimizerError: if the optimizer can train no table.
+        ValueError: on all ranks, with the reason.
+    """
+    problem = ""
+    for table, optimizer, at in changed:
+        kind = type(optimizer).__name__
+        if managed.was_let_go(optimizer):
+            problem = (
+                f"this {kind} trained table {table.name!r} until a later loader was given another optimizer for it, "
+                "and its state went then: pass that one, or build a new optimizer"
+            )
+        elif why := adoption.why_not_changed(table, optimizer, at):
+            problem = (
+                f"table {table.name!r} is trained by an earlier loader's optimizer, and cannot go on under this "
+                f"{kind}: {why}. Change that one's param_groups (lr, weight_decay), or take full_state_dict(model), "
+                "close the loader, and build model and loader anew from it"
+            )
+        group = optimizer.param_groups[at]
+        check_modules(managed.model(), {table.name: (rule_for(optimizer, group, table.name), group)})
+    manager = managed.manager
+    if first := next((text for text in all_texts(manager, problem) if text), ""):
+        raise ValueError(first)
+    kinds = [(table.name, type(optimizer).__name__, at) for table, optimizer, at in changed]
+    adoption.agree(manager, "optimizers for the next stage", repr(kinds))
 
 
 def _train_from_now_on(managed: ManagedModel, table: ManagedTable, optimizer: Optimizer) -> None:

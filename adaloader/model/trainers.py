@@ -49,20 +49,25 @@ def _refuse_unknown_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             table = getattr(parameter, "_managed", None)
-            if table is None or table.model() is None or not (makes_gradients or table.may_have_gradient):
+            if table is None or table.model() is None:
                 continue
             known = table.owner.optimizers
+            if table.owner.was_let_go(bare_optimizer(optimizer)):
+                raise ManagedTableError(
+                    f"{type(optimizer).__name__} trained table {table.name!r} until a later loader was given another "
+                    "optimizer for it: step that one, or build a new optimizer and pass it to the next loader"
+                )
             if any(bare_optimizer(optimizer) is each for each in known):
                 break
+            if not (makes_gradients or table.may_have_gradient):
+                continue
             trained_by = [each for each in known if any(p is parameter for g in each.param_groups for p in g["params"])]
             if isinstance(table.table.spec.rule, pm.Frozen) or not trained_by:
                 remedy = "build AdaLoader after it and pass it as optimizer="
             else:
                 remedy = (
                     f"the loader was given {type(trained_by[0]).__name__} for it, and a table has one optimizer. Step "
-                    "that one (in Lightning, return it from configure_optimizers), or change its param_groups; for "
-                    "another optimizer take full_state_dict(model), then close the loader, and build model and loader "
-                    "anew from it"
+                    "that one (in Lightning, return it from configure_optimizers), or give the next loader this one"
                 )
             raise ManagedTableError(
                 f"{type(optimizer).__name__} holds table {table.name!r}, whose rows AdaLoader updates, and was not "

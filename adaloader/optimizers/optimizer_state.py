@@ -149,9 +149,12 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
             _load_table(managed, optimizer, table, None)
 
     managed.state_watches[optimizer] = StateWatch(reset)
-    optimizer.register_state_dict_post_hook(saved)
-    optimizer.register_load_state_dict_pre_hook(before_loading)
-    optimizer.register_load_state_dict_post_hook(loaded)
+    hooks = [
+        optimizer.register_state_dict_post_hook(saved),
+        optimizer.register_load_state_dict_pre_hook(before_loading),
+        optimizer.register_load_state_dict_post_hook(loaded),
+    ]
+    managed.keep_hooks(optimizer, hooks)
 
 
 def saved_entry(
@@ -212,8 +215,8 @@ def _load_table(
         confirm(table)  # and with that what the optimizer holds is freed
     if entry is None:
         if table.table.begun:
-            zero = constant_tensor(shape, 0.0, dtype=table.parameter.dtype, device="cpu")
-            load_states(manager, table.table, [zero] * len(names))
+            with manager.still():
+                manager.reset_states(table.table)
         continue_from(table.table, HeldState())
         return
     is_source = all(name in entry for name in names)

@@ -166,17 +166,16 @@ class EventualManager(SynchronousManager):
         """Return what this rank holds of a table's group."""
         return self.node.holdings[self._groups.span_of(table).group]
 
-    def replace_rule(self, table: Table, spec: TableSpec) -> None:
-        if table.history is not None and len(table.history):
-            raise ValueError(
-                f"table {table.spec.name!r} has taken {len(table.history)} steps under {table.spec.rule.name}, which "
-                "moved all its rows; it cannot be given another rule"
-            )
+    def why_rule_stays(self, table: Table, *, all_made: bool) -> str:
         if table.store.is_shared or len(self._groups.members(self._groups.span_of(table).group)) > 1:
-            raise ValueError(
-                f"table {table.spec.name!r} is trained by {table.spec.rule.name} already; with several ranks and "
-                "staleness only a table that no optimizer has held can be given a rule"
+            return (
+                f"with several ranks and staleness, rows trained by {table.spec.rule.name} are in one place with those "
+                "of other tables"
             )
+        return super().why_rule_stays(table, all_made=all_made)
+
+    def replace_rule(self, table: Table, spec: TableSpec, *, all_made: bool = False) -> None:
+        self._check_rule_may_go(table, all_made)
         self.settle()
         table.store.await_snapshot()
         number = self._groups.span_of(table).group

@@ -60,7 +60,9 @@ class SharingManager(ConnectedManager):
             old, table.spec = table.store, spec
             table.begin_history()
             table.store = self._store_for(spec.record_class, spec.rows, spec.rows)
-            super().load_rows(table, rows[mine], values, None)
+            made = super().make_slots(table, rows[mine])
+            table.store.set_values(made, values)
+            self._initialise_state(table, rows[mine], made)
             self.shared.left(old)
 
     # Rows

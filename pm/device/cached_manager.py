@@ -149,11 +149,11 @@ class CachedManager(Manager):
         self._to_host(table)
         return super().held_rows(table)
 
-    def replace_rule(self, table: Table, spec: TableSpec) -> None:
+    def replace_rule(self, table: Table, spec: TableSpec, *, all_made: bool = False) -> None:
         with self._lock:
             self._to_host(table)
             cached = self._cached.pop(table.number, None)
-            super().replace_rule(table, spec)
+            super().replace_rule(table, spec, all_made=all_made)
             if cached is not None and table.history is None:
                 self._cached[table.number] = cached.renewed()
 

@@ -153,7 +153,8 @@ class SynchronousManager(SharingManager):
     def machine_ranks(self) -> int:
         return self.neighbours.ranks
 
-    def replace_rule(self, table: Table, spec: TableSpec) -> None:
+    def replace_rule(self, table: Table, spec: TableSpec, *, all_made: bool = False) -> None:
+        self._check_rule_may_go(table, all_made)
         table.store.await_snapshot()
         if table.store.is_shared:
             with self.still():
@@ -163,18 +164,18 @@ class SynchronousManager(SharingManager):
             return
         with self.still(), self.asking.planning:
             self.asking.leave_in_place(table)
-            self._on_background(lambda: self._replace_rule(table, spec))
+            self._on_background(lambda: self._replace_rule(table, spec, all_made))
             self.neighbours.share([table])
             self._on_background(lambda: self.serving.send_slots_again(table))
 
-    def _replace_rule(self, table: Table, spec: TableSpec) -> None:
+    def _replace_rule(self, table: Table, spec: TableSpec, all_made: bool) -> None:
         with self.structure:
             notes = self.serving.notes_of(table.store)
             keys, slots = table.store.index.items()
             mine = table_of(keys) == table.number
             moves = notes.moves(slots[mine])
             self.neighbours.forget(table)
-            super().replace_rule(table, spec)
+            super().replace_rule(table, spec, all_made=all_made)
             notes.clear(slots[mine])
             self.serving.replaced(table, rows_of(keys[mine]), moves)
 

@@ -22,6 +22,7 @@ class WholeTables:
     structure: threading.RLock
     touch: Callable[[Table, np.ndarray], np.ndarray]
     catch_up: Callable[..., None]
+    initial_states: Callable[[Table, np.ndarray], np.ndarray]
     _mark_changed: Callable[[Table, np.ndarray], None]
 
     def load_rows(self, table: Table, rows: np.ndarray, values: np.ndarray, states: np.ndarray | None) -> None:
@@ -42,6 +43,13 @@ class WholeTables:
         slots = self.touch(table, rows)
         self.catch_up(table, slots)
         table.store.set_states(slots, states)
+
+    def reset_states(self, table: Table) -> None:
+        """Have the optimizer state of all records of `table` that this rank owns begin anew (inside `still()`)."""
+        rows, _ = self.owned_slots(table)
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            part = rows[start : start + _CHUNK_ROWS]
+            self.load_states(table, part, self.initial_states(table, part))
 
     def owned_slots(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows int64 `[n]`, their slots int64 `[n]`) of the records of `table` that this rank owns."""
