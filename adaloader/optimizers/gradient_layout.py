@@ -52,7 +52,7 @@ def check_modules(model: nn.Module, rules: Mapping[str, tuple[pm.Rule, Mapping[s
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in rules}
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # not by its attribute, which a parametrization would compute
         if not isinstance(module, _SPARSE_MODULES) or id(weight) not in names or not weight.requires_grad:
             continue
         table = names[id(weight)]

@@ -43,7 +43,7 @@ def _find_table(managed: ManagedModel, model: nn.Module, given) -> ManagedTable:
                     return table
     if isinstance(given, str):
         names = dict(model.named_parameters(remove_duplicate=False))
-        names.update({name: getattr(m, "weight", None) for name, m in model.named_modules()})
+        names.update({name: m._parameters.get("weight") for name, m in model.named_modules()})
         for table in managed.tables:
             if names.get(given) is table.parameter:
                 return table

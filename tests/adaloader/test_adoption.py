@@ -229,3 +229,25 @@ def test_an_expanded_tensor_is_no_declared_one(seed):
     model.related.weight = model.item.weight
     load(model, None, Visits(5, 0))
     assert torch.equal(model.state_dict()["related.weight"], torch.full((53, 4), 0.5).double())
+
+
+@pytest.mark.parametrize("built", [lambda: nn.Linear(4, 1), lambda: nn.Embedding(60, 4)], ids=["Linear", "Embedding"])
+def test_building_a_loader_computes_no_parametrization(built):
+    """What a module's `weight` is computed from may change each time that it is (`spectral_norm`)."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counted.calls += 1
+            return weight
+
+    other = built()
+    nn.utils.parametrize.register_parametrization(other, "weight", Counted())
+    model = nn.ModuleList([nn.Embedding(60, 4), other])
+    before = Counted.calls
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = AdaLoader([1, 2], model=model, optimizer=optimizer, min_rows=1, keys={"0": lambda batch: batch})
+    str(loader.explain())
+    assert Counted.calls == before
+    loader.close()

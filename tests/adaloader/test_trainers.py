@@ -343,7 +343,9 @@ def test_an_optimizer_that_the_loader_does_not_know(with_closure, seed):
         return loss
 
     before = full_state_dict(model)
-    with pytest.raises(ManagedTableError, match=r"SGD holds table '(user.weight|shelf)'.*given Adagrad.*give the next loader"):
+    with pytest.raises(
+        ManagedTableError, match=r"SGD holds table '(user.weight|shelf)'.*given Adagrad.*the next loader"
+    ):
         other.step(closure) if with_closure else (closure(), other.step())
     assert_same_tensors(full_state_dict(model), before, 0.0)
     dense = torch.optim.SGD(model.out.parameters(), lr=0.1)
