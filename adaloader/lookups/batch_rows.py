@@ -42,6 +42,14 @@ class BatchRows:
     block: Block | None = None
     first_site: int = 0
     first_row: int = 0
+    _ids_foreseen: int = -1
+
+    @property
+    def ids_foreseen(self) -> int:
+        """How many ids all expected lookups have together."""
+        if self._ids_foreseen < 0:
+            self._ids_foreseen = sum(len(ids) for ids, _ in self.sites)
+        return self._ids_foreseen
 
     def place_of(self, ids: np.ndarray) -> int | None:
         """Return the place in `sites` of a lookup that was expected and has these ids (int64 `[n]`); else None."""

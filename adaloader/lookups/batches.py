@@ -26,6 +26,10 @@ _REMEMBERED_BATCHES = 2
 _MOST_UNUSED = 16  # handed out, but not looked up
 _MOST_EVALUATED = 2  # looked up without gradient, before the one that is looked up now
 _MOST_TRAINED = 64  # looked up with gradient, and no step taken
+# Fewer ids than this, or a smaller part of all of a batch for a table, are not taken for that batch's by being equal,
+# unless they are as many for each of its samples.
+_TELLING_IDS = 5
+_TELLING_PART = 0.5
 
 
 @dataclass(eq=False)
@@ -117,6 +121,18 @@ class Batches:
             found.insert(0, self.current)
         return found
 
+    def may_be_of(self, batch: Batch, table_number: int, ids: np.ndarray) -> bool:
+        """Whether a lookup whose ids equal some that are foreseen for `batch` may be that one.
+
+        Few ids (of a loop that looks up sample by sample) may equal those of another batch by chance, and then its
+        gradient would count what that batch counts.
+        """
+        if len(self.active) == 1 or not torch.is_grad_enabled() or _tells(batch, batch.tables[table_number], ids):
+            return True
+        if self._forward_goes_on and self.current in self.active:
+            return batch is self.current
+        return batch.used_at is None or batch is self._guess(ids)
+
     def used(self, batch: Batch) -> None:
         """A lookup was matched to `batch`."""
         if self.current is batch and self._forward_goes_on and batch.trained and batch.used_at == self._manager.steps:
@@ -134,9 +150,13 @@ class Batches:
         """Return whether these are ids of a batch that is finished; if so, keep batches for longer from now on."""
         if self._forward_goes_on and self.current in self.active:
             return False  # few ids, which this forward looks up unforeseen, may have been another batch's by chance
+        due = self._guess(ids)
+        is_next_due = due in self.active and due.used_at is None
         for batch in self._finished:
             needed = batch.tables.get(table_number)
-            if needed is not None and needed.positions_of(ids) is not None:
+            if needed is None or is_next_due and not _tells(batch, needed, ids):
+                continue
+            if needed.positions_of(ids) is not None:
                 self._kept_steps = min(self._kept_steps + 1, _MOST_KEPT_STEPS)
                 if torch.is_grad_enabled():
                     self.current = batch
@@ -250,3 +270,10 @@ def _fits(batch: Batch, ids: np.ndarray | None) -> bool:
     """Whether a lookup of `ids` may be of as many samples as the batch has, where its weight is their number."""
     samples = batch.weight[0]
     return ids is None or (samples > 0 and len(ids) % samples == 0)
+
+
+def _tells(batch: Batch, needed: BatchRows, ids: np.ndarray) -> bool:
+    """Whether ids that equal some of what is foreseen for `batch` tell that a lookup is of it."""
+    if batch.weight[0] > 1 and _fits(batch, ids):
+        return True
+    return len(ids) >= _TELLING_IDS and len(ids) >= _TELLING_PART * needed.ids_foreseen

@@ -155,16 +155,17 @@ class ManagedModel:
         """A lookup was matched to `batch`."""
         self.batches.used(batch)
 
-    def relooked(self, table: ManagedTable, ids: np.ndarray, *, all_intended: bool) -> None:
+    def relooked(self, table: ManagedTable, ids: np.ndarray, *, all_intended: bool) -> Batch | None:
         """A lookup of `ids` (int64 `[n]`) was not foreseen: its batch was finished too early, or is not understood
-        yet."""
+        yet. Return that batch, as far as it can be told."""
         if self.batches.looked_up_late(table.table.number, ids):
-            return
+            return self.batches.current
         batch = self.batches.unmatched(ids)
         if not all_intended:
             table.last_mismatch = describe_mismatch(table, batch, ids)
         if batch is not None and not all_intended:
             self.watch.not_foreseen(batch, table.name, ids)
+        return batch
 
     def epoch_ended(self, *, later: bool) -> None:
         """A pass over a loader is over; `later`: the loop still works on a batch of it, and it is when another

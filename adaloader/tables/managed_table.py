@@ -120,7 +120,7 @@ class ManagedTable:
         for batch in model.candidates(self):
             expected = batch.tables[self.table.number]
             positions = expected.positions_of(flat)
-            if positions is not None:
+            if positions is not None and model.batches.may_be_of(batch, self.table.number, flat):
                 if not is_repeated:
                     self.matched = expected.next_site - 1
                     if torch.is_grad_enabled():
@@ -227,7 +227,9 @@ class ManagedTable:
             at = batch.tables[self.table.number].find(rows)
             if found is None or (at >= 0).sum() > (found >= 0).sum():
                 best, found = batch, at
-        model.relooked(self, flat, all_intended=found is not None and bool((found >= 0).all()))
+        batch = model.relooked(self, flat, all_intended=found is not None and bool((found >= 0).all()))
+        if batch is not best and torch.is_grad_enabled():
+            best = None  # its rows are the same, but a gradient with its plan would count as its own
         if best is not None and len(rows) and (found >= 0).all():
             self.counts.intended += len(rows)
             expected = best.tables[self.table.number]

@@ -24,7 +24,7 @@ class AnIteration:
 
 def a_batch(number, rows):
     """A batch that intends `rows` of table 0."""
-    batch = Batch(number, AnIteration(), (3.0, 6.0), None, number)
+    batch = Batch(number, AnIteration(), (2.0, 6.0), None, number)
     plan = pm.RowPlan(number, None, np.array(rows), number, np.arange(len(rows)), None)
     batch.tables = {0: BatchRows(np.array(rows), [(np.array(rows), np.arange(len(rows)))], plan)}
     return batch
@@ -51,3 +51,23 @@ def test_a_batch_that_is_looked_up_again_after_its_step_is_the_current_one(batch
     batches.finish_used()
     assert batches.looked_up_late(0, np.array([3, 5]))
     assert batches.current is finished
+
+
+def test_few_ids_of_many_do_not_tell_which_batch_they_are_of(batches):
+    """A lookup of one sample's rows may equal that of a sample of another batch."""
+    finished, now = a_batch(0, [3, 5, 7, 9, 11]), a_batch(1, [4, 6, 7, 8, 10])
+    for batch in (finished, now):
+        rows = batch.tables[0].rows
+        batch.tables[0].sites = [(rows[at : at + 1], np.array([at])) for at in range(len(rows))]
+    batches.handed_out(finished)
+    batches.used(finished)
+    batches.backward_goes_on()
+    batches._manager.steps = 1
+    batches.finish_used()
+    batches.handed_out(now)
+    assert not batches.looked_up_late(0, np.array([7]))
+    batches.used(now)
+    later = a_batch(2, [7])
+    batches.handed_out(later)
+    assert batches.may_be_of(now, 0, np.array([7]))
+    assert not batches.may_be_of(finished, 0, np.array([7]))
