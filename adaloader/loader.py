@@ -426,6 +426,14 @@ class AdaLoader(StatefulDataLoader):
         if self._session is not None:
             self._session.close()
 
+    def __reduce_ex__(self, protocol):
+        if self._session is not None:
+            raise TypeError(
+                "an AdaLoader cannot be copied or pickled: it has threads and the rows of its model's tables. Keep it "
+                "out of what is copied (an attribute of a module, a dataset), and build another where one is needed"
+            )
+        return super().__reduce_ex__(protocol)
+
     def _need_session(self) -> Session:
         if self._session is None:
             raise RuntimeError("this AdaLoader was built without model=, so it manages no tables")

@@ -17,6 +17,7 @@ DEFAULT_LOOKAHEAD_WITH_STALENESS = 16
 """Rows come with rounds there, one a step: a question that is sent on to a row's owner takes some steps."""
 DEFAULT_MIN_ROWS = 1000
 DEFAULT_TIMEOUT_SECONDS = 300.0
+_MOST_SECONDS = 10**9  # what waits for ranks takes no infinite time
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ class Settings:
             raise ValueError(f"record must be the path of a file, or None; got {self.record!r}")
         if not _is_int(self.min_rows) or self.min_rows < 1:
             raise ValueError(f"min_rows must be a number of rows, 1 or more; got {self.min_rows!r}")
-        if not isinstance(self.timeout_seconds, (int, float)) or not self.timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be positive; got {self.timeout_seconds!r}")
+        if not _is_number(self.timeout_seconds) or not 0 < self.timeout_seconds <= _MOST_SECONDS:
+            raise ValueError(
+                f"timeout_seconds must be positive, and {_MOST_SECONDS:,} at most; got {self.timeout_seconds!r}"
+            )
         if not (self.keys is None or self.keys == "auto" or isinstance(self.keys, Mapping)):
             raise ValueError(f'keys must be "auto", None or a mapping of tables to functions; got {self.keys!r}')
         if self.batch_weight is not None and not callable(self.batch_weight):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+log = logging.getLogger("adaloader")
+
+# How long a rank waits for the others to come before it says so, and again after twice as long.
+_SECONDS_TO_SAY = 30.0
+_SECONDS_BETWEEN_LOOKS = 1e-3
 # (size, rank) variables that launchers set for each process: MPICH's Hydra and PMI-2, Open MPI, MVAPICH, Slurm's srun.
 _LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
@@ -52,3 +59,19 @@ def default_comm() -> MPI.Comm | None:
             f"another MPI ({MPI.Get_library_version().splitlines()[0][:60]}); launch with that library's own mpirun"
         )
     return MPI.COMM_WORLD
+
+
+def await_all(comm: MPI.Comm) -> None:
+    """Wait until every rank is here (collective), and say it where that takes long: one may never come."""
+    request, began, due = comm.Ibarrier(), time.perf_counter(), _SECONDS_TO_SAY
+    while not request.Test():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        waited = time.perf_counter() - began
+        if waited > due:
+            log.warning(
+                "rank %d has waited %.0f s for other ranks: every rank must build the AdaLoader or ParameterManager "
+                "that this one builds",
+                comm.rank,
+                waited,
+            )
+            due += 2 * waited

@@ -172,6 +172,24 @@ JOBS: dict[str, tuple[int, str]] = {
         train(*make(), at=4, do=leave if RANK == 1 else int)
         """,
     ),
+    "one rank has closed its output": (
+        2,
+        """
+        def leave():
+            os.close(1), os.close(2)
+            fail()
+        train(*make(), at=4, do=leave if RANK == 1 else int)
+        """,
+    ),
+    "one rank has no output": (
+        2,
+        """
+        def leave():
+            sys.stdout = sys.stderr = None
+            fail()
+        train(*make(), at=4, do=leave if RANK == 1 else int)
+        """,
+    ),
     "one rank stalls": (
         2,
         """
@@ -243,6 +261,19 @@ JOBS: dict[str, tuple[int, str]] = {
         for model, optimizer, loader in held:
             train(model, optimizer, loader, 3, lambda: None)
         held = [held[(at + RANK) % 6] for at in range(6)]
+        now("END")
+        """,
+    ),
+    "a program that a rank has started fails": (
+        2,
+        """
+        import subprocess
+        parts = make()
+        train(*parts)
+        failing = [sys.executable, "-c", "import adaloader; raise ArithmeticError('of its own')"]
+        ended = subprocess.run(failing, capture_output=True, text=True)
+        assert ended.returncode == 1 and "ending the job" not in ended.stderr, ended
+        train(*parts)
         now("END")
         """,
     ),
@@ -353,6 +384,8 @@ FAILING = {
     "SIGINT to one rank": ["KeyboardInterrupt", "rank 1 of 2 failed (KeyboardInterrupt)"],
     "Ctrl-C": [],
     "one rank exits early": ["PeerError|RuntimeError", "[Rr]ank 1[^0-9].*has closed its loader or ended"],
+    "one rank has closed its output": [],
+    "one rank has no output": [],
     "one rank stalls": [
         "Rank 0 waits for rank 1, which has taken 4 optimizer steps and begun 4 sums",
         r"Rank 1 is at .*program\.py:[0-9]+ in stall",
@@ -396,7 +429,14 @@ def test_other_ranks_add_no_traceback_of_the_ending(jobs, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["all well on 1", "all well on 4", "many loaders left open", "one is still evaluating"]
+    "name",
+    [
+        "all well on 1",
+        "all well on 4",
+        "many loaders left open",
+        "a program that a rank has started fails",
+        "one is still evaluating",
+    ],
 )
 def test_job_that_ends_without_closing_its_loader(jobs, name):
     job = jobs[name]

@@ -39,7 +39,7 @@ from adaloader.recording import begin_record, check_same_record, open_record
 from adaloader.settings import Settings
 from adaloader.tables.candidate import find_candidates, watch_candidates
 from adaloader.tables.managed_table import ManagedTable
-from pm.launch import default_comm, launched_ranks
+from pm.launch import await_all, default_comm, launched_ranks
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.roll_call import RollCall
@@ -167,6 +167,7 @@ def _roll_call(manager: pm.SynchronousManager) -> RollCall:
 
 
 def _manager_of_ranks(comm, settings: Settings) -> pm.SynchronousManager:
+    await_all(comm)
     if settings.staleness == 0:
         return pm.SynchronousManager(
             comm, settings.timeout_seconds, settings.techniques, shared_memory=settings.shared_memory

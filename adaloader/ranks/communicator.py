@@ -6,6 +6,7 @@ met in `sys.excepthook`, and, should somebody have replaced that, at exit, where
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from pm.launch import default_comm, launched
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_PROCESS_OF_RANK = "ADALOADER_PROCESS_OF_RANK"
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 # A launcher that is told to end the job may drop what it has not yet read of the ranks' output.
 _SECONDS_TO_SPEAK = 0.3
@@ -46,10 +48,15 @@ def end_job_on_failure() -> None:
     Ctrl-C counts as one. For the main process of a rank. To be called again after code that may have set a hook.
     """
     global _guarded
-    if sys.excepthook is not _abort and multiprocessing.parent_process() is None:
+    if sys.excepthook is not _abort and multiprocessing.parent_process() is None and _is_started_by_launcher():
         _guarded = True
         _hooks_before.append(sys.excepthook)
         sys.excepthook = _abort
+
+
+def _is_started_by_launcher() -> bool:
+    """Whether this process is a rank, not one that a rank has started, with the launcher's variables too."""
+    return os.environ.setdefault(_PROCESS_OF_RANK, str(os.getpid())) == str(os.getpid())
 
 
 def end_job_if_failed() -> None:
@@ -106,9 +113,11 @@ def end_job(kind: type[BaseException]) -> None:
     begun = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
     ranks, rank = (mpi.COMM_WORLD.size, mpi.COMM_WORLD.rank) if begun else launched()
     ends(kind.__name__)
-    print(f"adaloader: rank {rank} of {ranks} failed ({kind.__name__}); ending the job", file=sys.stderr)
-    sys.stderr.flush()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):  # a script may have closed them, and the job ends in any case
+        print(f"adaloader: rank {rank} of {ranks} failed ({kind.__name__}); ending the job", file=sys.stderr)
+        for stream in (sys.stderr, sys.stdout):
+            if stream is not None:
+                stream.flush()
     time.sleep(_SECONDS_TO_SPEAK)
     if begun:
         mpi.COMM_WORLD.Abort(_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else 1)

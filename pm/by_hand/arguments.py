@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pm.launch import await_all
+
 _DIGEST_BYTES = 16
 
 
@@ -90,6 +92,7 @@ def check_same(comm, arguments: Mapping[str, tuple[object, bytes]]) -> None:
         return
     mine = np.array([_digest(of_bytes) for _, of_bytes in arguments.values()])
     of_ranks = np.empty((comm.size, *mine.shape), np.uint8)
+    await_all(comm)
     comm.Allgather(mine, of_ranks)
     differs = (of_ranks != of_ranks[0]).any(axis=2)
     if differs.any():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import pickle
 import threading
 import weakref
 
@@ -310,3 +311,14 @@ def test_an_error_of_a_key_function_comes_in_its_place():
         with pytest.raises(ArithmeticError, match="no keys for 9"):
             next(iterator)
     loader.close()  # until then its batch keeps the error, whose traceback keeps this frame
+
+
+def test_a_loader_is_not_copied():
+    """Its threads and rows cannot be: a module that holds it is not either, and says so."""
+    model = Lookup()
+    loader = AdaLoader(Pairs(10), 2, model=model, min_rows=1)
+    model.loader = loader
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="AdaLoader cannot be copied or pickled.*Keep it out"):
+            copied(loader)
+    copy.deepcopy(AdaLoader(list(range(4)), 2))  # one that manages nothing
