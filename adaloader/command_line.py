@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from adaloader.job import add_run_arguments, run_job
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return the exit code: 0, 1 for what is wrong with a checkpoint or job, 2 for the command line."""
+    """Run a command; return the exit code: 0, 1 for what is wrong with a checkpoint or job, 2 for the command line.
+
+    The code of `run` is its job's where that is not 0.
+    """
     parser = argparse.ArgumentParser(prog="python -m adaloader", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="list what is inside a checkpoint, and verify it")
@@ -26,7 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     add_run_arguments(commands.add_parser("run", help="start a job, say what died, and start it again"))
     args = parser.parse_args(arguments)
     try:
-        return {"inspect": _inspect, "export": _export, "run": run_job}[args.command](args)
+        code = {"inspect": _inspect, "export": _export, "run": run_job}[args.command](args)
+        print(end="", flush=True)  # here, where an error can be caught; at the exit it would be a traceback
+        return code
+    except BrokenPipeError:  # who read our output, such as `head`, has read enough
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            os.dup2(nowhere, stream.fileno())
+        return 128 + signal.SIGPIPE  # as of a program that the signal ends
     except CheckpointError as error:
         print(f"adaloader: {error}", file=sys.stderr)
         return 1
@@ -49,9 +61,12 @@ def _export(args: argparse.Namespace) -> int:
     index = read_index(find_checkpoint(args.path))
     total = sum(t.rows * t.dim * int(t.dtype.removeprefix("float")) // 8 for t in index.tables.values())
     bar = _progress(None, "exporting", total=total, unit="B", unit_scale=True)
-    size = export(args.path, args.out, (lambda count: None) if bar is None else bar.update)
-    if bar is not None:
-        bar.close()
+    progress = (lambda count: None) if bar is None else bar.update
+    try:
+        size = export(args.path, args.out, progress, lambda numbers: _progress(numbers, "verifying"))
+    finally:
+        if bar is not None:
+            bar.close()
     print(f"{args.out}: {size:,} bytes")
     return 0
 

@@ -5,14 +5,25 @@ Rows lie ascending in each rank's file, so a window of a table is a slice of eac
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import cuda_ops
-from adaloader.checkpoint.layout import Index, TableEntry, find_checkpoint, held_name, open_file, read_index
+from adaloader.checkpoint.inspecting import check
+from adaloader.checkpoint.layout import (
+    Index,
+    TableEntry,
+    complete_in,
+    find_checkpoint,
+    held_name,
+    open_file,
+    read_index,
+)
 from adaloader.checkpoint.tensor_file import TensorFile, TensorFileWriter
 from adaloader.checkpoint.tree import decode
 from adaloader.deferred.program_fill import program_fill
@@ -26,21 +37,30 @@ _SEARCH_ROWS = 1 << 18
 _FORMS = {"float32": "F32", "float64": "F64"}
 
 
-def export(path: Path, out: Path, progress: Callable[[int], None] = lambda count: None) -> int:
+def export(
+    path: Path,
+    out: Path,
+    progress: Callable[[int], None] = lambda count: None,
+    verifying: Callable[[Iterable[int]], Iterable[int]] = lambda numbers: numbers,
+) -> int:
     """Write the model's state_dict in a checkpoint to a safetensors file, and return the file's bytes.
 
-    `out` appears when it is whole. Other entries of the state_dict than tensors are left out.
+    The checkpoint is read whole and verified before. `out` appears when it is whole. Other entries of the state_dict
+    than tensors are left out.
 
     Args:
         path: the folder of a checkpoint, or of several, of which the newest is taken.
-        out: the file; it is overwritten.
+        out: the file; an earlier one is replaced, but nothing else than a file, and nothing of a checkpoint.
         progress: called with the bytes of tables that were written since.
+        verifying: wraps the numbers of the checkpoint's files as they are verified.
 
     Raises:
         CheckpointError: naming the file that is damaged, or cannot be written.
     """
     folder = find_checkpoint(path)
     index = read_index(folder)
+    _check_out(out, [folder, *complete_in(path)])
+    check(folder, verifying)
     files: list[TensorFile] = []
     beside = out.with_name(out.name + ".tmp")
     try:
@@ -49,15 +69,39 @@ def export(path: Path, out: Path, progress: Callable[[int], None] = lambda count
         size = _write(index, files, beside, progress)
         os.replace(beside, out)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        _remove(beside)
         raise CheckpointError(f"{error.filename or out} cannot be written: {error.strerror}") from error
     except BaseException:
-        beside.unlink(missing_ok=True)
+        _remove(beside)
         raise
     finally:
         for file in files:
             file.close()
     return size
+
+
+def _check_out(out: Path, checkpoints: list[Path]) -> None:
+    """Raise CheckpointError unless `out` names a file, there already or new, outside of all `checkpoints`."""
+    if out.name in ("", ".."):
+        raise CheckpointError(f"{out} is a folder: give the name of the file to write, such as model.safetensors")
+    try:
+        kind = stat.S_IFMT(out.lstat().st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from error
+    if kind != stat.S_IFREG:
+        what = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}.get(kind, "a device, pipe or socket")
+        raise CheckpointError(f"{out} is {what} and would be replaced: give the name of a file, or of none yet")
+    above = out.parent.resolve().parents
+    for folder in checkpoints:
+        if folder.resolve() in (out.parent.resolve(), *above):
+            raise CheckpointError(f"{out} lies in the checkpoint {folder}: write to a file outside of it")
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):  # what keeps it is what has failed: the name is too long, or a folder's
+        file.unlink(missing_ok=True)
 
 
 def _write(index: Index, files: list[TensorFile], out: Path, progress: Callable[[int], None]) -> int:

@@ -81,8 +81,8 @@ def verify(path: Path, progress=lambda each: each) -> list[str]:
     return problems
 
 
-def check(path: Path) -> None:
-    """Raise CheckpointError if anything is wrong with a checkpoint."""
-    problems = verify(path)
+def check(path: Path, progress=lambda each: each) -> None:
+    """Raise CheckpointError if anything is wrong with a checkpoint; `progress` is that of `verify`."""
+    problems = verify(path, progress)
     if problems:
         raise CheckpointError("; ".join(problems))

@@ -236,7 +236,8 @@ def find_checkpoint(path: Path) -> Path:
             return complete[-1]
         if path.is_dir():
             raise CheckpointError(f"{path} holds no complete checkpoint: no {INDEX} in it, nor in a step-... of it")
-        raise CheckpointError(f"{path} does not exist: pass the folder of a checkpoint, or of several")
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}: pass the folder of a checkpoint, or of several")
     return path
 
 

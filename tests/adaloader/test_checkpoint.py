@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +140,63 @@ def test_exported_file_is_the_state_dict(tmp_path, seed, optimizer):
         assert torch.equal(exported[name], tensor), name
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out.safetensors", "saved"]
     script.close()
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("", "is a folder"),
+        (".", "is a folder"),
+        ("/", "is a folder"),
+        ("nowhere/..", "is a folder"),
+        ("folder", "is a folder and would be replaced"),
+        ("pipe", "is a device, pipe or socket and would be replaced"),
+        ("link", "is a link and would be replaced"),
+        ("run/step-000000000002/index.json", "lies in the checkpoint"),
+        ("run/step-000000000004/new", "lies in the checkpoint"),
+        ("aside/new", "lies in the checkpoint"),
+        ("file/new", "cannot be written"),
+        ("x" * 254, "cannot be written"),
+    ],
+)
+def test_export_replaces_nothing_but_files(tmp_path, monkeypatch, capsys, out, message):
+    script = begun(batches=0)
+    script.loader.checkpoint(tmp_path / "run", every_steps=2)
+    script.run(5)
+    script.close()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "file").write_text("of somebody")
+    (tmp_path / "aside").symlink_to("run/step-000000000002")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["export", "run", out]) == 1
+    said = capsys.readouterr().err
+    assert message in said and f"adaloader: {os.path.normpath(out or '.')[:20]}" in said.replace("nowhere/..", ".")
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["inspect", "run/step-000000000002"]) == 0
+    assert main(["export", "run", "file"]) == 0
+    assert (tmp_path / "file").stat().st_size > 100
+
+
+def test_inspect_of_a_file_says_so(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["inspect", str(tmp_path / "file")]) == 1
+    assert f"{tmp_path / 'file'} is a file, not a folder: pass the folder" in capsys.readouterr().err
+
+
+def test_inspect_ends_quietly_when_nobody_reads_on(tmp_path):
+    script = begun()
+    script.save(tmp_path)
+    script.close()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "adaloader", "inspect", str(tmp_path)]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_files_are_such_as_the_safetensors_library_reads(tmp_path):

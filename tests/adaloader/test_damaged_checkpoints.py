@@ -18,6 +18,7 @@ import torch
 from adaloader import CheckpointError, full_state_dict
 from adaloader.checkpoint import layout
 from adaloader.checkpoint.inspecting import check
+from adaloader.command_line import main
 from tests.resuming import Script
 
 MOST_GROWTH_BYTES = 64 << 20
@@ -97,6 +98,20 @@ def test_flipped_bit(sound, folder, seed, case):
     refused(folder, sound[1], "damaged|JSON|format|version|header|truncated|malformed")
     with pytest.raises(CheckpointError):
         check(folder)
+
+
+@pytest.mark.parametrize("name", ["values/built.weight", "rows/declared.weight", "model/out.weight"])
+def test_damaged_one_is_not_exported(folder, tmp_path, capsys, name):
+    path = data_file(folder)
+    raw = bytearray(path.read_bytes())
+    (length,) = struct.unpack_from("<Q", raw)
+    start, stop = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
+    raw[8 + length + (start + stop) // 2] ^= 4
+    path.write_bytes(raw)
+    out = tmp_path / "out.safetensors"
+    assert main(["export", str(folder), str(out)]) == 1
+    assert f"{path} is damaged: {name!r} does not have the checksum" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8, 9, 100, 0.3, 0.7, 0.999, -1])
