@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -16,7 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaloader.checkpoint.layout import complete_in
@@ -26,12 +28,15 @@ _LOOK_SECONDS = 0.1
 _SECONDS_TO_END = 5.0
 # Restarts that follow each other without a new checkpoint: what fails then will fail again.
 _MOST_IN_VAIN = 3
+_PR_SET_PDEATHSIG = 1
+# Under which name ranks know what was asked of this process by a key, or by a terminal that was closed.
+_MEANT = {signal.SIGINT: signal.SIGUSR1, signal.SIGHUP: signal.SIGTERM, signal.SIGQUIT: signal.SIGTERM}
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="start it again up to N times (%(default)s)"
+        "--restarts", type=_count, default=0, metavar="N", help="start it again up to N times (%(default)s)"
     )
     parser.add_argument("--run-folder", type=Path, help="where ranks register, and checkpoints go (a new one here)")
     parser.add_argument(
@@ -39,42 +44,52 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0, 1, 2, ...")
+    return int(text)
+
+
+class _CannotStart(Exception):
+    """Why there is no job."""
+
+
 def run_job(args: argparse.Namespace) -> int:
     """Run the job until it ends well or has been restarted often enough; return its exit code."""
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
-    if not command or args.restarts < 0 or shutil.which(command[0]) is None:
-        what = f"no program {command[0]!r}" if command else "no command"
-        print(
-            f"adaloader: {what}: give it after --, as in: run --restarts 3 -- mpirun -n 2 python train.py",
-            file=sys.stderr,
-        )
-        return 2
     folder = (args.run_folder or Path(f"run-{time.strftime('%Y%m%d-%H%M%S')}")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not command or shutil.which(command[0]) is None:
+            what = f"no program {command[0]!r}" if command else "no command"
+            raise _CannotStart(f"{what}: give it after --, as in: run --restarts 3 -- mpirun -n 2 python train.py")
+        return _run_until_done(command, folder, args.restarts)
+    except _CannotStart as error:
+        _say(str(error))
+        return 2
+
+
+def _run_until_done(command: list[str], folder: Path, restarts: int) -> int:
     in_vain = 0
-    for attempt in range(args.restarts + 1):
+    for attempt in range(restarts + 1):
         before = _newest(folder)
         ended = _run_once(command, folder)
-        if ended.code == 0 or ended.asked:
+        if ended.asked or (ended.code == 0 and not ended.lost):
             return ended.code
         _report(folder, ended)
         in_vain = in_vain + 1 if _newest(folder) == before else 0
-        if attempt == args.restarts:
+        ended = replace(ended, code=ended.code or 1)
+        if attempt == restarts:
             break
         if in_vain >= _MOST_IN_VAIN:
             _say(f"not started again: {in_vain} attempts ended without a new checkpoint")
             break
-        _say(f"starting again ({attempt + 1} of {args.restarts}) from {_newest(folder) or 'the beginning'}")
+        _say(f"starting again ({attempt + 1} of {restarts}) from {_newest(folder) or 'the beginning'}")
     return ended.code
 
 
 def _run_once(command: list[str], folder: Path) -> Ended:
     """Start the job and wait for its end."""
-    ranks = folder / "ranks"
-    shutil.rmtree(ranks, ignore_errors=True)
-    ranks.mkdir()
-    # A session of its own: Ctrl-C is for the ranks, by way of this process, for a launcher would end them at once.
-    process = subprocess.Popen(command, env={**os.environ, RUN_FOLDER: str(folder)}, start_new_session=True)
+    process = _start(command, folder)
     with _PassedOn(process, folder) as passed_on, Watch(folder) as watch:
         lost_since = None
         while process.poll() is None:
@@ -87,12 +102,59 @@ def _run_once(command: list[str], folder: Path) -> Ended:
     for entry in read_entries(folder):
         entry.end_here()  # what a launcher left running
     code = process.returncode
-    return Ended(128 - code if code < 0 else code, passed_on.asked, watch.lost)
+    lost = watch.lost or (_without_an_end(folder) if code == 0 else [])
+    return Ended(128 - code if code < 0 else code, passed_on.asked, lost)
+
+
+def _start(command: list[str], folder: Path) -> subprocess.Popen:
+    """Start the job, in a run folder in which no rank is registered yet."""
+    ranks = folder / "ranks"
+    try:
+        shutil.rmtree(ranks, ignore_errors=True)
+        ranks.mkdir(parents=True)
+    except OSError as error:
+        what = f"the run folder {folder} cannot be made or written ({error.strerror})"
+        raise _CannotStart(f"{what}: give one that can by --run-folder") from error
+    environment = {**os.environ, RUN_FOLDER: str(folder)}
+    try:
+        # A session of its own: Ctrl-C is for the ranks, by way of this process, for a launcher would end them at once.
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=_ending_with_this_process()
+        )
+    except OSError as error:
+        what = f"{command[0]!r} cannot be started ({error.strerror})"
+        raise _CannotStart(f"{what}: give a program, or a script whose first line is #! and its program") from error
+
+
+def _ending_with_this_process() -> Callable[[], None] | None:
+    """Return what a child has to call so that it gets SIGTERM when this process ends, were it by SIGKILL."""
+    if sys.platform != "linux":
+        return None
+    parent, control = os.getpid(), ctypes.CDLL(None).prctl  # loaded here: a child of fork is not to wait for a lock
+    control.argtypes = ctypes.c_int, *[ctypes.c_ulong] * 4
+
+    def ask() -> None:
+        control(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it has ended before
+            os._exit(1)
+
+    return ask
+
+
+def _without_an_end(folder: Path) -> list[Entry]:
+    """Return the ranks that have not said that they ended, although their launcher has ended well."""
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while True:
+        left = [entry for entry in read_entries(folder) if not entry.ended]
+        # What another host has written may be seen here a while later.
+        if all(entry.host == socket.gethostname() for entry in left) or time.monotonic() > deadline:
+            return left
+        time.sleep(_LOOK_SECONDS)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: its code, whether a signal had asked for that, and the ranks here that died first."""
+    """How a job ended: its launcher's code, whether a signal had asked for that, and the ranks that died first."""
 
     code: int
     asked: bool
@@ -134,7 +196,8 @@ class Watch:
             self._poll.unregister(descriptor)
             os.close(descriptor)
             entry = self._watched.pop(descriptor)
-            if not said.get(entry.rank, entry).ended:
+            latest = said.get(entry.rank, entry)
+            if latest.pid == entry.pid and not latest.ended:  # or its place was taken: jobs of one rank each
                 lost.append(entry)
         self.lost = self.lost or lost
 
@@ -146,7 +209,10 @@ def _ends(process: subprocess.Popen, seconds: float) -> bool:
 
 
 class _PassedOn:
-    """Passes SIGTERM, SIGUSR1 and the first Ctrl-C on to the ranks on this host; the second Ctrl-C ends the job."""
+    """Passes SIGTERM, SIGUSR1 and the first Ctrl-C on to the ranks on this host; the second Ctrl-C ends the job.
+
+    SIGQUIT and SIGHUP, of a terminal that closes, are passed on as SIGTERM; under nohup, SIGHUP is nobody's.
+    """
 
     def __init__(self, process: subprocess.Popen, folder: Path):
         self._process, self._folder = process, folder
@@ -154,7 +220,9 @@ class _PassedOn:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _PassedOn:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # by nohup
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -169,7 +237,7 @@ class _PassedOn:
             self.end_all()
             return
         self.asked = True
-        passed = signal.SIGUSR1 if number == signal.SIGINT else number
+        passed = _MEANT.get(number, number)
         if not any([entry.send(passed) for entry in registered]):
             self.end_all()  # no rank is on this host: the launcher alone reaches them
 
@@ -185,7 +253,8 @@ class _PassedOn:
 def _report(folder: Path, ended: Ended) -> None:
     """Say which ranks died, and where."""
     entries = read_entries(folder)
-    _say(f"the job ended with code {ended.code}")
+    vanished = "" if ended.code else ", but not all of its ranks have ended: it has failed"
+    _say(f"the job ended with code {ended.code}{vanished}")
     failed = [entry for entry in entries if entry.failure]
     for entry in failed:
         _say(f"rank {entry.rank} on {entry.host} (PID {entry.pid}) failed: {entry.failure}")
@@ -193,7 +262,8 @@ def _report(folder: Path, ended: Ended) -> None:
     first = [entry for entry in ended.lost if entry.rank in others]
     far = [e for e in entries if e.rank in others and e.host != socket.gethostname()]  # these nobody here could see
     for entry in first or ([] if failed else far):
-        _say(f"rank {entry.rank} on {entry.host} (PID {entry.pid}) died without a word: killed, or crashed")
+        who = f"rank {entry.rank} on {entry.host} (PID {entry.pid})"
+        _say(f"{who} died without a word: killed, crashed, or ended by os._exit")
     if not entries:
         _say(f"no rank had registered in {folder}: it ended before a loader was made")
 
@@ -204,4 +274,5 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _say(text: str) -> None:
-    print(f"adaloader: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it, as of a terminal that was closed: the job is watched on
+        print(f"adaloader: {text}", file=sys.stderr, flush=True)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
+import sys
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 log = logging.getLogger("adaloader")
@@ -62,6 +65,13 @@ def register(rank: int, ranks: int) -> None:
     _own = Entry(rank, ranks, socket.gethostname(), os.getpid(), _start_of(os.getpid()))
     log.info("rank %d of %d: host %s, PID %d", rank, ranks, _own.host, _own.pid)
     _write(_own)
+    if multiprocessing.parent_process() is not None:  # when it is forked, it ends without what atexit knows
+        Finalize(None, _ends_as_child, exitpriority=0)
+
+
+def _ends_as_child() -> None:
+    kind = sys.exc_info()[0]  # of what the process's target has raised
+    ends("" if kind in (None, SystemExit) else kind.__name__)
 
 
 def this_process() -> str:
