@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -86,9 +87,14 @@ class Saving:
         self._is_told = False
         if self._exchange is not None:
             self._exchange.begin(self._number, self._end)
-        _not_told.add(self)
         self._thread = threading.Thread(target=self._run, name="adaloader-checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except (
+            RuntimeError
+        ):  # the system has no thread left for us: all ranks hear of it if that keeps it from the disk
+            self._run()
+        _not_told.add(self)  # not before there is somebody who ends it
 
     @property
     def path(self) -> Path:
@@ -129,6 +135,13 @@ class Saving:
     def stall_seconds(self) -> float:
         """How long this rank's training has stood still for it until now."""
         return self._stall_seconds + self._part.cut.stall_seconds
+
+    def forget(self) -> None:
+        """This process was forked from the one that writes it, and has not got the thread that would end it here."""
+        self._problem = f"process {os.getppid()} writes {self.path}, of which this one is a fork: wait for it there"
+        self._is_told = True
+        self._ended = threading.Event()  # a new one, for somebody may have held the lock of the other
+        self._ended.set()
 
     def _count_stall(self, seconds: float) -> None:
         self._stall_seconds += seconds
@@ -201,6 +214,15 @@ class SaveCounts:
 
 
 _not_told: set[Saving] = set()
+
+
+def _forget_parents() -> None:
+    for saving in _not_told:
+        saving.forget()
+    _not_told.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parents)
 
 
 def finish_at_exit() -> None:

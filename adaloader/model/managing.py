@@ -297,6 +297,8 @@ def _train_from_now_on(managed: ManagedModel, table: ManagedTable, optimizer: Op
 # A worker that is forked inherits garbage that is not its own to free: communicators, and process groups whose threads
 # it has not got, so that freeing them crashes it.
 os.register_at_fork(after_in_child=gc.freeze)
+# Nor are the managers: their threads are its parent's, and a child that ends would wait for them.
+os.register_at_fork(after_in_child=_open_managers.clear)
 
 if launched_ranks() > 1:
     end_job_on_failure()  # from now on: what fails before the first loader is built would leave the others waiting

@@ -206,3 +206,69 @@ def test_process_that_ends_waits_for_what_is_being_written(tmp_path):
     result = launch(0, program, str(tmp_path), timeout_seconds=120)
     assert result.returncode == 0, result.stderr
     assert read_index(tmp_path / "saved").steps == 3
+
+
+@pytest.mark.parametrize("refused", ["adaloader-checkpoint", ""], ids=["one", "all"])
+def test_process_ends_after_a_save_for_which_no_thread_could_be_started(tmp_path, refused):
+    """As where a limit on processes is reached: the save is made at once if it can be, and the run goes on if not."""
+    from tests.launch import launch
+
+    program = """
+        import sys, threading
+        from pathlib import Path
+        import adaloader
+        from tests.resuming import Script
+        path, name = Path(sys.argv[1]) / "saved", sys.argv[2]
+        script = Script(None).start().run(3)
+        start = threading.Thread.start
+        def limited(thread):
+            if name in thread.name:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        threading.Thread.start = limited
+        saving = script.save(path, asynchronous=True)
+        threading.Thread.start = start
+        assert saving.done
+        try:
+            print(saving.wait())
+        except adaloader.CheckpointError as error:
+            print(error)
+        script.run(1).save(path.with_name("next"), asynchronous=True)
+    """
+    result = launch(0, program, str(tmp_path), refused, timeout_seconds=60)
+    assert result.returncode == 0, result.stderr
+    assert read_index(tmp_path / "next").steps == 4
+    if refused:
+        assert read_index(tmp_path / "saved").steps == 3
+    else:
+        assert "could not be written: rank 0" in result.stdout and "can't start new thread" in result.stdout
+
+
+def test_forked_process_ends_and_leaves_the_save_to_its_parent(tmp_path):
+    from tests.launch import launch
+
+    program = """
+        import os, sys, time
+        from pathlib import Path
+        import adaloader
+        from adaloader.checkpoint import writing
+        from tests.resuming import Script
+        write = writing.write_durably
+        writing.write_durably = lambda *args: (time.sleep(1), write(*args))
+        script = Script(None).start().run(3)
+        saving = script.save(Path(sys.argv[1]) / "saved", asynchronous=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                saving.wait()
+            except adaloader.CheckpointError as error:
+                print(error, flush=True)
+            sys.exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert not saving.done
+        saving.wait()
+    """
+    result = launch(0, program, str(tmp_path), timeout_seconds=60)
+    assert result.returncode == 0, result.stderr
+    assert read_index(tmp_path / "saved").steps == 3
+    assert "of which this one is a fork" in result.stdout
