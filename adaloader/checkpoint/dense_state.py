@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import pm
 from adaloader.checkpoint.dtypes import BY_NAME
 from adaloader.checkpoint.layout import Index
 from adaloader.checkpoint.saving import parameter_names
@@ -15,6 +16,10 @@ from adaloader.checkpoint.tree import decode
 from adaloader.errors import CheckpointError
 from adaloader.model.gathering import importing, leaving_tables_out
 from adaloader.model.managed_model import ManagedModel
+from adaloader.optimizers.supported import OPTIONS_OF_KIND, rule_for
+
+_ALWAYS_OF_KIND = ("amsgrad", "centered")
+"""Options that no schedule changes."""
 
 
 class DenseState:
@@ -66,7 +71,7 @@ class DenseState:
 
     def check(self, managed: ManagedModel, index: Index) -> list[str]:
         """Return what does not fit the model, a line each."""
-        return [*self._model_problems(managed, index), *self._optimizer_problems(managed)]
+        return [*self._model_problems(managed, index), *dict.fromkeys(self.optimizer_problems(managed, index).values())]
 
     def _model_problems(self, managed: ManagedModel, index: Index) -> list[str]:
         wanted, of_tables = dense_entries(managed), aliases_in(index)
@@ -83,19 +88,66 @@ class DenseState:
         problems += [f"its {name!r} is not in the model" for name in self.model if name not in {*wanted, *tables}]
         return problems
 
-    def _optimizer_problems(self, managed: ManagedModel) -> list[str]:
+    def optimizer_problems(self, managed: ManagedModel, index: Index) -> dict[int, str]:
+        """Return why optimizers cannot go on with what is saved of them, by number."""
         if len(self.groups) != len(managed.optimizers):
-            return [f"it has {len(self.groups)} optimizers, the loader {len(managed.optimizers)}"]
-        problems = []
-        for at, (optimizer, groups) in enumerate(zip(managed.optimizers, self.groups, strict=True)):
-            mine, kind = parameter_names(managed, optimizer), type(optimizer).__qualname__
-            if kind != self.kinds[at]:
-                problems.append(f"optimizer {at} is a {kind}, and was a {self.kinds[at]}")
-            elif mine != groups:
-                differing = {n for g in mine for n in g} ^ {n for g in groups for n in g}
-                what = f"{sorted(differing)[:5]} are not in both" if differing else "in another order, or other groups"
-                problems.append(f"optimizer {at} ({type(optimizer).__name__}) holds other parameters: {what}")
-        return problems
+            problem = f"it has {len(self.groups)} optimizers, the loader {len(managed.optimizers)}"
+            return dict.fromkeys(range(max(1, len(managed.optimizers))), problem)
+        problems = ((at, self._optimizer_problem(at, managed, index)) for at in range(len(managed.optimizers)))
+        return {at: problem for at, problem in problems if problem}
+
+    def _optimizer_problem(self, at: int, managed: ManagedModel, index: Index) -> str:
+        optimizer, groups = managed.optimizers[at], self.groups[at]
+        mine, kind = parameter_names(managed, optimizer), type(optimizer).__qualname__
+        if kind != self.kinds[at]:
+            return f"optimizer {at} is a {kind}, and was a {self.kinds[at]}"
+        if mine != groups:
+            differing = {n for g in mine for n in g} ^ {n for g in groups for n in g}
+            what = f"{sorted(differing)[:5]} are not in both" if differing else "in another order, or other groups"
+            return f"optimizer {at} ({type(optimizer).__name__}) holds other parameters: {what}"
+        for saved, group in zip(self._param_groups[at], optimizer.param_groups, strict=True):
+            if _needs_other_state(managed, optimizer, group, saved, index):
+                had, has = (_options_of_kind(each, group) for each in (saved, group))
+                return f"optimizer {at} is {kind}({has}) and was {kind}({had}), which has other state"
+        return ""
+
+
+def _needs_other_state(
+    managed: ManagedModel,
+    optimizer: torch.optim.Optimizer,
+    group: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    index: Index,
+) -> bool:
+    """Whether the state of a parameter group is another under the options that are saved than under those it has.
+
+    Of dense parameters a momentum that was 0 once is none: a schedule may have begun there.
+    """
+    if any(bool(saved.get(option)) != bool(group.get(option)) for option in _ALWAYS_OF_KIND):
+        return True
+    tables = {id(table.parameter): table for table in managed.tables}
+    names = _names(managed)
+    for parameter in group["params"]:
+        table, name = tables.get(id(parameter)), names.get(id(parameter), "")
+        if table is None and name not in index.tables:
+            continue
+        rule = rule_for(optimizer, group, name) if table is None else table.table.spec.rule
+        if name in index.tables and index.tables[name].rule != rule.name:
+            return True
+        # A table that was none when it was saved: what is saved of it is an ordinary parameter's.
+        if not isinstance(rule, pm.Frozen) and not rule.covers(rule_for(optimizer, {**group, **saved}, name)):
+            return True
+    return False
+
+
+def _names(managed: ManagedModel) -> dict[int, str]:
+    """Return the name of each parameter by its id(), that of its table if it is one."""
+    named = {id(parameter): name for name, parameter in managed.model().named_parameters()}
+    return {**named, **{id(table.parameter): table.name for table in managed.tables}}
+
+
+def _options_of_kind(group: Mapping[str, Any], like: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={group.get(name)!r}" for name in OPTIONS_OF_KIND if name in like)
 
 
 def load_dense(managed: ManagedModel, dense: DenseState, buffers: Mapping[str, torch.Tensor] | None, index: Index):
@@ -110,12 +162,14 @@ def load_dense(managed: ManagedModel, dense: DenseState, buffers: Mapping[str, t
         for name, buffer in model.named_buffers():
             if buffers and name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
-    if dense._optimizer_problems(managed):
-        return
-    left_out = set(table_aliases(managed)) | aliases_in(index) | unfit
-    tables = [table.parameter for table in managed.tables]
+    problems = dense.optimizer_problems(managed, index)
+    left_out = set(table_aliases(managed)) | aliases_in(index) | _unfit(managed, dense, dtypes=True)
+    # Of what is left out stays what there is: some optimizers make their state before the first step only.
+    staying = [parameter for name, parameter in model.named_parameters() if name in left_out]
     for number, optimizer in enumerate(managed.optimizers):
-        kept = {parameter: optimizer.state[parameter] for parameter in tables if parameter in optimizer.state}
+        if number in problems:
+            continue
+        kept = {parameter: optimizer.state[parameter] for parameter in staying if parameter in optimizer.state}
         state = dense.optimizer_state(number, left_out)
         with importing(managed):
             optimizer.load_state_dict(state)
@@ -138,11 +192,12 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
                 optimizer.state[parameter][name] = value.to(held.device)
 
 
-def _unfit(managed: ManagedModel, dense: DenseState) -> set[str]:
+def _unfit(managed: ManagedModel, dense: DenseState, *, dtypes: bool = False) -> set[str]:
+    """Return the names of what has another shape in the checkpoint, or with `dtypes` another dtype."""
     unfit = set()
     for name, value in dense_entries(managed).items():
         form = dense.form(name) if isinstance(value, torch.Tensor) else None
-        if form is not None and form[1] != tuple(value.shape):
+        if form is not None and (form[1] != tuple(value.shape) or dtypes and form[0] != value.dtype):
             unfit.add(name)
     return unfit
 

@@ -79,7 +79,7 @@ def _maker_of(step: Callable) -> Callable[[Optimizer, Mapping[str, object]], pm.
     return next((make for known, make in _RULES.items() if own_step is inspect.unwrap(known.step)), None)
 
 
-_OPTIONS_OF_KIND = ("momentum", "weight_decay", "amsgrad", "centered")
+OPTIONS_OF_KIND = ("momentum", "weight_decay", "amsgrad", "centered")
 
 
 def check_options(spec: pm.TableSpec, optimizer: Optimizer, group: Mapping[str, object], rule: pm.Rule) -> None:
@@ -90,7 +90,7 @@ def check_options(spec: pm.TableSpec, optimizer: Optimizer, group: Mapping[str, 
         UnsupportedOptimizerError: naming table and options, if they were changed to what needs other optimizer state.
     """
     if not spec.rule.covers(rule):
-        changed = [f"{name}={group[name]!r}" for name in _OPTIONS_OF_KIND if group.get(name) != spec.group.get(name)]
+        changed = [f"{name}={group[name]!r}" for name in OPTIONS_OF_KIND if group.get(name) != spec.group.get(name)]
         raise UnsupportedOptimizerError(
             f"table {spec.name!r}: {type(optimizer).__name__}({', '.join(changed)}) was set after the loader was "
             "built, and needs other optimizer state than its rows have; give the optimizer that option (or any value "

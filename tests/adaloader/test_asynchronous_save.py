@@ -222,7 +222,7 @@ def test_process_ends_after_a_save_for_which_no_thread_could_be_started(tmp_path
         script = Script(None).start().run(3)
         start = threading.Thread.start
         def limited(thread):
-            if name in thread.name:
+            if thread.name.endswith(name):
                 raise RuntimeError("can't start new thread")
             start(thread)
         threading.Thread.start = limited

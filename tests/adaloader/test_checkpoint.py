@@ -291,6 +291,77 @@ def test_other_optimizer_is_refused_and_its_state_begins_anew_without_strict(tmp
     other.run(3).close(), saved.close()
 
 
+SGD, Adam, Adagrad, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop
+
+
+def with_optimizer(kind, dtype=torch.float32, min_rows=1, **options):
+    """Return a model of a table and dense parameters, its optimizer and its loader, trained for some steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 4, dtype=dtype), nn.Linear(4, 1, dtype=dtype))
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    loader = AdaLoader(torch.arange(30), 5, model=model, optimizer=optimizer, min_rows=min_rows)
+    return model, optimizer, loader
+
+
+def one_pass(model, optimizer, loader):
+    for ids in loader:
+        model(ids).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "kind, saved, now, min_rows",
+    [
+        (Adam, {}, {"amsgrad": True}, 1),
+        (Adam, {"amsgrad": True}, {}, 1),
+        (SGD, {}, {"momentum": 0.9}, 1),
+        (SGD, {"momentum": 0.9}, {}, 1),
+        (RMSprop, {}, {"centered": True}, 1),
+        (Adam, {}, {"amsgrad": True}, 99),
+    ],
+)
+def test_optimizer_whose_options_need_other_state_keeps_its_own_without_strict(tmp_path, kind, saved, now, min_rows):
+    model, optimizer, loader = with_optimizer(kind, min_rows=min_rows, **saved)
+    one_pass(model, optimizer, loader)
+    adaloader.save(tmp_path, loader)
+    loader.close()
+    model, optimizer, loader = with_optimizer(kind, min_rows=min_rows, **now)
+    with pytest.raises(CheckpointError, match=f"optimizer 0 is {kind.__name__}.*which has other state"):
+        adaloader.load(tmp_path, loader)
+    report = adaloader.load(tmp_path, loader, strict=False).report
+    assert any("which has other state" in line for line in report)
+    name = next(iter({**saved, **now}))
+    assert optimizer.param_groups[0][name] == now.get(name, 0)
+    one_pass(model, optimizer, loader)
+    loader.close()
+
+
+def test_table_that_was_dense_when_it_was_saved_is_trained_under_its_own_options(tmp_path):
+    saved = with_optimizer(SGD, min_rows=99)
+    one_pass(*saved)
+    adaloader.save(tmp_path, saved[2])
+    model, optimizer, loader = with_optimizer(SGD, momentum=0.9)
+    assert len(adaloader.load(tmp_path, loader, strict=False).report) == 2
+    one_pass(model, optimizer, loader)
+    saved[2].close(), loader.close()
+
+
+@pytest.mark.parametrize("kind", [Adam, Adagrad, SGD])
+def test_state_of_parameters_of_another_dtype_begins_anew_without_strict(tmp_path, kind):
+    saved = with_optimizer(kind)
+    one_pass(*saved)
+    adaloader.save(tmp_path, saved[2])
+    model, optimizer, loader = with_optimizer(kind, torch.float64)
+    report = adaloader.load(tmp_path, loader, strict=False).report
+    assert [line for line in report if "dtype" in line] == report and len(report) == 3
+    weight = full_state_dict(saved[0])["1.weight"]
+    assert torch.equal(model[1].weight, weight.double())
+    one_pass(model, optimizer, loader)
+    assert all(v.dtype == torch.float64 for v in optimizer.state[model[1].weight].values() if v.ndim)
+    saved[2].close(), loader.close()
+
+
 def test_extra_comes_back_as_it_was(tmp_path):
     script = begun()
     extra = {
