@@ -353,8 +353,9 @@ class AdaLoader(StatefulDataLoader):
         """Have this loader make checkpoints by itself, where its loop asks for the next batch (collective).
 
         Each is a folder `step-...` in `folder`; `adaloader.load(folder, loader)` takes the newest complete one.
-        SIGTERM, SIGUSR1 and Ctrl-C then end the run with code 0 after the present step and a checkpoint; a second
-        Ctrl-C ends it at once. One that cannot be written (a full disk) is said, and the run goes on.
+        SIGTERM, SIGUSR1 and Ctrl-C then end the run with code 0 and a checkpoint where the loop asks for its next
+        batch; if it asks for none any more, `close()` does what they did before. A second Ctrl-C ends the run at once.
+        A checkpoint that cannot be written (a full disk) is said, and the run goes on.
 
         Args:
             folder: by default `checkpoints` in the run folder of `python -m adaloader run`, or here.

@@ -174,14 +174,17 @@ class Session:
     def close(self) -> None:
         if not self._close_feed.alive:
             return
+        periodic = self.periodic
         try:
-            if self.periodic is not None:
-                self.periodic.close()
+            if periodic is not None:
+                periodic.close()
                 self.periodic = self.managed.periodic = None
             if self.managed.saving is not None:
                 self._finish_saving()
         finally:
             self._close()
+        if periodic is not None:
+            periodic.hand_signal_on()
 
     def _finish_saving(self) -> None:
         from adaloader.checkpoint.saving import finish_saving  # which imports loaders

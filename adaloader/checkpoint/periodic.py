@@ -72,13 +72,19 @@ class Periodic:
         self.meeting = Meeting(self._managed.manager) if self._managed.ranks > 1 else None
         self._signals = Signals() if signals else None
         if self._signals is not None:
-            weakref.finalize(loader, self._signals.close)  # a loader that nobody holds any more makes none
+            # A loader that nobody holds any more makes none. At exit `managing.py` ends by a signal that waits.
+            weakref.finalize(loader, self._signals.close).atexit = False
 
     def close(self) -> None:
         """Wait for what is being written, and give the signals back."""
         self._finish()
         if self._signals is not None:
             self._signals.close()
+
+    def hand_signal_on(self) -> None:
+        """Closed, and the loader too: a signal that came after the last batch does what it did before."""
+        if self._signals is not None:
+            self._signals.hand_on()
 
     # Where the loop asks for its next batch
 
@@ -148,6 +154,8 @@ class Periodic:
     # Saving
 
     def _save(self, iterator: LoaderIterator, is_ending: bool) -> None:
+        if is_ending and self._signals is not None:
+            self._signals.acted_on()
         steps = self._managed.optimizer_steps
         path = step_folder(self._folder, steps)
         extra = self._extra() if callable(self._extra) else self._extra

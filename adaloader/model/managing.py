@@ -325,4 +325,9 @@ def _close_managers() -> None:
         for manager in managers:
             manager.close(linger=linger)
     error = getattr(sys, "last_value", None)
-    ends("" if error is None else type(error).__name__)
+    signals = sys.modules.get("adaloader.checkpoint.signals")
+    if error is not None or signals is None:
+        ends("" if error is None else type(error).__name__)
+        return
+    ends(signals.name_of_waiting())
+    signals.end_by_waiting()
