@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_signal_to_one_process_ends_it_with_a_checkpoint(tmp_path, uninterrupted
     assert_identical(torch.load(out), uninterrupted(0))
 
 
-def test_second_ctrl_c_ends_at_once(tmp_path):
+@pytest.mark.parametrize("between", ["", "SIGTERM", "SIGUSR1"])
+def test_second_ctrl_c_ends_at_once(tmp_path, between):
     """The first comes in a step that does not end."""
     program = """
         import os, signal, sys, time
@@ -93,12 +95,110 @@ def test_second_ctrl_c_ends_at_once(tmp_path):
         script.loader.checkpoint(Path(sys.argv[1]), every_steps=1)
         script.run(2)
         os.kill(os.getpid(), signal.SIGINT)
+        if sys.argv[2]:
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
     """
-    result = launch(0, program, str(tmp_path), timeout_seconds=LIMIT_SECONDS)
+    result = launch(0, program, str(tmp_path), between, timeout_seconds=LIMIT_SECONDS)
     assert result.returncode != 0 and "KeyboardInterrupt" in result.stderr and "Ctrl-C again" in result.stderr
     assert result.seconds < 60
+
+
+AFTER_THE_LAST_BATCH = """
+    import os, signal, sys
+    from pathlib import Path
+    from tests.resuming import Script
+    folder, name, ending, ranks = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    comm = None
+    if ranks:
+        from mpi4py import MPI
+        comm = MPI.COMM_WORLD
+    script = Script(comm).start()
+    script.loader.checkpoint(folder, every_steps=1000)
+    script.finish_pass()
+    if comm is None or comm.rank == 1:
+        os.kill(os.getpid(), getattr(signal, name))
+    print("evaluated", flush=True)
+    if ending == "another pass":
+        script.finish_pass()
+    elif ending == "close":
+        script.close()
+        assert comm is not None and comm.rank == 0
+    elif ending == "exit":
+        sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("ending", ["close", "exit", "end"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_after_the_last_batch_ends_the_process_when_the_loader_is_closed(tmp_path, name, ending):
+    """By what the signal did before: a run that was asked to end, and has made no checkpoint, has not ended well."""
+    result = launch(0, AFTER_THE_LAST_BATCH, str(tmp_path), name, ending, "0", timeout_seconds=LIMIT_SECONDS)
+    assert result.returncode == -getattr(signal, name), result.stderr
+    assert f"{name} came after the last batch, so no checkpoint" in result.stderr and "evaluated" in result.stdout
+    assert ("KeyboardInterrupt" in result.stderr) == (name == "SIGINT" and ending == "close")
+    assert complete_in(tmp_path) == []
+
+
+def test_signal_between_passes_is_acted_on_in_the_next(tmp_path):
+    arguments = [str(tmp_path), "SIGTERM", "another pass", "0"]
+    result = launch(0, AFTER_THE_LAST_BATCH, *arguments, timeout_seconds=LIMIT_SECONDS)
+    assert result.returncode == 0, result.stderr
+    assert f"SIGTERM: saved {complete_in(tmp_path)[-1]} after step" in result.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("ending", ["close", "exit"])
+def test_signal_to_one_rank_after_the_last_batch_ends_the_job(tmp_path, ending):
+    pytest.importorskip("mpi4py")
+    result = launch(2, AFTER_THE_LAST_BATCH, str(tmp_path), "SIGTERM", ending, "2", timeout_seconds=LIMIT_SECONDS)
+    assert result.returncode != 0 and "SIGTERM came after the last batch" in result.stderr
+
+
+def test_signal_while_the_last_checkpoint_is_made_changes_nothing(tmp_path):
+    """As of a scheduler that warns first, and then means it."""
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from adaloader.checkpoint import writing
+        from tests.resuming import Script
+        write = writing.write_durably
+        def interrupted(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            write(*args)
+        writing.write_durably = interrupted
+        script = Script(None).start().run(3)
+        script.loader.checkpoint(Path(sys.argv[1]))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            script.run(1)
+        finally:
+            script.close()
+    """
+    result = launch(0, program, str(tmp_path), timeout_seconds=LIMIT_SECONDS)
+    assert result.returncode == 0 and len(complete_in(tmp_path)) == 1, result.stderr
+
+
+@needs_mpi
+def test_rank_that_is_slow_to_read_is_named_with_the_remedy(tmp_path):
+    pytest.importorskip("mpi4py")
+    program = """
+        import sys, time
+        from pathlib import Path
+        from mpi4py import MPI
+        from adaloader.checkpoint import restoring
+        from tests.resuming import Script
+        comm = MPI.COMM_WORLD
+        script = Script(comm, options={"timeout_seconds": 2.0}).start().run(3)
+        script.save(Path(sys.argv[1]))
+        verify = restoring.verify_file
+        restoring.verify_file = lambda *args: (time.sleep(8 * (comm.rank == 0)), verify(*args))[1]
+        script.load(Path(sys.argv[1]))
+    """
+    result = launch(2, program, str(tmp_path), timeout_seconds=LIMIT_SECONDS)
+    assert result.returncode != 0
+    assert re.search(r"was read \(timeout_seconds=2\): .* for rank 0.*with more timeout_seconds", result.stderr)
 
 
 @needs_mpi

@@ -1,4 +1,7 @@
-"""What ranks tell each other of a checkpoint that they write in the background: when each is done, and how it ended."""
+"""What ranks tell each other of a checkpoint that they write in the background: when each is done, and how it ended.
+
+All hear when a rank is done, so that whoever has waited too long can say for whom; what it has written, rank 0 hears.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class Exchange:
         self._manager = manager
         self._changed = threading.Condition()
         self._said: dict[int, dict[int, str]] = defaultdict(dict)
+        self._ended = 0
         self._on_ended: dict[int, Callable[[str], None]] = {}
         self._passed_on = manager.on_control
         manager.on_control = self._receive
@@ -38,8 +42,15 @@ class Exchange:
         self._on_ended[number] = on_ended
 
     def say(self, number: int, text: str) -> None:
-        """Tell rank 0 what has become of this rank's part. Any thread."""
-        self._send(0, Kind.CHECKPOINT_WRITTEN, number, text)
+        """Tell rank 0 what has become of this rank's part, and the others that it is done. Any thread."""
+        for rank in range(self._manager.ranks):
+            self._send(rank, Kind.CHECKPOINT_WRITTEN, number, text if rank == 0 else "")
+
+    def silent(self, number: int) -> list[int]:
+        """Return the ranks that have not said yet what has become of their parts."""
+        with self._changed:
+            said = set() if number not in self._said else set(self._said[number])
+        return [rank for rank in range(self._manager.ranks) if rank not in said]
 
     def hear(self, number: int) -> list[str]:
         """Return what all ranks have said, in their order; on rank 0, on a thread of its own.
@@ -54,7 +65,7 @@ class Exchange:
                 silent = self._manager.gone_peers.difference(self._said[number])
                 if silent or not self._manager.transport.alive:
                     raise CheckpointError(f"rank {', '.join(map(str, sorted(silent)))} ended while it was written")
-            said = self._said.pop(number)
+            said = dict(self._said[number])
         return [said[rank] for rank in ranks]
 
     def end(self, number: int, text: str) -> None:
@@ -73,9 +84,14 @@ class Exchange:
     def _receive(self, source: int, message: Message) -> None:
         if message.kind == Kind.CHECKPOINT_WRITTEN:
             with self._changed:
-                self._said[message.numbers[0]][source] = message.arrays[0].tobytes().decode()
+                if message.numbers[0] > self._ended:  # else rank 0 was faster to say how it ended
+                    self._said[message.numbers[0]][source] = message.arrays[0].tobytes().decode()
                 self._changed.notify_all()
         elif message.kind == Kind.CHECKPOINT_ENDED:
-            self._on_ended.pop(message.numbers[0])(message.arrays[0].tobytes().decode())
+            number = message.numbers[0]
+            with self._changed:
+                self._ended = number
+                self._said.pop(number, None)
+            self._on_ended.pop(number)(message.arrays[0].tobytes().decode())
         elif self._passed_on is not None:
             self._passed_on(source, message)

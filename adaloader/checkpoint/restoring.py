@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +73,28 @@ def load(
         problem = str(error)
     raise_together(managed.manager, problem)
     _check_same_everywhere(managed, folder, index)
-    raise_together(managed.manager, _verify_share(managed, folder, index))
+    with _naming_slow_disks(managed, folder):
+        raise_together(managed.manager, _verify_share(managed, folder, index))
     files = [open_file(folder, index, rank) for rank in range(index.ranks)]
     try:
-        return _load(managed, loader, folder, index, files, strict, extra or {})
+        with _naming_slow_disks(managed, folder):
+            return _load(managed, loader, folder, index, files, strict, extra or {})
     finally:
         for file in files:
             file.close()
+
+
+@contextlib.contextmanager
+def _naming_slow_disks(managed: ManagedModel, folder: Path) -> Iterator[None]:
+    """Each rank reads inside: have the error of one that waited too long for another say what helps."""
+    try:
+        yield
+    except TimeoutError as error:
+        seconds = managed.manager.timeout_seconds
+        raise TimeoutError(
+            f"while {folder} was read (timeout_seconds={seconds:g}): {error} If reading takes so long because a disk "
+            "is slow, build the loader with more timeout_seconds"
+        ) from error
 
 
 def _check_same_everywhere(managed: ManagedModel, folder: Path, index: Index) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from adaloader.model.managed_model import ManagedModel
 
 _LOOK_SECONDS = 0.1
+_REMEDY = "if that takes so long because a disk is slow, build the loader with more timeout_seconds"
 _INTACT = "what was saved before is intact, and the run can go on"
 
 
@@ -155,10 +156,16 @@ class Saving:
             if written_at is None and self._written.is_set():
                 written_at = time.monotonic()
             if written_at is not None and time.monotonic() - written_at > self._manager.timeout_seconds:
-                raise PeerError(
-                    f"rank {self._manager.rank} has written its part of {self.path} and waited "
-                    f"{self._manager.timeout_seconds:g} s for the other ranks to write theirs"
-                )
+                raise PeerError(self._describe_missing())
+
+    def _describe_missing(self) -> str:
+        """Return for whom this rank has waited in vain, in no lock, for the others are asked what they are doing."""
+        manager, silent = self._manager, self._exchange.silent(self._number)
+        missing = f"rank {', '.join(map(str, silent))} to write its part" if silent else "rank 0 to write the index"
+        return (
+            f"rank {manager.rank} has written its part of {self.path} and waited {manager.timeout_seconds:g} s "
+            f"(timeout_seconds={manager.timeout_seconds:g}) for {missing}; {_REMEDY}. {manager.describe_peers()}"
+        )
 
     # In the background
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adaloader
+import pm
 from adaloader.checkpoint import tensor_file, writing
 from adaloader.checkpoint.layout import complete_in, read_index
 from tests.resuming import Script, assert_identical
@@ -135,3 +136,18 @@ def test_loader_makes_them_by_itself_over_passes(comm, seed, folder):
         resumed.finish_pass()
     assert_identical(resumed.state(), expected)
     resumed.close()
+
+
+def test_rank_whose_disk_is_slow_is_named_with_the_remedy(comm, seed, folder, gate):
+    """Those that have written wait for rank 0 no longer than for any other rank; the save goes on all the same."""
+    script = Script(comm, seed=seed, options={"timeout_seconds": 2.0}).start().run(3)
+    if comm.rank == 0:
+        gate.clear()
+        threading.Timer(4.0, gate.set).start()
+    saving = script.save(folder / "saved", asynchronous=True)
+    if comm.rank:
+        with pytest.raises(pm.PeerError, match=r"=2\) for rank 0 to write its part; .*build the loader with more tim"):
+            saving.wait()
+    saving.wait()
+    assert read_index(folder / "saved").steps == 3
+    script.close()
