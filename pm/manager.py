@@ -107,6 +107,10 @@ class Manager(WholeTables):
         for table in tables:
             spec = table.spec
             table.store = self._store_for(spec.record_class, spec.rows, declared[spec.record_class])
+            self._gave_store(table)
+
+    def _gave_store(self, table: Table) -> None:
+        """A table that was declared has its store now. For managers of several ranks, in one order on all of them."""
 
     def _store_for(self, record_class: RecordClass, rows: int, declared_rows: int) -> RecordStore:
         if record_class.catches_up:  # rows are caught up in turn, by slot: such a table has a store of its own

@@ -32,6 +32,8 @@ log = logging.getLogger("adaloader")
 _PAUSE_SECONDS = 1e-5
 # Of a process's 128 TiB of address space: the rest is for what this rank makes itself.
 _MOST_MAPPED_BYTES = 1 << 46
+# Their stores each take a file descriptor until all have mapped them; a process may have as few as 256.
+_OFFERED_AT_ONCE = 32
 
 
 class Neighbours:
@@ -57,6 +59,8 @@ class Neighbours:
         self._whole: set[int] = set()
         self._mapped: dict[tuple[int, int], np.ndarray] = {}  # by rank and serial number
         self._places: dict[tuple[int, int], int] = {}  # serial number by rank and table
+        self._offered: list[Table] = []
+        self._said: set[tuple[str, int | None]] = set()
 
     @property
     def ranks(self) -> int:
@@ -84,16 +88,28 @@ class Neighbours:
                 block = SharedBlock(RecordStore.bytes_of(record_class, capacity))
                 self._serial_of[block] = next(self._serials)
             except OSError as error:
-                log.warning("rank %d sends rows of some tables by message: %s", self._manager.rank, error)
+                self._say_once(f"rank {self._manager.rank} sends rows of some tables by message", error)
         return RecordStore(record_class, capacity, block, self._manager.new_index(capacity))
+
+    def offer(self, table: Table) -> None:
+        """Share the records of `table` some time until `share_offered` returns (collective)."""
+        self._offered.append(table)
+        if len(self._offered) >= _OFFERED_AT_ONCE:
+            self.share_offered()
+
+    def share_offered(self) -> None:
+        """Share the records of all tables on `offer` (collective)."""
+        offered, self._offered = self._offered, []
+        self.share(offered)
 
     def share(self, tables: Sequence[Table]) -> None:
         """Have the neighbours map the records of `tables` (collective); one that cannot goes on getting messages.
 
-        When it returns, what was sent before has arrived.
+        A store keeps no file descriptor for those of its tables that come later: who has not mapped it with the first
+        gets messages for them too. When it returns, what was sent before has arrived.
         """
         manager = self._manager
-        stores = {table.store.block for table in manager.tables}
+        stores = {table.store.block for table in manager.tables if table.store is not None}
         self._serial_of = {block: serial for block, serial in self._serial_of.items() if block in stores}
         for table in tables:
             block = table.store.block
@@ -102,6 +118,8 @@ class Neighbours:
                 manager.transport.send(peer, Message(Kind.STORE, numbers))
         manager.barrier()  # all have mapped what they can, and said so
         manager.barrier()  # and all have heard it
+        for block in self._serial_of:
+            block.close_file()
         if self.ranks == manager.ranks:  # as on all of them
             self._agree_on_whole(tables)
 
@@ -128,11 +146,13 @@ class Neighbours:
                 mapped = sum(memory.size for memory in self._mapped.values())
                 if mapped + size > _MOST_MAPPED_BYTES:
                     raise OSError(f"{size:,} bytes of it would join {mapped:,}; {_MOST_MAPPED_BYTES:,} are the most")
+                if file < 0:
+                    raise OSError("it could not be mapped for a table that was declared before")
                 memory = map_block(self._machine.processes[source], file, size)
                 self._mapped[source, serial] = np.frombuffer(memory, np.uint8)
             self._places[source, number] = serial
         except OSError as error:
-            log.warning("rank %d gets rows of rank %d by message: %s", manager.rank, source, error)
+            self._say_once(f"rank {manager.rank} gets rows of rank {source} by message", error)
         manager.transport.send(source, Message(Kind.MAPPED, (number, int((source, number) in self._places))))
 
     def on_mapped(self, source: int, message: Message) -> None:
@@ -161,10 +181,16 @@ class Neighbours:
                 problem = error
         everyone_has_it = self.on_all([block is not None])[0]
         if problem is not None:
-            log.warning("rank %d: rows of some tables are sent by message: %s", rank, problem)
+            self._say_once(f"rank {rank}: rows of some tables are sent by message", problem)
         if rank == 0 and block is not None:
             block.close_file()
         return block if everyone_has_it else None
+
+    def _say_once(self, what: str, error: OSError) -> None:
+        """Log `what` and why, the first time for errors of one kind: what one table lacks, those after it do too."""
+        if (what, error.errno) not in self._said:
+            self._said.add((what, error.errno))
+            log.warning("%s: %s", what, error)
 
     def on_all(self, here: Sequence[bool]) -> np.ndarray:
         """Return which of several things hold on all ranks (collective)."""

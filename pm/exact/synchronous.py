@@ -133,7 +133,7 @@ class SynchronousManager(SharingManager):
     def add_tables(self, specs: Sequence[TableSpec]) -> list[Table]:
         added = super().add_tables(specs)
         # Nobody asks for rows of a table that another rank does not know yet.
-        self.neighbours.share([table for table in added if not table.store.is_shared])
+        self.neighbours.share_offered()
         return added
 
     def _give_stores(self, tables: Sequence[Table]) -> None:
@@ -142,6 +142,9 @@ class SynchronousManager(SharingManager):
             self.needs_no_messages = True
         else:
             self._need_messages()
+
+    def _gave_store(self, table: Table) -> None:
+        self.neighbours.offer(table)
 
     def _new_store(self, record_class: RecordClass, capacity: int) -> RecordStore:
         return self.neighbours.new_store(record_class, capacity)

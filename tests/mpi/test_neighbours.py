@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -238,6 +240,71 @@ def test_memory_that_cannot_be_had_is_replaced_by_messages(managers, comm, monke
     dense.check(pulled(manager, table, rows), rows, "in the end")
     said = [record.getMessage() for record in caplog.records if record.name == "adaloader"]
     assert not odd or any("there is none" in message for message in said), said
+
+
+@pytest.mark.ranks(2)
+def test_many_tables_take_no_file_descriptors(managers, comm):
+    """Each has a store of its own under Adam: more of them than are shared at once."""
+    manager = managers(shared_memory=True)
+    count, files = 70, len(os.listdir("/proc/self/fd"))
+    meet(comm)
+    tables = manager.add_tables([make_spec(number, 40, 2, "float32", "adam") for number in range(count)])
+    assert len({table.store.block for table in tables}) == count
+    assert len(os.listdir("/proc/self/fd")) <= files + 2
+    assert all(manager.neighbours.have_all(table) for table in tables)
+    rows = np.arange(40, dtype=np.int64)
+    take_steps(manager, tables[0], DenseTable(0, tables[0].spec), 3, lambda step, rank: rows)
+
+
+@contextlib.contextmanager
+def few_files(spare: int):
+    """This process may open `spare` more files meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + spare, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("spare", [64, 74])
+def test_without_file_descriptors_to_spare_rows_go_by_message(managers, comm, caplog, spare):
+    """Of the stores for which none is left: on one rank, which says so once, and how to have more."""
+    odd = comm.rank == comm.size - 1
+    manager = managers(shared_memory=True)
+    with few_files(spare) if odd else contextlib.nullcontext():
+        tables = manager.add_tables([make_spec(number, 40, 2, "float32", "adam") for number in range(30)])
+    without = sum(table.store.block is None for table in tables)
+    assert (0 < without <= 30 if spare > 64 else without == 30) if odd else without == 0
+    said = [record.getMessage() for record in caplog.records if "by message" in record.getMessage()]
+    assert len(said) == odd and all("raise that limit (ulimit -n)" in message for message in said), said
+    rows = np.arange(40, dtype=np.int64)
+    take_steps(manager, tables[0], DenseTable(0, tables[0].spec), 3, lambda step, rank: rows)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.usefixtures("own_stores")
+def test_a_table_that_joins_a_store_later_is_read_in_place(managers, comm):
+    """That store has no file any more by which it could be mapped; whoever reads another table of it has it mapped."""
+    manager = managers(shared_memory=True)
+    joining, first = manager.add_tables(
+        [make_spec(n, 80, 3, "float32", rule) for n, rule in enumerate(["sgd", "adagrad"])]
+    )
+    rows = np.arange(80, dtype=np.int64)
+    dense = DenseTable(0, joining.spec)
+    take_steps(manager, joining, dense, 3, lambda step, rank: rows)
+    manager.settle()
+    values = dense.values.copy()
+    manager.replace_rule(joining, make_spec(0, 80, 3, "float32", "adagrad"))
+    assert joining.store is first.store and first.store.block.file < 0
+    assert manager.neighbours.have_all(joining) and manager.neighbours.have_all(first)
+    dense = DenseTable(0, joining.spec)
+    dense.values[...] = values
+    joining.gradient_steps = 0
+    take_steps(manager, joining, dense, 3, lambda step, rank: rows)
 
 
 @pytest.mark.ranks(2)

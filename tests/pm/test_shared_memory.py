@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -87,6 +88,58 @@ def test_a_block_that_nobody_has_is_closed():
     for _ in range(50):
         SharedBlock(8192)
     assert len(os.listdir("/proc/self/fd")) <= files + 2
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:adaloader")
+
+
+def test_what_is_mapped_keeps_no_file_open():
+    files = len(os.listdir("/proc/self/fd"))
+    block = SharedBlock(8192)
+    here = np.frombuffer(block.memory, np.int64)
+    there = np.frombuffer(map_block(os.getpid(), block.file, 8192), np.int64)
+    assert len(os.listdir("/proc/self/fd")) == files + 1, "the one that others open"
+    block.close_file()
+    assert len(os.listdir("/proc/self/fd")) == files
+    here[5] = 55
+    assert there[5] == 55
+
+
+def test_memory_is_unmapped_with_the_last_array_of_it():
+    before = mappings()
+    block = SharedBlock(8192)
+    array = np.frombuffer(map_block(os.getpid(), block.file, 8192), np.int64)
+    assert mappings() == before + 2
+    part = array[7:9].reshape(2, 1)
+    block.memory[56] = 7
+    del array, block
+    assert mappings() == before + 1 and part[0, 0] == 7
+    del part
+    assert mappings() == before
+
+
+def test_what_cannot_be_mapped_is_told_with_its_size():
+    block = SharedBlock(8192)
+    for size in (1 << 62, 1 << 64):
+        with pytest.raises(OSError, match="bytes"):
+            shared_memory._map(block.file, size)
+
+
+def test_file_descriptors_are_left_for_others():
+    next_one = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_one)
+    files, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + 64, limits[1]))
+        with pytest.raises(OSError, match=rf"may have {next_one + 64} .*the last 64 are for others.*ulimit -n"):
+            SharedBlock(8192)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, limits[1]))
+        with pytest.raises(OSError, match=rf"may have {next_one} .*ulimit -n"):
+            map_block(os.getpid(), 0, 8192)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_records_in_a_block_are_those_of_a_store():
