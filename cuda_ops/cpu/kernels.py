@@ -6,11 +6,15 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cuda_ops.keeping import kept
+
 # NumPy's error model leaves out the test for division by zero, which would keep a loop from being vectorised.
-kernel = njit(cache=True, nogil=True, error_model="numpy")
+kernel = kept(njit(nogil=True, error_model="numpy"))
 # A product and a sum may be rounded once together, as PyTorch's own vectorised loops do: the same bits
 # result.
-fused_kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+fused_kernel = kept(njit(nogil=True, error_model="numpy", fastmath={"contract"}))
+# For what takes less time than to give the interpreter's lock to a thread that waits and to get it back.
+short_kernel = kept(njit(error_model="numpy"))
 # For small helpers that exist only inside kernels: they are compiled into each, and not kept on their own.
 helper = njit(nogil=True, error_model="numpy")
 # The same for helpers of many arguments, which LLVM would call: an array has seven words and a count of references.

@@ -1,10 +1,9 @@
 """Whether a lookup's ids are those that were expected: what is asked at each lookup, in one call."""
 
-from numba import njit
+from cuda_ops.cpu.kernels import short_kernel
 
 
-# It keeps the interpreter's lock: it takes less time than to give that to a thread that waits and to get it back.
-@njit(cache=True, error_model="numpy")
+@short_kernel
 def same_ids(expected, ids):
     """Return whether two vectors of int64 have the same numbers, in the same order.
 

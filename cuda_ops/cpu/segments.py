@@ -4,11 +4,10 @@ what would take one call for each.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.extending import intrinsic
 
 from cuda_ops.cpu.checks import int_vector, writable
-from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, prefetch_address
+from cuda_ops.cpu.kernels import ROWS_AHEAD, kernel, prefetch_address, short_kernel
 
 
 def keys_of_segments(ids, ends, bases, bounds, keys):
@@ -76,9 +75,8 @@ def _ends(ends, count):
     return ends
 
 
-# As `same_ids`, it keeps the interpreter's lock. NumPy takes four calls for this: 40 us where a model's dense part has
-# left none of their code in the caches.
-@njit(cache=True, error_model="numpy")
+# NumPy takes four calls for this: 40 us where a model's dense part has left none of their code in the caches.
+@short_kernel
 def _ascend(ends, count):
     """Whether segments end at `ends` (int64 [S]), none before it begins, and the last at `count`."""
     last = 0

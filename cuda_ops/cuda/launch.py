@@ -18,6 +18,7 @@ from numba.core import config
 
 from cuda_ops.cuda import numpy_names
 from cuda_ops.cuda.tuning import Shape, tuner_for
+from cuda_ops.keeping import kept
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 """Whether kernels run on Numba's simulator, one Python thread for each of CUDA's."""
@@ -28,7 +29,7 @@ THREADS = 32 if SIMULATED else 256
 _WARP = 32
 _MOST_BLOCKS = 2 if SIMULATED else 1 << 16
 
-kernel = cuda.jit if SIMULATED else functools.partial(cuda.jit, cache=True)
+kernel = cuda.jit if SIMULATED else kept(cuda.jit)
 """Decorator of kernels; what it compiles is kept on disk, as the CPU's are."""
 
 helper = cuda.jit(device=True)
