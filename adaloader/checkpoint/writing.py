@@ -91,9 +91,7 @@ class Saving:
         self._thread = threading.Thread(target=self._run, name="adaloader-checkpoint", daemon=True)
         try:
             self._thread.start()
-        except (
-            RuntimeError
-        ):  # the system has no thread left for us: all ranks hear of it if that keeps it from the disk
+        except RuntimeError:  # the system has no thread left for us: all ranks hear of it if writing needs one
             self._run()
         _not_told.add(self)  # not before there is somebody who ends it
 
