@@ -6,9 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -23,35 +21,13 @@ from pm.storage.store import RecordClass, RecordStore
 from pm.storage.whole_tables import WholeTables
 from pm.tables import RowPlan, Stretch, Table, TableGradient, TableSpec
 from pm.together import JointGradient, apply_joint, apply_together, runs
+from pm.traffic import Traffic
 
 # Tables of so many rows together have an array of slots on each of several ranks: 16 MB.
 _ARRAY_ROWS = 1 << 22
 # A store reserves this many times the rows declared when it is made, so that tables added later find room in it.
 _RESERVE_FACTOR = 2
 _CHUNK_ROWS = 1 << 16
-
-
-@dataclass
-class Traffic:
-    """What the manager has counted; seconds are those that the trainer's thread waited for rows.
-
-    By number of table: `relocations` are rows that this rank gave to another, `replications` rows that it copied to one
-    for a plan, `replica_steps` copies that it sent again because they had changed. `hops` are rows asked for that it
-    passed on to another rank, `late_intents` rows asked for when they might already have been needed. `neighbour_rows`
-    are those that this rank read from the memory of another.
-    """
-
-    on_demand_pulls: int = 0
-    relocations: Counter[int] = field(default_factory=Counter)
-    replications: Counter[int] = field(default_factory=Counter)
-    replica_steps: Counter[int] = field(default_factory=Counter)
-    hops: int = 0
-    late_intents: int = 0
-    neighbour_rows: int = 0
-    wait_seconds: float = 0.0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("keys", "exchange", "gather", "backward", "update", "waiting"), 0.0)
-    )
 
 
 class Manager(WholeTables):

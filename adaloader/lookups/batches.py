@@ -26,9 +26,10 @@ _REMEMBERED_BATCHES = 2
 _MOST_UNUSED = 16  # handed out, but not looked up
 _MOST_EVALUATED = 2  # looked up without gradient, before the one that is looked up now
 _MOST_TRAINED = 64  # looked up with gradient, and no step taken
-# Fewer ids than this, or a smaller part of all of a batch for a table, are not taken for that batch's by being equal,
-# unless they are as many for each of its samples.
-_TELLING_IDS = 5
+# Ids that equal some of a batch are taken for its own where they are as many for each of its samples, so many, or so
+# large a part of all that it has for the table and not just a few.
+_MANY_IDS = 32
+_SOME_IDS = 5
 _TELLING_PART = 0.5
 
 
@@ -274,6 +275,6 @@ def _fits(batch: Batch, ids: np.ndarray | None) -> bool:
 
 def _tells(batch: Batch, needed: BatchRows, ids: np.ndarray) -> bool:
     """Whether ids that equal some of what is foreseen for `batch` tell that a lookup is of it."""
-    if batch.weight[0] > 1 and _fits(batch, ids):
+    if len(ids) >= _MANY_IDS or batch.weight[0] > 1 and _fits(batch, ids):
         return True
-    return len(ids) >= _TELLING_IDS and len(ids) >= _TELLING_PART * needed.ids_foreseen
+    return len(ids) >= _SOME_IDS and len(ids) >= _TELLING_PART * needed.ids_foreseen

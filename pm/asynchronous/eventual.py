@@ -40,12 +40,13 @@ from pm.colocated.shared_tables import SharedTables
 from pm.exact.agreement import check_same_step
 from pm.exact.rounds import Round, step_of
 from pm.exact.synchronous import SynchronousManager
-from pm.manager import Manager, Traffic
+from pm.manager import Manager
 from pm.messages import Kind, Message
 from pm.pieces import Summing
 from pm.recorder import Recorder
 from pm.storage.store import RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
+from pm.traffic import Traffic
 
 _SHARED = (rules.SGD, rules.Adagrad, rules.RowwiseAdagrad)
 _ADDITIVE = (*_SHARED, rules.Frozen)
