@@ -130,9 +130,11 @@ class Batches:
         """
         if len(self.active) == 1 or not torch.is_grad_enabled() or _tells(batch, batch.tables[table_number], ids):
             return True
-        if self._forward_goes_on and self.current in self.active:
-            return batch is self.current
-        return batch.used_at is None or batch is self._guess(ids)
+        goes_on = self._forward_goes_on and self.current in self.active
+        expected = self.current if goes_on else self._guess(ids)
+        if expected is None or batch is expected or batch.iteration is not expected.iteration:
+            return True
+        return batch.used_at is None and not goes_on
 
     def used(self, batch: Batch) -> None:
         """A lookup was matched to `batch`."""

@@ -56,6 +56,7 @@ def test_a_batch_that_is_looked_up_again_after_its_step_is_the_current_one(batch
 def test_few_ids_of_many_do_not_tell_which_batch_they_are_of(batches):
     """A lookup of one sample's rows may equal that of a sample of another batch."""
     finished, now = a_batch(0, [3, 5, 7, 9, 11]), a_batch(1, [4, 6, 7, 8, 10])
+    now.iteration = finished.iteration
     for batch in (finished, now):
         rows = batch.tables[0].rows
         batch.tables[0].sites = [(rows[at : at + 1], np.array([at])) for at in range(len(rows))]
@@ -67,7 +68,9 @@ def test_few_ids_of_many_do_not_tell_which_batch_they_are_of(batches):
     batches.handed_out(now)
     assert not batches.looked_up_late(0, np.array([7]))
     batches.used(now)
-    later = a_batch(2, [7])
-    batches.handed_out(later)
+    for other in (later := a_batch(2, [7]), a_batch(0, [7])):
+        batches.handed_out(other)
+    later.iteration = now.iteration
     assert batches.may_be_of(now, 0, np.array([7]))
     assert not batches.may_be_of(finished, 0, np.array([7]))
+    assert batches.may_be_of(other, 0, np.array([7]))  # of another loader, in the same step

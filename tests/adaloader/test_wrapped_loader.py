@@ -101,3 +101,27 @@ def test_wrapping_draws_nothing():
     assert loader.begun == 0 and not hasattr(loader, "no_such_thing")
     list(loader)
     assert loader.begun == 1
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_two_loaders_side_by_side(batch_size):
+    """Batches of two loaders in one step, looked up in many small lookups, are told apart."""
+    model = torch.nn.Embedding(5000, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps, fields = 20, 6
+
+    def loader():
+        ids = torch.randint(5000, (steps * batch_size, fields))
+        return AdaLoader.wrap(DataLoader(ids, batch_size), model=model, optimizer=optimizer)
+
+    def loss(ids):
+        return sum(model(ids[:, field]).square().mean() for field in range(fields))
+
+    one, other = loader(), loader()
+    for first, second in zip(one, other, strict=True):
+        optimizer.zero_grad()
+        (loss(first) + loss(second)).backward()
+        optimizer.step()
+    rows = one.stats()["tables"]["weight"]
+    assert rows["on_demand"] <= 2 * 2 * batch_size * fields  # of the steps in which nothing is known yet
+    one.close(), other.close()
