@@ -24,16 +24,14 @@ from adaloader.optimizers.held_state import (
     continue_from,
     free_state,
     held_anywhere,
-    held_state,
     hyperparameters,
     starting_from,
 )
-from adaloader.optimizers.supported import group_of, rule_for, snapshot
+from adaloader.optimizers.supported import group_of, rule_for
 from adaloader.ranks.table_values import all_texts, broadcast_array, load_states
 from adaloader.tables.managed_table import ManagedTable
-from adaloader.tables.probation import Probation, confirm
+from adaloader.tables.probation import Probation
 from adaloader.tables.table_parameter import TableParameter, become_table
-from pm.dense_rules import DenseRule
 
 _TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 _MASK64 = (1 << 64) - 1
@@ -197,7 +195,7 @@ def adopt(model: ManagedModel, found: dict[str, nn.Parameter], specs: list[pm.Ta
     tables = model.manager.add_tables(specs)
     for table, of_table, probation in zip(tables, held, probations, strict=True):
         parameter = found[table.spec.name]
-        differs_by_row, form = _form_on_rank_0(model.manager, of_table)
+        differs_by_row, form = form_on_rank_0(model.manager, of_table)
         table.spec = replace(table.spec, group=starting_from(table.spec.group, table.spec.rule, form.constant))
         continue_from(table, form)
         if probation is None:
@@ -217,70 +215,7 @@ def adopt(model: ManagedModel, found: dict[str, nn.Parameter], specs: list[pm.Ta
     model.manager.rewrite_ended()  # nobody asks for rows before all ranks have rank 0's values
 
 
-def adopt_later(model: ManagedModel, table: ManagedTable, optimizer: Optimizer, at: int) -> None:
-    """Have group `at` of `optimizer` train a table that no optimizer has held so far (collective)."""
-    spec, held, form, differs_by_row = _trained_by(model, table, optimizer, at)
-    model.manager.replace_rule(table.table, spec)
-    _begin_with(model, table, optimizer, held, form, differs_by_row)
-
-
-def why_not_changed(table: ManagedTable, optimizer: Optimizer, at: int) -> str:
-    """Return why group `at` of `optimizer` cannot train a table in place of another optimizer, "" if it can.
-
-    Raises:
-        UnsupportedOptimizerError: if it can train no table.
-    """
-    rule = rule_for(optimizer, optimizer.param_groups[at], table.name)
-    held_state(optimizer, table.parameter, rule)
-    if _keeps_records(table.table.spec.rule, rule):
-        return ""
-    return table.owner.manager.why_rule_stays(table.table, all_made=table.all_rows_held or table.probation is not None)
-
-
-def change_optimizer(model: ManagedModel, table: ManagedTable, optimizer: Optimizer, at: int) -> None:
-    """Have group `at` of `optimizer` train a table that another one trained, with its own state (collective)."""
-    if table.probation is not None:
-        confirm(table)
-    manager = model.manager
-    spec, held, form, differs_by_row = _trained_by(model, table, optimizer, at)
-    if _keeps_records(table.table.spec.rule, spec.rule):
-        with manager.still():
-            table.table.spec = spec
-            manager.reset_states(table.table)
-    else:
-        manager.replace_rule(table.table, spec, all_made=table.all_rows_held)
-    _begin_with(model, table, optimizer, held, form, differs_by_row)
-
-
-def _keeps_records(old: pm.Rule, new: pm.Rule) -> bool:
-    """Whether records of rows under one rule can go on as they are under the other."""
-    return old == new if isinstance(old, DenseRule) else type(old) is type(new)
-
-
-def _trained_by(
-    model: ManagedModel, table: ManagedTable, optimizer: Optimizer, at: int
-) -> tuple[pm.TableSpec, HeldState, HeldState, bool]:
-    """Return the spec of a table that group `at` of `optimizer` is going to train, what that holds for it, the same but
-    what differs by row as it is on rank 0, and whether any does (collective)."""
-    group = optimizer.param_groups[at]
-    rule = rule_for(optimizer, group, table.name)
-    held = held_state(optimizer, table.parameter, rule)
-    differs_by_row, form = _form_on_rank_0(model.manager, held)
-    group = starting_from(snapshot(group), rule, form.constant)
-    return replace(table.table.spec, rule=rule, group=group, fill_states=None), held, form, differs_by_row
-
-
-def _begin_with(
-    model: ManagedModel, table: ManagedTable, optimizer: Optimizer, held: HeldState, form: HeldState, by_row: bool
-) -> None:
-    """Have records go on from what `optimizer` holds; see `_trained_by` (collective)."""
-    continue_from(table.table, form)
-    if by_row:
-        load_states(model.manager, table.table, held.parts)
-    free_state([optimizer], table.parameter)
-
-
-def _form_on_rank_0(manager: pm.Manager, held: HeldState) -> tuple[bool, HeldState]:
+def form_on_rank_0(manager: pm.Manager, held: HeldState) -> tuple[bool, HeldState]:
     """Return whether rank 0's state differs by row, and all else that it holds (collective)."""
     constant = np.nan if held.constant is None else held.constant
     numbers = [held.parts is not None, held.constant is not None, constant, held.steps, held.begun]

@@ -21,14 +21,13 @@ from adaloader.dense.parameters import DenseReducer
 from adaloader.dense.process_group import process_group
 from adaloader.gradients.combining import Combiner
 from adaloader.model import adoption, averaged
+from adaloader.model.later_optimizers import attach_later, train_from_now_on
 from adaloader.model.managed_model import ManagedModel, managed_models
 from adaloader.model.row_cache import cache_rows, lone_manager
 from adaloader.model.state import hook_modules, hook_state_dicts
 from adaloader.model.strategy import resolve_strategy
 from adaloader.model.trainers import bare_optimizer
 from adaloader.optimizers.gradient_layout import check_modules
-from adaloader.optimizers.optimizer_state import hook_optimizer
-from adaloader.optimizers.supported import group_of, rule_for
 from adaloader.ranks.agreement import broadcast
 from adaloader.ranks.communicator import end_job, end_job_if_failed, end_job_on_failure, end_job_unless, same_comm
 from adaloader.ranks.registry import ends, register, this_process
@@ -38,7 +37,6 @@ from adaloader.reading.following import Follower
 from adaloader.recording import begin_record, check_same_record, open_record
 from adaloader.settings import Settings
 from adaloader.tables.candidate import find_candidates, watch_candidates
-from adaloader.tables.managed_table import ManagedTable
 from pm.launch import await_all, default_comm, launched_ranks
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ def manage(
     if managed is None:
         return _manage(model, optimizers, settings, order)
     _check_same_settings(managed, settings)
-    _attach_later(managed, optimizers)
+    attach_later(managed, optimizers)
     averaged.take_in(managed, managed.optimizers)
     return managed
 
@@ -154,7 +152,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
         end_job_on_failure()  # torch.distributed has set a hook of its own
     watch_candidates(managed, find_candidates(model, {*found, *strategy}, settings.min_rows))
     hook_state_dicts(managed, model)
-    managed.on_table_held = _train_from_now_on
+    managed.on_table_held = train_from_now_on
     managed.on_table_added = lambda managed, table: hook_modules(managed, managed.model(), [table])
     managed_models[model] = managed
     return managed
@@ -229,69 +227,6 @@ def _check_same_settings(managed: ManagedModel, settings: Settings) -> None:
             f"this model's first loader had strategy={managed.strategy!r}, and this one asks for "
             f"{dict(settings.strategy)!r}; leave it out, for loaders of one model share it"
         )
-
-
-def _attach_later(managed: ManagedModel, optimizers: list[Optimizer]) -> None:
-    """A later loader brings optimizers that the first one did not have: for tables that none has trained, or in place
-    of those that did."""
-    fresh = [o for o in optimizers if not any(o is known for known in managed.optimizers)]
-    held = [(table, place) for table in managed.tables if (place := group_of(optimizers, table.parameter, table.name))]
-    brought = [(table, optimizers[number], at) for table, (number, at) in held if optimizers[number] in fresh]
-    changed = [entry for entry in brought if not isinstance(entry[0].table.spec.rule, pm.Frozen)]
-    if changed:
-        _check_change(managed, changed)
-    for table, optimizer, at in brought:
-        if isinstance(table.table.spec.rule, pm.Frozen):
-            _train_from_now_on(managed, table, optimizer)
-        else:
-            adoption.change_optimizer(managed, table, optimizer, at)
-    for known in managed.optimizers:
-        if any(group_of([known], table.parameter) for table, _, _ in changed):
-            managed.let_go(known)
-    managed.attach(fresh)
-    for optimizer in fresh:
-        hook_optimizer(managed, optimizer)
-
-
-def _check_change(managed: ManagedModel, changed: list[tuple[ManagedTable, Optimizer, int]]) -> None:
-    """Raise if a table cannot be trained by the group of an optimizer that it is to be trained by in place of another,
-    before anything is changed (collective).
-
-    Raises:
-        UnsupportedOptimizerError: if the optimizer can train no table.
-        ValueError: on all ranks, with the reason.
-    """
-    problem = ""
-    for table, optimizer, at in changed:
-        kind = type(optimizer).__name__
-        if managed.was_let_go(optimizer):
-            problem = (
-                f"this {kind} trained table {table.name!r} until a later loader was given another optimizer for it, "
-                "and its state went then: pass that one, or build a new optimizer"
-            )
-        elif why := adoption.why_not_changed(table, optimizer, at):
-            problem = (
-                f"table {table.name!r} is trained by an earlier loader's optimizer, and cannot go on under this "
-                f"{kind}: {why}. Change that one's param_groups (lr, weight_decay), or take full_state_dict(model), "
-                "close the loader, and build model and loader anew from it"
-            )
-        group = optimizer.param_groups[at]
-        check_modules(managed.model(), {table.name: (rule_for(optimizer, group, table.name), group)})
-    manager = managed.manager
-    if first := next((text for text in all_texts(manager, problem) if text), ""):
-        raise ValueError(first)
-    kinds = [(table.name, type(optimizer).__name__, at) for table, optimizer, at in changed]
-    adoption.agree(manager, "optimizers for the next stage", repr(kinds))
-
-
-def _train_from_now_on(managed: ManagedModel, table: ManagedTable, optimizer: Optimizer) -> None:
-    """A table that no optimizer held is held by `optimizer` now (collective): a later loader has brought it, or
-    `add_param_group` has added the table.
-    """
-    _, at = group_of([optimizer], table.parameter, table.name)
-    group = optimizer.param_groups[at]
-    check_modules(managed.model(), {table.name: (rule_for(optimizer, group, table.name), group)})
-    adoption.adopt_later(managed, table, optimizer, at)
 
 
 # A worker that is forked inherits garbage that is not its own to free: communicators, and process groups whose threads
