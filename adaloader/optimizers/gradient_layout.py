@@ -52,7 +52,7 @@ def check_modules(model: nn.Module, rules: Mapping[str, tuple[pm.Rule, Mapping[s
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in rules}
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")  # not by its attribute, which a parametrization would compute
+        weight = own_weight(module)
         if not isinstance(module, _SPARSE_MODULES) or id(weight) not in names or not weight.requires_grad:
             continue
         table = names[id(weight)]
@@ -65,3 +65,9 @@ def check_modules(model: nn.Module, rules: Mapping[str, tuple[pm.Rule, Mapping[s
                 "dense gradients only, as in plain PyTorch; set sparse=False, or put the table into a parameter group "
                 "without weight_decay"
             )
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's parameter `weight`, if it has one; not by its attribute, which a parametrization would
+    compute."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from adaloader.model.managed_model import ManagedModel
+from adaloader.optimizers.gradient_layout import own_weight
 from adaloader.tables.candidate import decide_now
 from adaloader.tables.managed_table import ManagedTable
 
@@ -43,7 +44,7 @@ def _find_table(managed: ManagedModel, model: nn.Module, given) -> ManagedTable:
                     return table
     if isinstance(given, str):
         names = dict(model.named_parameters(remove_duplicate=False))
-        names.update({name: m._parameters.get("weight") for name, m in model.named_modules()})
+        names.update({name: own_weight(m) for name, m in model.named_modules()})
         for table in managed.tables:
             if names.get(given) is table.parameter:
                 return table
