@@ -179,3 +179,8 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
             torch.testing.assert_close(
                 ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}"
             )
+
+
+def begun(optimizer: str = "adagrad", batches: int = 5, **options) -> Script:
+    """Return a script that has trained some batches."""
+    return Script(None, optimizer, **options).start().run(batches)

@@ -1,12 +1,9 @@
-"""Checkpoints on one process: what is in them, leaving by them, coming from plain tensors, and what does not fit."""
+"""Checkpoints on one process: what is in them, and leaving and coming back by them."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,12 +13,7 @@ from torch import nn
 import adaloader
 from adaloader import AdaLoader, CheckpointError, full_state_dict
 from adaloader.checkpoint.layout import complete_in, read_index
-from adaloader.command_line import main
-from tests.resuming import OPTIMIZERS, Script, assert_close, assert_identical, with_draws
-
-
-def begun(optimizer="adagrad", batches=5, **options) -> Script:
-    return Script(None, optimizer, **options).start().run(batches)
+from tests.resuming import OPTIMIZERS, Script, assert_close, assert_identical, begun, with_draws
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -127,78 +119,6 @@ def test_saving_changes_nothing(tmp_path, seed):
     one.close(), other.close()
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam", "momentum"])
-def test_exported_file_is_the_state_dict(tmp_path, seed, optimizer):
-    safetensors = pytest.importorskip("safetensors.torch")
-    script = begun(optimizer, 7, seed=seed, samples=40)
-    script.save(tmp_path / "saved")
-    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out.safetensors")]) == 0
-    exported = safetensors.load_file(tmp_path / "out.safetensors")
-    expected = full_state_dict(script.model)
-    assert exported.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(exported[name], tensor), name
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["out.safetensors", "saved"]
-    script.close()
-
-
-@pytest.mark.parametrize(
-    "out, message",
-    [
-        ("", "is a folder"),
-        (".", "is a folder"),
-        ("/", "is a folder"),
-        ("nowhere/..", "is a folder"),
-        ("folder", "is a folder and would be replaced"),
-        ("pipe", "is a device, pipe or socket and would be replaced"),
-        ("link", "is a link and would be replaced"),
-        ("run/step-000000000002/index.json", "lies in the checkpoint"),
-        ("run/step-000000000004/new", "lies in the checkpoint"),
-        ("aside/new", "lies in the checkpoint"),
-        ("file/new", "cannot be written"),
-        ("x" * 254, "cannot be written"),
-    ],
-)
-def test_export_replaces_nothing_but_files(tmp_path, monkeypatch, capsys, out, message):
-    script = begun(batches=0)
-    script.loader.checkpoint(tmp_path / "run", every_steps=2)
-    script.run(5)
-    script.close()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("file")
-    (tmp_path / "file").write_text("of somebody")
-    (tmp_path / "aside").symlink_to("run/step-000000000002")
-    before = sorted(tmp_path.rglob("*"))
-    assert main(["export", "run", out]) == 1
-    said = capsys.readouterr().err
-    assert message in said and f"adaloader: {os.path.normpath(out or '.')[:20]}" in said.replace("nowhere/..", ".")
-    assert said.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
-    assert main(["inspect", "run/step-000000000002"]) == 0
-    assert main(["export", "run", "file"]) == 0
-    assert (tmp_path / "file").stat().st_size > 100
-
-
-def test_inspect_of_a_file_says_so(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert main(["inspect", str(tmp_path / "file")]) == 1
-    assert f"{tmp_path / 'file'} is a file, not a folder: pass the folder" in capsys.readouterr().err
-
-
-def test_inspect_ends_quietly_when_nobody_reads_on(tmp_path):
-    script = begun()
-    script.save(tmp_path)
-    script.close()
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "adaloader", "inspect", str(tmp_path)]
-    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writing)
-    assert (result.returncode, result.stderr) == (141, "")
-
-
 def test_files_are_such_as_the_safetensors_library_reads(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     script = begun("adagrad")
@@ -208,158 +128,6 @@ def test_files_are_such_as_the_safetensors_library_reads(tmp_path):
     rows = tensors["rows/built.weight"]
     assert torch.equal(tensors["values/built.weight"], full_state_dict(script.model)["built.weight"][rows])
     script.close()
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "torch.save", "state_dict"])
-def test_plain_tensors_are_loaded(tmp_path, seed, kind):
-    safetensors = pytest.importorskip("safetensors.torch")
-    torch.manual_seed(seed)
-    script = begun(batches=2)
-    state = full_state_dict(script.model)
-    plain = {name: torch.randn_like(v) if v.is_floating_point() else v for name, v in state.items()}
-    path = tmp_path / "plain"
-    if kind == "safetensors":
-        safetensors.save_file(plain, path)
-    else:
-        torch.save(plain, path)
-    restored = adaloader.load(plain if kind == "state_dict" else path, script.loader)
-    assert restored == {} and restored.report == []
-    after = full_state_dict(script.model)
-    assert all(torch.equal(after[name], plain[name]) for name in plain)
-    script.run(2).close()
-
-
-def test_plain_tensors_that_do_not_fit_are_refused_or_reported(tmp_path):
-    script = begun(batches=1)
-    plain = dict(full_state_dict(script.model))
-    plain["built.weight"] = torch.zeros(3, 3, dtype=torch.float64)
-    plain["surplus"] = plain.pop("out.bias")
-    before = full_state_dict(script.model)
-    with pytest.raises(CheckpointError, match="lacks 'out.bias'.*'built.weight' has shape.*'surplus' is not in"):
-        adaloader.load(plain, script.loader)
-    assert all(torch.equal(value, full_state_dict(script.model)[name]) for name, value in before.items())
-    assert len(adaloader.load(plain, script.loader, strict=False).report) == 3
-    script.close()
-
-
-class Other(nn.Module):
-    """Like the script's model, and not the same."""
-
-    def __init__(self, rows=37, dim=3, dtype=torch.float64, extra=False):
-        super().__init__()
-        self.built = nn.Embedding(rows, dim, dtype=dtype)
-        self.out = nn.Linear(9, 1, dtype=dtype)
-        if extra:
-            self.more = nn.Linear(2, 2, dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({}, "'declared.weight' is not in the model"),
-        ({"rows": 40}, r"'built.weight' has shape \[37, 3\] in it and \[40, 3\]"),
-        ({"dtype": torch.float32}, "'built.weight' has dtype float64 in it and torch.float32"),
-        ({"extra": True}, "the model's 'more.weight' is not in it"),
-    ],
-)
-def test_other_model_is_refused_and_left_as_it_was(tmp_path, options, message):
-    begun().save(tmp_path)
-    model = Other(**options)
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    loader = AdaLoader([{"x": 1}], 1, model=model, optimizer=optimizer, min_rows=20)
-    before = {name: value.clone() for name, value in full_state_dict(model).items()}
-    with pytest.raises(CheckpointError, match=message):
-        adaloader.load(tmp_path, loader)
-    after = full_state_dict(model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    if options in ({}, {"extra": True}):
-        restored = adaloader.load(tmp_path, loader, strict=False)
-        assert any("declared.weight" in line for line in restored.report)
-        assert not torch.equal(full_state_dict(model)["built.weight"], before["built.weight"])
-    loader.close()
-
-
-def test_other_optimizer_is_refused_and_its_state_begins_anew_without_strict(tmp_path):
-    saved = begun("adagrad")
-    saved.save(tmp_path)
-    other = Script(None, "adam").start()
-    with pytest.raises(CheckpointError, match="'declared.weight' was trained under 'adagrad'.*'adam' now"):
-        other.load(tmp_path)
-    other.load(tmp_path, strict=False)
-    values, expected = full_state_dict(other.model), full_state_dict(saved.model)
-    assert torch.equal(values["declared.weight"], expected["declared.weight"])
-    other.run(3).close(), saved.close()
-
-
-SGD, Adam, Adagrad, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop
-
-
-def with_optimizer(kind, dtype=torch.float32, min_rows=1, **options):
-    """Return a model of a table and dense parameters, its optimizer and its loader, trained for some steps."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(30, 4, dtype=dtype), nn.Linear(4, 1, dtype=dtype))
-    optimizer = kind(model.parameters(), lr=0.1, **options)
-    loader = AdaLoader(torch.arange(30), 5, model=model, optimizer=optimizer, min_rows=min_rows)
-    return model, optimizer, loader
-
-
-def one_pass(model, optimizer, loader):
-    for ids in loader:
-        model(ids).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize(
-    "kind, saved, now, min_rows",
-    [
-        (Adam, {}, {"amsgrad": True}, 1),
-        (Adam, {"amsgrad": True}, {}, 1),
-        (SGD, {}, {"momentum": 0.9}, 1),
-        (SGD, {"momentum": 0.9}, {}, 1),
-        (RMSprop, {}, {"centered": True}, 1),
-        (Adam, {}, {"amsgrad": True}, 99),
-    ],
-)
-def test_optimizer_whose_options_need_other_state_keeps_its_own_without_strict(tmp_path, kind, saved, now, min_rows):
-    model, optimizer, loader = with_optimizer(kind, min_rows=min_rows, **saved)
-    one_pass(model, optimizer, loader)
-    adaloader.save(tmp_path, loader)
-    loader.close()
-    model, optimizer, loader = with_optimizer(kind, min_rows=min_rows, **now)
-    with pytest.raises(CheckpointError, match=f"optimizer 0 is {kind.__name__}.*which has other state"):
-        adaloader.load(tmp_path, loader)
-    report = adaloader.load(tmp_path, loader, strict=False).report
-    assert any("which has other state" in line for line in report)
-    name = next(iter({**saved, **now}))
-    assert optimizer.param_groups[0][name] == now.get(name, 0)
-    one_pass(model, optimizer, loader)
-    loader.close()
-
-
-def test_table_that_was_dense_when_it_was_saved_is_trained_under_its_own_options(tmp_path):
-    saved = with_optimizer(SGD, min_rows=99)
-    one_pass(*saved)
-    adaloader.save(tmp_path, saved[2])
-    model, optimizer, loader = with_optimizer(SGD, momentum=0.9)
-    assert len(adaloader.load(tmp_path, loader, strict=False).report) == 2
-    one_pass(model, optimizer, loader)
-    saved[2].close(), loader.close()
-
-
-@pytest.mark.parametrize("kind", [Adam, Adagrad, SGD])
-def test_state_of_parameters_of_another_dtype_begins_anew_without_strict(tmp_path, kind):
-    saved = with_optimizer(kind)
-    one_pass(*saved)
-    adaloader.save(tmp_path, saved[2])
-    model, optimizer, loader = with_optimizer(kind, torch.float64)
-    report = adaloader.load(tmp_path, loader, strict=False).report
-    assert [line for line in report if "dtype" in line] == report and len(report) == 3
-    weight = full_state_dict(saved[0])["1.weight"]
-    assert torch.equal(model[1].weight, weight.double())
-    one_pass(model, optimizer, loader)
-    assert all(v.dtype == torch.float64 for v in optimizer.state[model[1].weight].values() if v.ndim)
-    saved[2].close(), loader.close()
 
 
 def test_extra_comes_back_as_it_was(tmp_path):
@@ -391,17 +159,6 @@ def test_what_cannot_be_saved_is_named(tmp_path, what):
     with pytest.raises(CheckpointError, match="own/extra/what.* cannot be saved"):
         adaloader.save(tmp_path / "saved", script.loader, {"what": what})
     assert not (tmp_path / "saved").exists()
-    script.close()
-
-
-def test_inspect_lists_and_verifies(tmp_path, capsys):
-    script = begun("adam")
-    script.save(tmp_path)
-    assert main(["inspect", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    for text in ("5 steps, saved by 1 rank(s)", "of 211 rows x 4 float64, adam with exp_avg, exp_avg_sq", "out.weight"):
-        assert text in said
-    assert "extra: scheduler, losses" in said and "verified" in said
     script.close()
 
 
