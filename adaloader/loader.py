@@ -278,6 +278,7 @@ class AdaLoader(StatefulDataLoader):
             uneven=uneven,
             last_weight=None if weight is not None else last_weight,
             end=epoch.shares.global_batches if has_last else None,
+            shares=epoch is not None,
         )
 
         draws = self._read_draws

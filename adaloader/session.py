@@ -115,6 +115,7 @@ class Session:
         uneven: bool,
         last_weight: float | None = None,
         end: int | None = None,
+        shares: bool = False,
     ) -> Iteration:
         """Return what goes with one pass over the loader, whose first batch is number `start`.
 
@@ -123,12 +124,14 @@ class Session:
             uneven: whether ranks may have different numbers of batches.
             last_weight: what the batches count together that some ranks have no share of, if known.
             end: the number after the last batch, if no rank has more; None if it is not known now.
+            shares: whether ranks share each batch.
         """
         following = None
         if uneven and self.feed.steps_expected and self.managed.follower is not None:
             self._uneven_iterations += 1
             following = self.managed.follower.begin(self._number, self._uneven_iterations, last_weight)
-        made = Iteration(self.feed, weight_of, start, following, self.draws.next_pass(), end)
+        loader = self._number if shares and self.feed.steps_expected else None
+        made = Iteration(self.feed, weight_of, start, following, self.draws.next_pass(), end, loader)
         self._iterations.add(made)
         return made
 

@@ -14,6 +14,7 @@ import torch
 
 import pm
 from adaloader.lookups.batch_rows import BatchRows
+from pm.same_step import ANY_BATCH, BatchRange
 
 if TYPE_CHECKING:
     from adaloader.reading.iteration import Iteration
@@ -213,6 +214,20 @@ class Batches:
         if plan is None:
             return None
         return next((b for b in self.active if table_number in b.tables and b.tables[table_number].plan is plan), None)
+
+    def of_step(self) -> BatchRange:
+        """Return which batches the step that is taken now may be for; nothing (`ANY_BATCH`) where ranks have batches of
+        their own, or where no lookup since the step before tells.
+
+        Besides the one looked up last, these are all that the loop holds: which of them a lookup belongs to is found
+        by comparing ids, and ranks may find differently.
+        """
+        current = self.current
+        if current is None or current.used_at != self._manager.steps or current.iteration.loader is None:
+            return ANY_BATCH
+        loader = current.iteration.loader
+        numbers = [current.number, *(b.number for b in self.active if b.iteration.loader == loader)]
+        return loader, min(numbers), max(numbers)
 
     # From handing out to the end
 

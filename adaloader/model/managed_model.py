@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from adaloader.planning.mismatch import describe_mismatch
 from adaloader.planning.watch import Watch
 from adaloader.tables.managed_table import ManagedTable, table_gradients
 from adaloader.tables.probation import confirm
+from pm.same_step import ANY_BATCH
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.exchange import Exchange
@@ -403,10 +404,12 @@ class ManagedModel:
             table.is_stepped = True
         gradients, joint = shares_for_step(shares)
         gradients += table_gradients(parts)
+        more: dict[str, Any] = {"joint": joint} if joint else {}  # which only a rank that is alone has
+        if self.ranks > 1:
+            batches = ANY_BATCH if self.joining else self.batches.of_step()
+            more = {"vector": hyperparameter_vector(optimizer), "batches": batches}
         finished = self.batches.finish_used()
-        vector = hyperparameter_vector(optimizer) if self.ranks > 1 else None
-        together = {"joint": joint} if joint else {}  # which only a rank that is alone has
-        self.manager.submit(gradients, groups, finished=finished, optimizer=number, vector=vector, **together)
+        self.manager.submit(gradients, groups, finished=finished, optimizer=number, **more)
         self.optimizer_steps += 1
 
     def _unscale_fused(self, optimizer: Optimizer) -> bool:

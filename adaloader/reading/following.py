@@ -19,6 +19,7 @@ from adaloader.optimizers.supported import adopt_hyperparameters, hyperparameter
 from adaloader.ranks.agreement import broadcast
 from adaloader.reading.schedules import position_of, schedulers_of, step_towards
 from pm.messages import Kind, Message
+from pm.same_step import Stepped
 
 if TYPE_CHECKING:
     from adaloader.model.managed_model import ManagedModel
@@ -243,7 +244,7 @@ class Follower:
         elif model.combiner.begun_by_others():
             model.combiner.join()
         elif (step := manager.step_of_others(own_steps())) is not None:
-            self._step_along(model, *step)
+            self._step_along(model, step)
         else:
             return False
         return True
@@ -335,11 +336,11 @@ class Follower:
             broadcast(states, model.process_group, max(reductions, key=lambda rank: (reductions[rank], -rank)))
         return states
 
-    def _step_along(self, model: ManagedModel, number: int, vector: np.ndarray) -> None:
+    def _step_along(self, model: ManagedModel, step: Stepped) -> None:
         """Take the step that the others take, with their hyperparameters."""
-        optimizer = model.optimizers[number]
+        optimizer = model.optimizers[step.optimizer]
         mine = hyperparameter_vector(optimizer)
-        adopt_hyperparameters(optimizer, vector)
+        adopt_hyperparameters(optimizer, step.vector)
         model.joining = True
         try:
             optimizer.step()

@@ -35,6 +35,7 @@ class Iteration:
         stream: of the random ids that the loop draws in this pass.
         end: the number after the last batch, if no rank has more; None if it is not known now. Then `place` may tell
             it later, if it is set.
+        loader: its number, if ranks share each of its batches.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Iteration:
         following: Following | None,
         stream: Stream,
         end: int | None = None,
+        loader: int | None = None,
     ):
         self.feed = feed
         self.following = following
         self.stream = stream
+        self.loader = loader
         self.trains = feed.steps_expected
         self.ended = False
         self.ahead: int | None = None

@@ -37,13 +37,13 @@ from pm.asynchronous.table_groups import RecorderByTable, TableGroups
 from pm.asynchronous.table_plans import JointIntents, TablePlan
 from pm.asynchronous.updates import Updates
 from pm.colocated.shared_tables import SharedTables
-from pm.exact.agreement import check_same_step
 from pm.exact.rounds import Round, step_of
 from pm.exact.synchronous import SynchronousManager
 from pm.manager import Manager
 from pm.messages import Kind, Message
 from pm.pieces import Summing
 from pm.recorder import Recorder
+from pm.same_step import ANY_BATCH, NO_HYPERPARAMETERS, BatchRange, Stepped, check_same_step
 from pm.storage.store import RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.traffic import Traffic
@@ -323,7 +323,8 @@ class EventualManager(SynchronousManager):
         *,
         finished: Sequence[RowPlan] = (),
         optimizer: int = 0,
-        vector: np.ndarray | None = None,
+        vector: np.ndarray = NO_HYPERPARAMETERS,
+        batches: BatchRange = ANY_BATCH,
     ) -> None:
         self._check_open()
         started = time.perf_counter()
@@ -339,7 +340,7 @@ class EventualManager(SynchronousManager):
             if self.node.staleness is not None:
                 self.node.syncing.clock_advanced(self.steps)
                 self.node.flush_urgent()
-        self._say_step(optimizer, np.empty(0) if vector is None else vector)
+        self._say_step(Stepped(optimizer, vector, batches))
         self.traffic.seconds["update"] += time.perf_counter() - started
 
     def _summing_for(self, table: Table) -> Summing:
@@ -357,22 +358,22 @@ class EventualManager(SynchronousManager):
     def applied(self) -> int:
         return self.steps
 
-    def _say_step(self, optimizer: int, vector: np.ndarray) -> None:
+    def _say_step(self, stepped: Stepped) -> None:
         """Tell the others of a step: to follow it where they have run out of batches, and to compare."""
-        message = Message(Kind.STEP, (self.steps - 1, optimizer), (vector,))
+        message = Message(Kind.STEP, (self.steps - 1, *stepped.numbers), (stepped.vector,))
         for peer in range(self.ranks):
             self.deliver(peer, message)
 
     def _on_step(self, source: int, message: Message) -> None:
-        """STEP(step, optimizer; hyperparameters): `source` has taken this step."""
-        step, optimizer = message.numbers
+        """STEP(step, optimizer, batches...; hyperparameters): `source` has taken this step."""
+        step, *numbers = message.numbers
         arrived = self._arrived.setdefault(step, Round())
-        arrived.optimizer[source], arrived.stepped[source] = optimizer, message.arrays[0]
+        arrived.stepped[source] = Stepped.received(*numbers, vector=message.arrays[0])
         if len(arrived.stepped) == self.ranks:
-            check_same_step(step, self.rank, arrived.optimizer, arrived.stepped, self.describe_hyperparameter())
+            check_same_step(step, self.rank, arrived.stepped, self.describe_hyperparameter())
             del self._arrived[step]
 
-    def step_of_others(self, among: Collection[int]) -> tuple[int, np.ndarray] | None:
+    def step_of_others(self, among: Collection[int]) -> Stepped | None:
         return step_of(self._arrived.get(self.steps), among)
 
     def _is_urgent(self) -> bool:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cuda_ops
-from pm.exact.agreement import check_same_step
 from pm.pieces import Piece, Summing
+from pm.same_step import Stepped, check_same_step
 from pm.tables import Table, TableGradient
 from pm.together import runs
 
@@ -34,6 +34,7 @@ _LINE_WORDS = 8
 _PUBLISHED, _APPLIED, _HEADERS = 0, 1, 2
 _HALF_BYTES = 1 << 32  # of address space
 _ALIGNED_BYTES = 64
+_STEP_NUMBERS = 6  # at the beginning of a header: what `Stepped` has, and where its vector is
 # Looks at the others' words before a rank waits for messages to wake it: how many in all, how many of these with no
 # more between them than letting others have the processor, and the pauses between the rest: some ten milliseconds.
 _LOOKS, _LOOKS_AT_ONCE = 50, 10
@@ -86,7 +87,7 @@ class SharedSteps:
 
     # Handing over: the trainer's thread
 
-    def publish(self, gradients: Sequence[TableGradient], groups: Groups, optimizer: int, vector: np.ndarray) -> None:
+    def publish(self, gradients: Sequence[TableGradient], groups: Groups, stepped: Stepped) -> None:
         """Leave this rank's gradients of the step that it takes now, for all to apply.
 
         Raises:
@@ -95,7 +96,7 @@ class SharedSteps:
         manager, step = self._manager, self._manager.steps
         self._wait_until_applied(step - 1)  # the memory has that step's gradients
         self._used = 0
-        header = [optimizer, self._leave(vector), len(vector)]
+        header = [*stepped.numbers, self._leave(stepped.vector), len(stepped.vector)]
         for run in self._runs(gradients, groups):
             header += self._leave_run(run)
         self._groups[step] = groups
@@ -179,11 +180,11 @@ class SharedSteps:
     def _apply(self, step: int) -> None:
         manager = self._manager
         started = time.perf_counter()
-        optimizers, vectors, given = {}, {}, []
+        stepped, given = {}, []
         for rank in range(manager.ranks):
-            optimizers[rank], vectors[rank], of_rank = self._given_by(rank, step)
+            stepped[rank], of_rank = self._given_by(rank, step)
             given += of_rank
-        check_same_step(step, manager.rank, optimizers, vectors, manager.describe_hyperparameter())
+        check_same_step(step, manager.rank, stepped, manager.describe_hyperparameter())
         groups = self._groups.pop(step)
         by_store: dict[SharedStore, list[_Given]] = {}
         for each in given:
@@ -192,13 +193,13 @@ class SharedSteps:
             self._apply_to(store, of_store, groups, step + 1)
         manager.traffic.seconds["update"] += time.perf_counter() - started
 
-    def _given_by(self, rank: int, step: int) -> tuple[int, np.ndarray, list[_Given]]:
-        """Return the optimizer that a rank steps, its hyperparameters, and what it gives for rows of this one."""
+    def _given_by(self, rank: int, step: int) -> tuple[Stepped, list[_Given]]:
+        """Return what a rank says of a step, and what it gives for rows of this one."""
         manager = self._manager
         at, length = self._words[rank, _HEADERS + 2 * (step % 2) :][:2].tolist()
         header = self._at(at, length, np.int64).tolist()
-        optimizer, at_vector, vector_length = header[:3]
-        given, place, ranks = [], 3, manager.ranks
+        *numbers, at_vector, vector_length = header[:_STEP_NUMBERS]
+        given, place, ranks = [], _STEP_NUMBERS, manager.ranks
         while place < len(header):
             tables = tuple(header[place + 1 : place + 1 + header[place]])
             place += 1 + len(tables)
@@ -215,7 +216,8 @@ class SharedSteps:
                 None if at_counts < 0 else self._at(at_counts + 8 * before, count, np.int64),
             )
             given.append(_Given(tables, piece))
-        return optimizer, self._at(at_vector, vector_length, np.float64).copy(), given
+        vector = self._at(at_vector, vector_length, np.float64).copy()
+        return Stepped.received(*numbers, vector=vector), given
 
     def _at(self, offset: int, count: int, dtype) -> np.ndarray:
         return self._memory[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)

@@ -11,6 +11,7 @@ import numpy as np
 from pm.colocated.machine_sums import ArrivedSums
 from pm.exact.asked import AskedPlan
 from pm.pieces import Piece
+from pm.same_step import Stepped
 from pm.storage.slot_notes import SlotNotes
 
 
@@ -23,18 +24,16 @@ class Round:
     """
 
     pieces: dict[int, dict[int, list[Piece]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    stepped: dict[int, np.ndarray] = field(default_factory=dict)
-    optimizer: dict[int, int] = field(default_factory=dict)
+    stepped: dict[int, Stepped] = field(default_factory=dict)
     pinned: list[tuple[SlotNotes, np.ndarray]] = field(default_factory=list)
     released: list[tuple[int, AskedPlan]] = field(default_factory=list)
     sums: ArrivedSums = field(default_factory=ArrivedSums)
 
 
-def step_of(arrived: Round | None, among: Collection[int]) -> tuple[int, np.ndarray] | None:
-    """Return (optimizer, hyperparameters) of the step of one of the ranks `among` in what has arrived, None if none
-    has."""
+def step_of(arrived: Round | None, among: Collection[int]) -> Stepped | None:
+    """Return what one of the ranks `among` says of its step in what has arrived, None if none has."""
     if arrived is not None:
         for source in list(arrived.stepped):
             if source in among:
-                return arrived.optimizer[source], arrived.stepped[source]
+                return arrived.stepped[source]
     return None

@@ -18,12 +18,12 @@ import numpy as np
 
 import cuda_ops
 from pm.colocated.machine_sums import IN_SUM, ArrivedSums
-from pm.exact.agreement import check_same_step
 from pm.exact.asked import AskedPlan, AskedRows, Request
 from pm.exact.common_rows import ALL_ROWS, Copies
 from pm.exact.rounds import Round
 from pm.messages import Kind, Message, narrow, widen
 from pm.pieces import Piece
+from pm.same_step import Stepped, check_same_step
 from pm.storage.slot_notes import SlotNotes
 from pm.storage.store import RecordStore
 from pm.tables import Table
@@ -408,11 +408,10 @@ class Serving:
         self._round(step).pieces[table_number][source].append(piece)
 
     def on_step(self, source: int, message: Message) -> None:
-        """STEP(step, optimizer; hyperparameters): `source` has handed over all that it has for this step."""
-        step, optimizer = message.numbers
+        """STEP(step, optimizer, batches...; hyperparameters): `source` has handed over all that it has for it."""
+        step, *numbers = message.numbers
         arrived = self._round(step)
-        arrived.optimizer[source] = optimizer
-        arrived.stepped[source] = message.arrays[0]
+        arrived.stepped[source] = Stepped.received(*numbers, vector=message.arrays[0])
         self._manager.machine_sums.send_complete(step, arrived.stepped)
         self.apply_complete()
 
@@ -431,7 +430,7 @@ class Serving:
 
     def _apply_round(self, arrived: Round) -> None:
         manager, step = self._manager, self.applied
-        check_same_step(step, manager.rank, arrived.optimizer, arrived.stepped, manager.describe_hyperparameter())
+        check_same_step(step, manager.rank, arrived.stepped, manager.describe_hyperparameter())
         if manager.shared_steps.is_used:
             manager.shared_steps.apply(step + 1)
         started = time.perf_counter()

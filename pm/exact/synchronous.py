@@ -38,6 +38,7 @@ from pm.exact.serving import Serving
 from pm.keys import rows_of, table_of
 from pm.messages import Kind, Message, narrow
 from pm.pieces import Summing
+from pm.same_step import ANY_BATCH, NO_HYPERPARAMETERS, BatchRange, Stepped
 from pm.storage.shards import Shards
 from pm.storage.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
@@ -329,20 +330,21 @@ class SynchronousManager(SharingManager):
         *,
         finished: Sequence[RowPlan] = (),
         optimizer: int = 0,
-        vector: np.ndarray | None = None,
+        vector: np.ndarray = NO_HYPERPARAMETERS,
+        batches: BatchRange = ANY_BATCH,
     ) -> None:
         self._check_open()
         started = time.perf_counter()
-        vector = np.empty(0) if vector is None else vector
+        stepped = Stepped(optimizer, vector, batches)
         if self.shared_steps.is_used:
             shared = [gradient for gradient in gradients if gradient.table.store.is_shared]
-            self.shared_steps.publish(shared, groups, optimizer, vector)
+            self.shared_steps.publish(shared, groups, stepped)
         self.serving.groups[self.steps] = groups
         self._handover.send([gradient for gradient in gradients if not gradient.table.store.is_shared])
         for plan in finished:
             self.release(plan)
         self._send_released()
-        step = Message(Kind.STEP, (self.steps, optimizer), (vector,))
+        step = Message(Kind.STEP, (self.steps, *stepped.numbers), (stepped.vector,))
         self.steps += 1
         for peer in self.peers:
             self.transport.send(peer, step)
@@ -371,10 +373,8 @@ class SynchronousManager(SharingManager):
     def _version_after_step(self) -> int:
         return self.serving.applied + 1
 
-    def step_of_others(self, among: Collection[int]) -> tuple[int, np.ndarray] | None:
-        """Return (optimizer, hyperparameters) of a step that one of the ranks `among` has handed over and this rank has
-        not, or None.
-        """
+    def step_of_others(self, among: Collection[int]) -> Stepped | None:
+        """Return what one of the ranks `among` says of the step that is this rank's next, None if none has taken it."""
         return step_of(self.serving.round_of(self.steps), among)
 
     # Waiting

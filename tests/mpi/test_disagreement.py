@@ -241,6 +241,41 @@ def test_ranks_with_different_hyperparameters(comm, name):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("what", ["leaves the loop", "passes over a batch"])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"shared_memory": False}, {"staleness": 2}, {"lookahead": 0}],
+    ids=["shared", "apart", "stale", "blind"],
+)
+def test_rank_that_alone_goes_to_another_batch(comm, seed, what, dense, options):
+    """Gradients of different batches would be averaged: every rank is told who is where."""
+    random = torch.Generator().manual_seed(seed)
+    model = Net(dense=dense)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    samples = ids_of(random, 20 * 5 * comm.size, 2)
+    loader = AdaLoader(samples, batch_size=5, model=model, optimizer=optimizer, timeout_seconds=30.0, **options)
+    odd, at = comm.size - 1, int(torch.randint(1, 8, (1,), generator=random))
+    leaves = what == "leaves the loop"
+    steps = 0
+    with pytest.raises(PeerError) as raised:
+        for _ in range(2):
+            for number, ids in enumerate(loader):
+                if number == at and comm.rank == odd and steps == at:
+                    if leaves:
+                        break
+                    continue
+                train(model, optimizer, [ids])
+                steps += 1
+    others = ", ".join(str(rank) for rank in range(odd))
+    seen = at if leaves else at + 1  # until then the loop may still work on the batch that it passed over
+    text = f"number {seen} on rank {others}, number {0 if leaves else seen + 1} on rank {odd}"
+    assert f"step {seen}: ranks train on different batches: {text}" in str(raised.value)
+    assert steps <= seen + (2 if "staleness" not in options else 4)
+    loader.close()
+
+
+@pytest.mark.ranks(2)
 def test_rank_that_is_late_is_named_and_waited_for_again(comm, seed):
     """Rows of step 3 that do not come in time: an error, after which the loop may still go on."""
     random = torch.Generator().manual_seed(seed)

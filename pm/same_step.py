@@ -1,0 +1,104 @@
+"""Whether ranks took the same step: the same optimizer with the same hyperparameters, and for the same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from pm.waiting import PeerError
+
+BatchRange = tuple[int, int, int]
+"""Batches that a step may be for: (of which loader, first, last)."""
+ANY_BATCH: BatchRange = (-1, 0, 0)
+"""Nothing is said of the batches of a step."""
+NO_HYPERPARAMETERS = np.empty(0)
+
+
+class Stepped(NamedTuple):
+    """What a rank says of a step that it takes; it travels as these numbers and this array.
+
+    `vector` are the hyperparameters of the `optimizer` as float64; nan equals nan.
+    """
+
+    optimizer: int
+    vector: np.ndarray
+    batches: BatchRange = ANY_BATCH
+
+    @classmethod
+    def received(cls, optimizer: int, *batches: int, vector: np.ndarray) -> Stepped:
+        return cls(optimizer, vector, batches)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.optimizer, *self.batches
+
+
+def check_same_step(
+    step: int, rank: int, stepped: Mapping[int, Stepped], describe: Callable[[int, int], str] | None
+) -> None:
+    """Raise PeerError, naming value and ranks, unless all stepped the same optimizer with the same hyperparameters, and
+    may have done so for the same batch.
+
+    Args:
+        step: number of the step.
+        rank: this rank.
+        stepped: what each rank said, by rank.
+        describe: names the hyperparameter (optimizer, position in the vector).
+    """
+    mine = stepped[rank]
+    if any(each.optimizer != mine.optimizer for each in stepped.values()):
+        optimizers = ", ".join(f"rank {r}: optimizer {each.optimizer}" for r, each in sorted(stepped.items()))
+        raise PeerError(f"step {step}: ranks stepped different optimizers: {optimizers}")
+    as_bytes = mine.vector.tobytes()
+    for other, each in sorted(stepped.items()):
+        if _are_apart(mine.batches, each.batches):
+            raise PeerError(
+                f"step {step}: ranks train on different batches: {_by_batches(stepped)}. Ranks that share "
+                "each batch leave a loop early, or pass over a batch, all or none: decide it from a number that "
+                "all have (an all-reduce), or give each rank batches of its own (AdaLoader.wrap)"
+            )
+        if each.vector.tobytes() == as_bytes:  # nearly always, in a sixth of the time
+            continue
+        _check_same_vector(step, rank, other, stepped, describe)
+
+
+def _are_apart(mine: BatchRange, other: BatchRange) -> bool:
+    """Whether two ranks' steps cannot have been for one batch of one loader."""
+    return mine != other and mine[0] == other[0] != ANY_BATCH[0] and (mine[2] < other[1] or other[2] < mine[1])
+
+
+def _check_same_vector(
+    step: int,
+    rank: int,
+    other: int,
+    stepped: Mapping[int, Stepped],
+    describe: Callable[[int, int], str] | None,
+) -> None:
+    mine, vector = stepped[rank].vector, stepped[other].vector
+    if len(vector) != len(mine):
+        raise PeerError(f"step {step}: ranks {rank} and {other} step an optimizer with different groups")
+    differ = np.flatnonzero(~((vector == mine) | (np.isnan(vector) & np.isnan(mine))))
+    if len(differ):
+        at = int(differ[0])
+        name = f"hyperparameter {at}" if describe is None else describe(stepped[rank].optimizer, at)
+        values = _by_value({r: repr(float(each.vector[at])) for r, each in stepped.items()})
+        raise PeerError(f"step {step}: ranks disagree on {name}: {values}")
+
+
+def _by_batches(stepped: Mapping[int, Stepped]) -> str:
+    def name(batches: BatchRange) -> str:
+        source, first, last = batches
+        if source == ANY_BATCH[0]:
+            return "none of a loader"
+        return f"number {first}" if first == last else f"one of numbers {first} to {last}"
+
+    return _by_value({rank: name(each.batches) for rank, each in stepped.items()})
+
+
+def _by_value(values: Mapping[int, str]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in sorted(values.items()):
+        ranks.setdefault(value, []).append(rank)
+    return ", ".join(f"{value} on rank {', '.join(map(str, of))}" for value, of in ranks.items())
