@@ -27,13 +27,14 @@ from pm.colocated.machines import Machines
 from pm.decision import TECHNIQUES
 from pm.exact.synchronous import SynchronousManager
 from pm.messages import Kind, Message, message_bytes, pack, unpack
+from pm.same_step import Stepped
 from pm.simulated.schedules import Recording
 from pm.tables import RowPlan, TableGradient, TableSpec
 from pm.waiting import PeerError, Waiting
 
 HYPERPARAMETERS = {"lr": 0.1, "lr_decay": 0.0, "eps": 1e-10, "initial_accumulator_value": 0.0, "maximize": False}
 _TIMEOUT_SECONDS = 300.0
-_VECTOR = np.zeros(7)  # as many hyperparameters as travel for Adagrad
+_STEPPED = Stepped(vector=np.zeros(7))  # as many hyperparameters as travel for Adagrad
 
 
 class VirtualNetwork:
@@ -239,7 +240,7 @@ class LockstepSimulation:
                 manager = self.managers[rank]
                 groups: Mapping[int, dict[str, object]] = {0: HYPERPARAMETERS}
                 finished = [gradient.plan] if gradient.plan is not None else []
-                manager.submit([gradient], groups, finished=finished, vector=_VECTOR)
+                manager.submit([gradient], groups, finished=finished, stepped=_STEPPED)
             self.step += 1
         self.network.settle()
         return self

@@ -16,7 +16,7 @@ from pm.dense_rules import SWEPT_STEPS
 from pm.keys import rows_of, table_of
 from pm.pieces import Piece, Summing
 from pm.recorder import Recorder
-from pm.same_step import ANY_BATCH, NO_HYPERPARAMETERS, BatchRange
+from pm.same_step import UNSAID, Stepped
 from pm.storage.slot_index import MOST_SLOTS, SlotIndex
 from pm.storage.store import RecordClass, RecordStore
 from pm.storage.whole_tables import WholeTables
@@ -366,9 +366,7 @@ class Manager(WholeTables):
         *,
         joint: Sequence[JointGradient] = (),
         finished: Sequence[RowPlan] = (),
-        optimizer: int = 0,
-        vector: np.ndarray = NO_HYPERPARAMETERS,
-        batches: BatchRange = ANY_BATCH,
+        stepped: Stepped = UNSAID,
     ) -> None:
         """Apply one optimizer step (collective).
 
@@ -377,9 +375,7 @@ class Manager(WholeTables):
             groups: the hyperparameters to use, by number of table, of every table that the optimizer holds.
             joint: of further tables, many in one; a rank that is alone takes them.
             finished: plans of batches that end with this step.
-            optimizer: number of the optimizer that steps.
-            vector: all its hyperparameters as float64; ranks must agree on them.
-            batches: those that it may be for; ranks must agree on one of them.
+            stepped: which optimizer steps, and how; ranks must agree on it.
         """
         started = time.perf_counter()
         self._apply_step(gradients, groups, joint)

@@ -43,7 +43,7 @@ from adaloader.planning.mismatch import describe_mismatch
 from adaloader.planning.watch import Watch
 from adaloader.tables.managed_table import ManagedTable, table_gradients
 from adaloader.tables.probation import confirm
-from pm.same_step import ANY_BATCH
+from pm.same_step import ANY_BATCH, Stepped
 
 if TYPE_CHECKING:
     from adaloader.checkpoint.exchange import Exchange
@@ -407,9 +407,9 @@ class ManagedModel:
         more: dict[str, Any] = {"joint": joint} if joint else {}  # which only a rank that is alone has
         if self.ranks > 1:
             batches = ANY_BATCH if self.joining else self.batches.of_step()
-            more = {"vector": hyperparameter_vector(optimizer), "batches": batches}
+            more = {"stepped": Stepped(number, hyperparameter_vector(optimizer), batches)}
         finished = self.batches.finish_used()
-        self.manager.submit(gradients, groups, finished=finished, optimizer=number, **more)
+        self.manager.submit(gradients, groups, finished=finished, **more)
         self.optimizer_steps += 1
 
     def _unscale_fused(self, optimizer: Optimizer) -> bool:

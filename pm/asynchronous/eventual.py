@@ -43,7 +43,7 @@ from pm.manager import Manager
 from pm.messages import Kind, Message
 from pm.pieces import Summing
 from pm.recorder import Recorder
-from pm.same_step import ANY_BATCH, NO_HYPERPARAMETERS, BatchRange, Stepped, check_same_step
+from pm.same_step import UNSAID, Stepped, check_same_step
 from pm.storage.store import RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
 from pm.traffic import Traffic
@@ -322,9 +322,7 @@ class EventualManager(SynchronousManager):
         groups: Mapping[int, dict[str, object]],
         *,
         finished: Sequence[RowPlan] = (),
-        optimizer: int = 0,
-        vector: np.ndarray = NO_HYPERPARAMETERS,
-        batches: BatchRange = ANY_BATCH,
+        stepped: Stepped = UNSAID,
     ) -> None:
         self._check_open()
         started = time.perf_counter()
@@ -340,7 +338,7 @@ class EventualManager(SynchronousManager):
             if self.node.staleness is not None:
                 self.node.syncing.clock_advanced(self.steps)
                 self.node.flush_urgent()
-        self._say_step(Stepped(optimizer, vector, batches))
+        self._say_step(stepped)
         self.traffic.seconds["update"] += time.perf_counter() - started
 
     def _summing_for(self, table: Table) -> Summing:

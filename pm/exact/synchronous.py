@@ -38,7 +38,7 @@ from pm.exact.serving import Serving
 from pm.keys import rows_of, table_of
 from pm.messages import Kind, Message, narrow
 from pm.pieces import Summing
-from pm.same_step import ANY_BATCH, NO_HYPERPARAMETERS, BatchRange, Stepped
+from pm.same_step import UNSAID, Stepped
 from pm.storage.shards import Shards
 from pm.storage.store import RecordClass, RecordStore
 from pm.tables import RowPlan, Table, TableGradient, TableSpec
@@ -329,13 +329,10 @@ class SynchronousManager(SharingManager):
         groups: Mapping[int, dict[str, object]],
         *,
         finished: Sequence[RowPlan] = (),
-        optimizer: int = 0,
-        vector: np.ndarray = NO_HYPERPARAMETERS,
-        batches: BatchRange = ANY_BATCH,
+        stepped: Stepped = UNSAID,
     ) -> None:
         self._check_open()
         started = time.perf_counter()
-        stepped = Stepped(optimizer, vector, batches)
         if self.shared_steps.is_used:
             shared = [gradient for gradient in gradients if gradient.table.store.is_shared]
             self.shared_steps.publish(shared, groups, stepped)

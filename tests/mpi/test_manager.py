@@ -9,6 +9,7 @@ import pytest
 
 import pm
 from pm.messages import Kind
+from pm.same_step import Stepped
 from tests.idleness import measured_idleness
 from tests.mpi.meeting import meet
 from tests.mpi.worlds import TIMEOUT, World, assert_nothing_is_held, pulled, read
@@ -309,18 +310,20 @@ def test_closing_leaves_nothing_in_the_network(managers, comm):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("what", ["value", "length", "optimizer"])
+@pytest.mark.parametrize("what", ["value", "length", "optimizer", "batch"])
 def test_ranks_that_take_different_steps_are_told_so(comm, what):
     manager = pm.SynchronousManager(comm, TIMEOUT)
     manager.describe_hyperparameter = lambda: lambda optimizer, at: f"parameter {at} of optimizer {optimizer}"
     odd = manager.rank == manager.ranks - 1
     vector = np.array([np.nan, 0.5, 0.25 if odd and what == "value" else 1.0] + [1.0] * (odd and what == "length"))
-    manager.submit([], {}, optimizer=int(odd and what == "optimizer"), vector=vector)
+    batches = (2, 5, 6 + manager.rank) if not odd or what != "batch" else (2, 7 + manager.ranks, 9 + manager.ranks)
+    manager.submit([], {}, stepped=Stepped(int(odd and what == "optimizer"), vector, batches))
     last = manager.ranks - 1
     said = {
         "value": rf"step 0: ranks disagree on parameter 2 of optimizer 0: 1.0 on rank 0.*0.25 on rank {last}",
         "length": "different groups",
         "optimizer": rf"rank 0: optimizer 0, .*rank {last}: optimizer 1",
+        "batch": rf"one of numbers 5 to 6 on rank 0, .*one of numbers {last + 8} to {last + 10} on rank {last}\.",
     }
     with pytest.raises(pm.PeerError, match=said[what]):
         manager.settle()

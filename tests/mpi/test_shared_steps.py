@@ -9,6 +9,7 @@ import pytest
 
 import pm
 import pm.colocated.shared_steps
+from pm.same_step import Stepped
 from tests.mpi.worlds import pulled, read
 from tests.pm.oracle import DenseTable, make_spec
 
@@ -97,7 +98,9 @@ def test_ranks_that_disagree_are_told_before_anything_is_changed(managers, comm)
     manager = managers(shared_memory=True)
     (table,) = started(manager, "sgd")
     before = pulled(manager, table, all_rows())
-    manager.submit([gradient(table, all_rows(), 1.0)], group_of(table), vector=np.array([0.1, comm.rank]))
+    manager.submit(
+        [gradient(table, all_rows(), 1.0)], group_of(table), stepped=Stepped(vector=np.array([0.1, comm.rank]))
+    )
     with pytest.raises(pm.PeerError, match="step 0: ranks disagree on hyperparameter 1"):
         pulled(manager, table, all_rows())
     held = table.store.values(all_rows(), np.empty((ROWS, DIM)))
