@@ -5,8 +5,9 @@ What a reduction is, and when it begins and ends, is said in `dense.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -189,7 +190,8 @@ class BucketExchange:
             abandoned=float(is_last and current.broken),  # the last leaves when that is settled
         )
         again = current.again[:-1] if is_last else []
-        self._buckets[number].launch(header, scale, again, self._group)
+        with self._explained():
+            self._buckets[number].launch(header, scale, again, self._group)
 
     def _wait_for_all(self, current: Reduction) -> tuple[Header, list[float]]:
         """Collective: wait for and check all buckets; return the most precise sums, and "again" flags."""
@@ -202,13 +204,21 @@ class BucketExchange:
         return best, again
 
     def _wait(self, bucket: Bucket) -> tuple[Header, list[float]]:
-        try:
+        with self._explained():
             return bucket.wait(self._timeout, self._in_vain)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of a failure inside what this rank knows of the others."""
+        try:
+            yield
         except RuntimeError as error:
+            self._in_vain()  # raises what ended this rank's manager, which tells more
+            peers = self._describe_peers()
+            self._in_vain()  # heard of meanwhile: another rank raised for it, and its connection was lost at once
             raise RuntimeError(
                 f"rank {self.rank}: summing dense gradients failed in {self._where()}: {error}\n"
-                "A rank has ended, has raised, or makes fewer calls of backward() than this one. "
-                + self._describe_peers()
+                "A rank has ended, has raised, or makes fewer calls of backward() than this one. " + peers
             ) from error
 
     def _check(self, sums: Header, current: Reduction) -> None:
