@@ -38,7 +38,7 @@ class Entry:
 
 
 class History:
-    """Entries by number, from when the table was adopted on; the same on every rank.
+    """Entries by number, from when the table was adopted on; in lockstep the same on every rank.
 
     Memory: 80 to 120 bytes a step, kept as long as the table. `mu_product` is NAdam's, one number for the whole table,
     in the dtype in which PyTorch keeps it.

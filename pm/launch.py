@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -75,3 +79,32 @@ def await_all(comm: MPI.Comm) -> None:
                 waited,
             )
             due += 2 * waited
+
+
+@contextlib.contextmanager
+def on_all_ranks(comm: MPI.Comm | None, what: str) -> Iterator[None]:
+    """Do on each rank what is inside, which talks to no other, and go on if it succeeded on all of them (collective).
+
+    Raises:
+        Exception: that of what is inside, where it failed.
+        RuntimeError: on the ranks where it did not, if it failed on another; names those, and `what` they could not do.
+    """
+    failed = np.ones(1, np.uint8)
+    try:
+        yield
+        failed[0] = 0
+    except Exception:
+        _of_ranks(comm, failed)
+        raise
+    ranks = np.flatnonzero(_of_ranks(comm, failed)).tolist()
+    if ranks:
+        raise RuntimeError(f"rank {', '.join(map(str, ranks))} could not {what}; the error there says why")
+
+
+def _of_ranks(comm: MPI.Comm | None, mine: np.ndarray) -> np.ndarray:
+    if comm is None or comm.size == 1:
+        return mine
+    everyones = np.empty(comm.size * len(mine), mine.dtype)
+    await_all(comm)
+    comm.Allgather(mine, everyones)
+    return everyones

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,14 @@ from adaloader.checkpoint.tree import Encoder
 from adaloader.deferred.program_fill import ProgramFill
 from adaloader.model.managed_model import ManagedModel
 from adaloader.optimizers.held_state import state_names
+from adaloader.ranks.table_values import all_texts
 from adaloader.tables.managed_table import ManagedTable
+from pm.history import History
 from pm.storage.records import Kept, Records, in_order, keep_records, take_records
 from pm.storage.store import RecordClass
 
 _CHUNK_BYTES = 2 << 20
+_CAUGHT_UP_AT_ONCE = 1 << 16
 _FORMS = {"float32": "F32", "float64": "F64"}
 
 
@@ -31,10 +36,11 @@ class OwnRows:
         table: the table.
         kept: its store; None while the table's first step is not over, when rank 0 writes all rows from the
             parameter's own memory, which must not change meanwhile.
+        steps: that of the checkpoint's history up to which all rows are caught up; None where each says it for itself.
     """
 
-    def __init__(self, manager: pm.Manager, table: ManagedTable, kept: Kept | None):
-        self._manager, self._table, self._kept = manager, table.table, kept
+    def __init__(self, manager: pm.Manager, table: ManagedTable, kept: Kept | None, steps: int | None):
+        self._manager, self._table, self._kept, self._steps = manager, table.table, kept, steps
         self.name = table.name
         self._record_class: RecordClass = table.table.store.record_class
         self._states = states_of(table.table)
@@ -73,6 +79,8 @@ class OwnRows:
                 yield held_name("state", name, state), np.ascontiguousarray(records.states[:, at : at + width])
                 at += width
             if records.caught_up is not None:
+                if self._steps is not None:
+                    records.caught_up[:] = cuda_ops.caught_up_word(self._steps)
                 yield held_name("caught_up", name), records.caught_up
 
     def _records(self) -> Iterator[Records]:
@@ -109,11 +117,43 @@ class Cut:
 
 
 def cut(model: ManagedModel, spare_bytes: int) -> Cut:
-    """Return what the rows are now that this rank writes; inside `still()`."""
+    """Return what the rows are now that this rank writes; inside `still()` (collective)."""
     tables, manager = model.tables_in_order(), model.manager
+    steps = _steps_of_rank_0_where_ranks_differ(manager, tables)
+    for table in tables:
+        if table.name in steps and table.probation is None:
+            _catch_up(manager, table.table)
     kept = keep_records(manager, [table.table for table in tables if table.probation is None], spare_bytes)
-    rows = [OwnRows(manager, t, None if t.probation is not None else kept[t.table.store]) for t in tables]
+    rows = [
+        OwnRows(manager, t, None if t.probation is not None else kept[t.table.store], steps.get(t.name)) for t in tables
+    ]
     return Cut(rows, list(kept.values()), all(table.probation is None for table in tables))
+
+
+def _steps_of_rank_0_where_ranks_differ(manager: pm.Manager, tables: list[ManagedTable]) -> Mapping[str, int]:
+    """Return how many steps rank 0 has taken of tables of which ranks have taken others, by name (collective).
+
+    With staleness an owner takes a step of a table where gradients for rows of its own have come together. A checkpoint
+    has one history, rank 0's, of which a row of another rank cannot say how far it has come.
+    """
+    histories = {table.name: table.table.history for table in tables if table.table.history is not None}
+    if manager.in_lockstep or not histories:
+        return {}
+    mine = {name: [len(history), _digest(history)] for name, history in histories.items()}
+    everyones = [json.loads(text) for text in all_texts(manager, json.dumps(mine))]
+    return {name: everyones[0][name][0] for name in mine if any(each[name] != everyones[0][name] for each in everyones)}
+
+
+def _digest(history: History) -> str:
+    return hashlib.blake2b(history.steps.tobytes() + history.bounds.tobytes(), digest_size=16).hexdigest()
+
+
+def _catch_up(manager: pm.Manager, table: pm.Table) -> None:
+    """Bring all rows of `table` that this rank owns to its last step."""
+    with manager.structure:
+        _, slots = manager.of_table(table, *table.store.index.items())
+        for start in range(0, len(slots), _CAUGHT_UP_AT_ONCE):
+            manager.catch_up(table, slots[start : start + _CAUGHT_UP_AT_ONCE])
 
 
 def states_of(table: pm.Table) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 import time
 import weakref
@@ -17,6 +18,7 @@ from pm.asynchronous.moves import Moves
 from pm.asynchronous.node import Node
 from pm.asynchronous.operations import Operation
 from pm.asynchronous.pace import Pace
+from pm.launch import on_all_ranks
 from pm.messages import Kind, Message
 from pm.recorder import Recorder
 from pm.transport import Transport
@@ -68,8 +70,14 @@ class Runtime:
         self.wait_seconds = 0.0
         self.closed = False
         self.waiting = Waiting(self.rank, timeout_seconds, self._count_wait)
-        self.node = Node(self.rank, self.ranks, groups, self._send, **options)
-        self._recorder = None if record is None else Recorder(record)
+        self._recorder = None
+        with contextlib.ExitStack() as opened:
+            # A rank that fails later is waited for by the others without an end.
+            with on_all_ranks(comm, "get the memory or open the file that its manager needs"):
+                self.node = Node(self.rank, self.ranks, groups, self._send, **options)
+                if record is not None:
+                    self._recorder = opened.enter_context(contextlib.closing(Recorder(record)))
+            opened.pop_all()
         if self._recorder is not None:
             self._recorder.begin(self.rank, self.ranks)
         self._moves = Moves(self.node, self._recorder)

@@ -61,7 +61,9 @@ class ParameterManager(Worker, contextlib.AbstractContextManager):
         ValueError: on all ranks, if they do not give the same `num_keys`, `value_length`, `dtype`, `staleness`,
             `techniques` and `update_threshold`; names the ranks and what differs.
         OSError: if this rank cannot write its file of `record`.
-        RuntimeError: under mpirun without mpi4py, if `comm` is not given.
+        MemoryError: if this rank has no address space for so many keys.
+        RuntimeError: on the ranks for which another had one of these two errors; under mpirun without mpi4py, if `comm`
+            is not given.
     """
 
     def __init__(

@@ -81,7 +81,8 @@ class RecordStore:
         dtype = np.dtype(record_class.dtype)
         reserved_bytes = self.bytes_of(record_class, capacity)
         self.block = block
-        self._memory = self._reserve(reserved_bytes) if block is None else block.memory
+        what = f"{self.capacity} records of {record_class.record_bytes} bytes"
+        self._memory = _reserve(reserved_bytes, what) if block is None else block.memory
         if block is None and hasattr(mmap, "MADV_HUGEPAGE"):
             advise_huge_pages(self._memory)
         self.words = np.frombuffer(self._memory, dtype=dtype, count=self.capacity * self.stride, offset=offset)
@@ -98,15 +99,6 @@ class RecordStore:
     def bytes_of(record_class: RecordClass, capacity: int) -> int:
         """Return how many bytes of address space a store of this capacity takes."""
         return max(1, int(capacity)) * record_class.record_bytes
-
-    def _reserve(self, size: int) -> mmap.mmap:
-        try:
-            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        except (OSError, OverflowError) as error:
-            raise MemoryError(
-                f"cannot reserve {size} bytes of address space for {self.capacity} records of "
-                f"{self.record_class.record_bytes} bytes ({error}); raise the limit on virtual memory (ulimit -v)"
-            ) from error
 
     def __len__(self) -> int:
         return self._next_slot - self._free_count
@@ -260,9 +252,23 @@ class RecordStore:
 
 
 def reserve_zeros(count: int, dtype: type) -> np.ndarray:
-    """Return zeros `[count]` that take address space only, and memory page by page as they are first written."""
+    """Return zeros `[count]` that take address space only, and memory page by page as they are first written.
+
+    Raises:
+        MemoryError: if the address space cannot be reserved.
+    """
     size = max(1, count) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory = _reserve(size, f"an array of {count} numbers")
     if size >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         advise_huge_pages(memory)
     return np.frombuffer(memory, dtype, count)
+
+
+def _reserve(size: int, what: str) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(
+            f"cannot reserve {size} bytes of address space for {what} ({error}); raise the limit on virtual memory "
+            "(ulimit -v)"
+        ) from error

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import adaloader
+from adaloader import AdaLoader
 from adaloader.checkpoint.layout import complete_in, open_file, read_index
-from tests.resuming import Script, assert_close, assert_identical, with_draws
+from tests.resuming import OPTIMIZERS, Script, assert_close, assert_identical, with_draws
 
 CASES = [
     # optimizer, dtype, batches before the save, options of the loader, dropout
@@ -137,6 +139,48 @@ def test_stale_run_is_saved_and_resumed(comm, seed, folder, shared_memory):
         if name not in ("draw", "numpy"):
             torch.testing.assert_close(before[name], after[name], rtol=1e-12, atol=1e-12)
     again.finish_pass().close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("most", ["first", "last"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "nadam"])
+def test_owners_that_took_other_steps_are_saved_as_they_are(comm, seed, folder, optimizer, most):
+    rows = torch.arange(60)
+    batches = [rows]
+
+    def start():
+        torch.manual_seed(seed)
+        model = nn.Embedding(len(rows), 2, dtype=torch.float64)
+        of_table = OPTIMIZERS[optimizer](model.parameters())
+        loader = AdaLoader.wrap(batches, model=model, optimizer=of_table, min_rows=1, staleness=None)
+        return model, of_table, loader
+
+    def finish_pass() -> None:
+        for ids in loader:
+            model(ids).pow(2).sum().backward()
+            of_table.step()
+            of_table.zero_grad()
+
+    def state() -> dict[str, torch.Tensor]:
+        entry = adaloader.full_optimizer_state_dict(model, of_table).get("state", {}).get(0, {})
+        whole = {name: tensor for name, tensor in entry.items() if torch.is_tensor(tensor) and tensor.ndim}
+        return adaloader.full_state_dict(model) | whole
+
+    model, of_table, loader = start()
+    finish_pass()
+    managed = loader._session.managed
+    own = rows[managed.manager.rows_owned(managed.tables[0].table, rows.numpy())]
+    place = comm.rank if most == "last" else comm.size - 1 - comm.rank
+    draws = torch.Generator().manual_seed(seed + comm.rank)
+    batches[:] = [own[torch.randint(len(own), (4,), generator=draws)] for _ in range(2 + 2 * place)]
+    finish_pass()
+    before = state()
+    adaloader.save(folder / "saved", loader)
+    loader.close()
+    model, of_table, loader = start()
+    adaloader.load(folder / "saved", loader)
+    assert_identical(state(), before)
+    loader.close()
 
 
 def test_failing_to_write_is_an_error_on_every_rank_and_the_run_goes_on(comm, seed, folder):

@@ -216,6 +216,18 @@ def test_ranks_that_give_different_arguments_are_told_so(comm, other, names):
 
 
 @pytest.mark.ranks(2)
+def test_a_rank_that_cannot_write_its_record_keeps_nobody_waiting(comm, tmp_path):
+    threads = threading.active_count()
+    fails = comm.rank == comm.size - 1
+    folder = tmp_path / "absent" if fails else tmp_path
+    error, said = (OSError, str(folder)) if fails else (RuntimeError, f"rank {comm.size - 1} could not")
+    with pytest.raises(error, match=said):
+        make(comm, record=folder / "moves.jsonl")
+    assert threading.active_count() == threads
+    meet(comm)
+
+
+@pytest.mark.ranks(2)
 def test_ranks_may_give_different_arguments_of_their_own(comm):
     own = {"seed": comm.rank, "cache_keys": 5 + comm.rank, "act_late": comm.rank == 0}
     lengths = 4 if comm.rank == 0 else np.full(12, 4)  # the same

@@ -45,6 +45,12 @@ def test_wrong_arguments_are_named_before_anything_is_built(monkeypatch, argumen
         pm.ParameterManager(10, 4, **argument)
 
 
+@pytest.mark.parametrize("power", [40, 62])
+def test_more_keys_than_address_space_are_refused_with_their_number(power):
+    with pytest.raises(MemoryError, match=r"cannot reserve \d+ bytes of address space .*ulimit -v"):
+        pm.ParameterManager(1 << power, 2)
+
+
 def test_numbers_may_be_those_of_numpy():
     options = {"staleness": np.int64(2), "cache_keys": np.int32(8), "seed": np.uint8(1), "act_late": np.True_}
     floats = {"update_threshold": np.float32(0.5), "timeout_seconds": np.int64(9), "max_rounds_per_second": 1e3}
