@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from pm.by_hand.arguments import check_integer
 from pm.by_hand.distributions import Distribution, first_distinct, make_distribution, new_ones
 
 SCHEMES = ("naive", "preloc", "pool", "local")
@@ -126,10 +126,11 @@ class Sampling:
 
         Raises:
             ValueError: for n below 0, an end before its start, and more keys than there are, without replacement.
+            TypeError: if an argument is no integer.
         """
-        n = operator.index(n)
-        start = self._access.current_clock if start is None else start
-        end = start if end is None else end
+        n = check_integer("n", n, "how many keys a sample has (an int)")
+        start = self._access.current_clock if start is None else check_integer("start", start, "a clock (an int)")
+        end = start if end is None else check_integer("end", end, "a clock (an int)")
         if n < 0:
             raise ValueError(f"a sample has 0 keys or more; got n={n}")
         if end < start:
@@ -181,9 +182,9 @@ class Sampling:
         if sample.keys is None and not self._replacement:
             sample.pulled = np.concatenate([sample.pulled, keys])
         if not sample.left:
-            self.discard(handle)
+            self.finish(handle)
 
-    def discard(self, handle: int) -> None:
+    def finish(self, handle: int) -> None:
         """Forget a sample of which no more keys will be pulled; unknown handles are none."""
         self._samples.pop(handle, None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from pm.asynchronous.operations import Action, Operation
 from pm.asynchronous.runtime import Runtime
+from pm.by_hand.arguments import check_integer
 from pm.by_hand.lengths import Lengths
 from pm.by_hand.sampling import Sampling
 
@@ -177,14 +177,16 @@ class Worker:
 
         Raises:
             ValueError: if `end` is before `start`.
-            IndexError, TypeError: as `pull`.
+            TypeError: if one of them is no integer; and as `pull`.
+            IndexError: as `pull`.
             RuntimeError: if this worker is closed.
         """
-        end = start if end is None else end
+        start = check_integer("start", start, "a clock (an int)")
+        end = start if end is None else check_integer("end", end, "a clock (an int)")
         if end < start:
             raise ValueError(f"an intent must not end before it starts; got start {start}, end {end}")
         parts = self.lengths.parts(self.lengths.check(keys))
-        self._runtime.intend(self._clock, [(part.group, part.keys) for part in parts], int(start), int(end))
+        self._runtime.intend(self._clock, [(part.group, part.keys) for part in parts], start, end)
 
     @property
     def current_clock(self) -> int:
@@ -234,6 +236,7 @@ class Worker:
 
         Raises:
             ValueError: for `n` below 0, an end before its start, and more keys than there are, without replacement.
+            TypeError: if an argument is no integer.
         """
         if self._sampling is None:
             self.enable_sampling()
@@ -252,6 +255,16 @@ class Worker:
             raise ValueError(f"handle {handle} is of no sample: prepare_sample was not called")
         self._sampling.pull(handle, keys.detach().numpy() if hasattr(keys, "detach") else keys, out)
 
+    def finish_sample(self, handle: int) -> None:
+        """Forget a sample of which no more keys will be pulled. One that was pulled whole is forgotten by itself.
+
+        Raises:
+            TypeError: if the handle is no integer.
+        """
+        handle = _check_handle(handle)
+        if self._sampling is not None:
+            self._sampling.finish(handle)
+
     def close(self) -> None:
         """This worker is done: its intents end, and nobody waits for its clock."""
         self.wait_all()
@@ -259,10 +272,7 @@ class Worker:
 
 
 def _check_handle(handle: object) -> int:
-    try:
-        return operator.index(handle)
-    except TypeError as error:
-        raise TypeError(f"a handle is an int that this worker gave out; got {handle!r}") from error
+    return check_integer("a handle", handle, "an int that this worker gave out")
 
 
 class _Access:

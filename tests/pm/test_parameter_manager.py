@@ -8,6 +8,7 @@ import torch
 
 import pm
 from pm.by_hand.lengths import Lengths
+from pm.by_hand.sampling import SCHEMES
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,42 @@ def test_tensors_that_numpy_cannot_hold_are_refused(manager, values):
 @pytest.mark.parametrize("handle", ["x", None, 0.5])
 def test_a_handle_is_an_integer(manager, handle):
     manager.enable_sampling()
-    for call in (manager.wait, lambda handle: manager.pull_sample(handle, np.zeros(1, np.int64), None)):
-        with pytest.raises(TypeError, match=f"a handle is an int .*got {handle!r}"):
+
+    def pull_sample(handle):
+        manager.pull_sample(handle, np.zeros(1, np.int64), None)
+
+    for call in (manager.wait, pull_sample, manager.finish_sample):
+        with pytest.raises(TypeError, match=f"a handle must be an int .*got {handle!r}"):
             call(handle)
+
+
+@pytest.mark.parametrize("clock", ["x", 0.5, float("nan"), float("inf"), True])
+def test_a_clock_is_an_integer(manager, clock):
+    for name, clocks in (("start", (clock,)), ("end", (3, clock))):
+        for call in (
+            lambda *clocks: manager.intent([1, 2], *clocks),
+            lambda *clocks: manager.prepare_sample(2, *clocks),
+        ):
+            with pytest.raises(TypeError, match=rf"{name} must be a clock .*got {clock!r}"):
+                call(*clocks)
+    with pytest.raises(TypeError, match="start must be a clock .*got None"):
+        manager.intent([1, 2], None)
+    manager.intent([1, 2], np.int64(0), torch.tensor(3))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_samples_that_are_finished_are_forgotten(manager, scheme):
+    """Not pulled, pulled in part, and pulled whole."""
+    manager.enable_sampling(scheme=scheme)
+    keys, out = np.zeros(2, np.int64), np.zeros((2, 4), np.float32)
+    for pulls in (0, 1, 2):
+        handle = manager.prepare_sample(4)
+        for _ in range(pulls):
+            manager.pull_sample(handle, keys, out)
+        manager.finish_sample(handle)
+        assert not manager._sampling._samples
+        with pytest.raises(ValueError, match=f"sample {handle} is over"):
+            manager.pull_sample(handle, keys, out)
 
 
 def test_closed_workers_leave_nothing_behind(manager):

@@ -381,8 +381,8 @@ def test_more_keys_than_prepared_and_unknown_samples_are_refused(scheme):
         pulled(sampling, handle, 2)
     pulled(sampling, handle, 0)
     other = sampling.prepare(5)
-    sampling.discard(other)
-    sampling.discard(other)
+    sampling.finish(other)
+    sampling.finish(other)
     with pytest.raises(ValueError, match=f"sample {other} is over; 1 more"):
         pulled(sampling, other, 1)
     for unknown in (0, -1, other + 1):
