@@ -59,7 +59,8 @@ def cuda_body(cpu_body):
         return getattr(module, name)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("cuda_ops."):
-            raise  # without Numba's CUDA target there are no bodies at all, and its message says what is missing
+            message = f"cuda_ops needs Numba's CUDA target for CUDA tensors ({error}); pip install 'adaloader[cuda]'"
+            raise ModuleNotFoundError(message, name=error.name) from error
         raise NotImplementedError(f"cuda_ops.{name} has no body for CUDA devices yet; pass CPU tensors") from error
 
 
