@@ -34,11 +34,10 @@ def missing_device(device: str) -> str | None:
         return "torch finds no CUDA device here"
     if device == "cuda":
         try:
-            import numba.cuda
-
-            return None if numba.cuda.is_available() else "Numba finds no CUDA device here"
+            from cuda_ops.cuda.launch import missing_compiler
         except ImportError as error:
             return f"Numba has no CUDA target here ({error}); pip install 'adaloader[cuda]'"
+        return missing_compiler()
     return None
 
 

@@ -52,15 +52,21 @@ def cuda_body(cpu_body):
 
     Raises:
         NotImplementedError: there is none.
+        ImportError: there are none at all without Numba's CUDA target; says what to install.
     """
     name = cpu_body.__name__
     try:
         module = importlib.import_module("cuda_ops.cuda." + cpu_body.__module__.rpartition(".")[2])
-        return getattr(module, name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("cuda_ops."):
-            raise  # without Numba's CUDA target there are no bodies at all, and its message says what is missing
-        raise NotImplementedError(f"cuda_ops.{name} has no body for CUDA devices yet; pass CPU tensors") from error
+    except Exception as error:  # where numba and numba-cuda do not fit, importing them raises anything
+        if not isinstance(error, ModuleNotFoundError) or not str(error.name).startswith("cuda_ops."):
+            raise ImportError(
+                f"cuda_ops needs Numba's CUDA target for CUDA tensors ({type(error).__name__}: {error}); pip install "
+                "--upgrade 'adaloader[cuda]'"
+            ) from error
+        module = None
+    if not hasattr(module, name):
+        raise NotImplementedError(f"cuda_ops.{name} has no body for CUDA devices yet; pass CPU tensors")
+    return getattr(module, name)
 
 
 BODIES = {"cuda": cuda_body}

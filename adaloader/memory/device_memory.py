@@ -7,6 +7,7 @@ pinned memory is here.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -59,6 +60,7 @@ class CudaMemory(DeviceMemory):
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._under_way: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._lock = threading.Lock()  # the backward sends on a thread of its own, beside whoever else does
 
     def default_cache_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -75,9 +77,10 @@ class CudaMemory(DeviceMemory):
             copied = self._in.record_event()
         current.wait_event(copied)
         there.record_stream(current)  # its memory belongs to the stream on which it was made
-        self._under_way.append((copied, host))
-        while self._under_way and self._under_way[0][0].query():
-            self._under_way.popleft()
+        with self._lock:
+            self._under_way.append((copied, host))
+            while self._under_way and self._under_way[0][0].query():
+                self._under_way.popleft()
         return there
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], np.ndarray]:

@@ -28,6 +28,8 @@ THREADS = 32 if SIMULATED else 256
 
 _WARP = 32
 _MOST_BLOCKS = 2 if SIMULATED else 1 << 16
+# Numba warns of grids of fewer, as of a GPU that is little used. Blocks without rows end at once.
+_FEWEST_BLOCKS = 1 if SIMULATED else 128
 
 kernel = cuda.jit if SIMULATED else kept(cuda.jit)
 """Decorator of kernels; what it compiles is kept on disk, as the CPU's are."""
@@ -59,7 +61,7 @@ def launch(body, rows: int, pieces: int, *args, same_lanes: bool = False) -> Non
 
     def run(shape):
         block = (shape.lanes, shape.threads // shape.lanes)
-        _run(body, min(-(-rows // block[1]), _MOST_BLOCKS), block, args)
+        _run(body, max(_FEWEST_BLOCKS, min(-(-rows // block[1]), _MOST_BLOCKS)), block, args)
 
     shapes = shapes_for(pieces, same_lanes)
     tuner = tuner_for(next(value.device for value in args if isinstance(value, torch.Tensor)))
@@ -92,7 +94,27 @@ def _run(body, grid, block, args):
     device = next(value.device for value in args if isinstance(value, torch.Tensor))
     with torch.cuda.device(device):
         stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
-        body[grid, block, stream](*(_device_view(value) for value in args))
+        try:
+            body[grid, block, stream](*(_device_view(value) for value in args))
+        except Exception as error:
+            why_not = missing_compiler()
+            if why_not is None:
+                raise
+            raise ImportError(why_not) from error
+
+
+def missing_compiler() -> str | None:
+    """Say why Numba can compile for no GPU here, and what to install; None if it can."""
+    try:
+        cuda.compile_ptx(lambda: None, (), cc=(9, 0))
+    except Exception as error:  # each version of Numba has another for a library that is not found
+        reason = str(error).strip().partition("\n")[0]
+        major = (torch.version.cuda or "13").partition(".")[0]
+        return (
+            f"Numba does not find CUDA's compiler ({type(error).__name__}: {reason}); "
+            f"pip install 'numba-cuda[cu{major}]'"
+        )
+    return None
 
 
 def _device_view(value):

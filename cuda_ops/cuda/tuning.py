@@ -58,21 +58,25 @@ class Timer(Protocol):
 
 
 class EventTimer:
-    """A timer of events on the current stream, for which nobody waits."""
+    """A timer of events on the current stream of a device (its number), for which nobody waits."""
+
+    def __init__(self, device: int):
+        self._device = device
 
     def start(self):
-        begun = torch.cuda.Event(enable_timing=True)
-        begun.record()
-        return begun
+        return self._event()
 
     def stop(self, begun):
-        ended = torch.cuda.Event(enable_timing=True)
-        ended.record()
-        return begun, ended
+        return begun, self._event()
 
     def seconds(self, ended):
         begun, ended = ended
         return begun.elapsed_time(ended) * 1e-3 if ended.query() else None
+
+    def _event(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))  # which the launch is on; the thread may be at another's
+        return event
 
 
 class Tuner:
@@ -224,4 +228,4 @@ def _tuner_of(folder: str, index: int) -> Tuner:
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     name = f"{torch.cuda.get_device_name(index)}, compute capability {capability}"
     file = re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".json"
-    return Tuner(Path(folder) / file, name, EventTimer())
+    return Tuner(Path(folder) / file, name, EventTimer(index))

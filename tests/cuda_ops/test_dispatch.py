@@ -118,6 +118,24 @@ def test_a_function_without_a_cuda_body_says_so():
         cuda_body(cuda_ops.alias_table.__wrapped__)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'numba.cuda'", name="numba.cuda"),
+        AttributeError("module 'numba.cuda.types' has no attribute 'NPDatetime'", name="NPDatetime"),
+    ],
+)
+def test_without_numbas_cuda_target_the_error_says_what_to_install(monkeypatch, error):
+    from cuda_ops import dispatch
+
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", fail)
+    with pytest.raises(ImportError, match=rf"{error}\); pip install --upgrade 'adaloader\[cuda\]'"):
+        dispatch.cuda_body.__wrapped__(cuda_ops.gather.__wrapped__)
+
+
 def test_arrays_of_one_call_must_be_on_one_device():
     from cuda_ops.dispatch import refuse_several_devices
 

@@ -82,7 +82,8 @@ class DelayedMemory(DeviceMemory):
 
 
 def _far_body(cpu_body):
-    """Return the CPU's body of a function of `cuda_ops` for tensors of the far device."""
+    """Return the CPU's body of a function of `cuda_ops` for tensors of the far device, if CUDA devices have one too."""
+    cuda_ops.dispatch.cuda_body(cpu_body)
 
     def call(*args, **kwargs):
         def on_cpu(value):

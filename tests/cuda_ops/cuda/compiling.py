@@ -14,11 +14,7 @@ def missing_libraries():
     """Say why nothing can be compiled here; None if it can."""
     if launching.SIMULATED:
         return "the simulator does not compile"
-    try:
-        cuda.compile_ptx(lambda: None, (), cc=HOPPER)
-    except Exception as error:  # each version of Numba has another for a library that is not found
-        return f"CUDA's compiler libraries cannot be used: {type(error).__name__}"
-    return None
+    return launching.missing_compiler()
 
 
 @contextlib.contextmanager

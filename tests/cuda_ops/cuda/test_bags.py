@@ -20,8 +20,8 @@ def test_bags_are_those_of_torch_and_of_the_cpu(mode, seed, dtype, dim):
     bags = Bags(np.random.default_rng(seed), mode, dtype, dim, *SIZES)
     ours = bags.under(device_bags, DEVICE)
     for got, expected, of_host in zip(ours, bags.under_torch(), bags.under(cuda_ops), strict=True):
-        torch.testing.assert_close(got, expected, **limits(dtype))
-        torch.testing.assert_close(got, of_host, **limits(dtype))
+        torch.testing.assert_close(got, expected, **limits(dtype, len(bags.positions)))
+        torch.testing.assert_close(got, of_host, **limits(dtype, len(bags.positions)))
 
 
 def test_what_does_not_fit_is_an_error_before_anything_is_written():

@@ -3,13 +3,16 @@
 What the simulator runs is Python: a type that Numba cannot infer shows here alone. Skipped without CUDA's compiler.
 """
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cuda_ops.cpu.advance import LAYOUTS
 from cuda_ops.cuda import half_update, index, init
+from cuda_ops.cuda import launch as launching
 from cuda_ops.cuda.advance import advance
 from cuda_ops.cuda.bags import reduce_bags
 from cuda_ops.cuda.delta import merge
@@ -123,3 +126,44 @@ def test_bags_are_reduced_in_registers(compiled, mode):
         name, ptx = compiled[-1]
         assert ("ld.global.v4.f32" in ptx) == (dim == 8 and mode != "max"), name
         assert ".local" not in ptx and "atom." not in ptx, name
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What a launch comes to where there is no driver: body, (grid, block, stream) and tensors, as Numba gets them."""
+    if launching.SIMULATED:
+        pytest.skip("the simulator is launched in another way")
+    calls = []
+
+    class Body:
+        def __getitem__(self, where):
+            return lambda *args: calls.append((where, args))
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=40))
+    monkeypatch.setattr(launching.cuda, "external_stream", lambda handle: f"stream {handle}")
+    monkeypatch.setattr(launching, "_device_view", lambda value: value)
+    return Body(), calls
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 128), (32 * 128 + 1, 129), (10**9, 1 << 16)])
+def test_grids_are_large_enough_for_no_warning_of_numbas_and_small_enough_for_a_launch(launched, rows, blocks):
+    body, calls = launched
+    launch(body, rows, 8, torch.ones(1), 3)
+    assert calls == [((blocks, (8, 32), "stream 40"), (torch.ones(1), 3))]
+
+
+def test_without_cudas_compiler_a_launch_says_what_to_install(launched, monkeypatch):
+    body, _ = launched
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no libnvvm\nin 20 places")
+
+    monkeypatch.setattr(type(body), "__getitem__", fail)
+    monkeypatch.setattr(launching.cuda, "compile_ptx", fail)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ImportError, match=r"CUDA's compiler \(RuntimeError: no libnvvm\); .*'numba-cuda\[cu12\]'"):
+        launch(body, 1, 8, torch.ones(1), 3)
+    monkeypatch.setattr(launching.cuda, "compile_ptx", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="in 20 places"):
+        launch(body, 1, 8, torch.ones(1), 3)

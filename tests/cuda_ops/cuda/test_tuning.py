@@ -185,6 +185,26 @@ def test_launches_are_tuned_and_their_results_stay(tmp_path, monkeypatch):
     assert shapes == [(8, launching.THREADS // 8)]
 
 
+def test_events_are_of_the_stream_of_the_devices_launches(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.stream = stream
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, ended):
+            return 250.0 if (self.stream, ended.stream) == ("of device 1", "of device 1") else None
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: f"of device {device}")
+    timer = tuning.EventTimer(1)
+    assert timer.seconds(timer.stop(timer.start())) == 0.25
+
+
 def test_nothing_is_tuned_unless_the_environment_names_a_folder(monkeypatch):
     monkeypatch.delenv(tuning.FOLDER, raising=False)
     assert tuning.tuner_for(DEVICE) is None
