@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from numba.core import config
 
@@ -14,9 +17,10 @@ _NO_FOLDER = "no locator available"  # of Numba's message: of the folders that i
 def kept(decorator: Callable) -> Callable:
     """Return a decorator that compiles as `decorator`, one of Numba's, does, and keeps on disk what was compiled.
 
-    As Numba's own `cache=True`, but that no disk makes an import or a call fail. Without a folder that can be written,
-    each process compiles all again; with one that fails or is full, what could not be written or read there. The log
-    says either once.
+    As Numba's own `cache=True`, but for two things. What was compiled is for all of `cuda_ops` as it was then: Numba
+    looks at a function's own file, and not at those of the functions that it calls. And no disk makes an import or a
+    call fail. Without a folder that can be written, each process compiles all again; with one that fails or is full,
+    what could not be written or read there. The log says either once.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -37,6 +41,8 @@ def _keep(dispatcher) -> None:
         _say_once("kept in", _folders_tried(), "none of them can be written")
         return
     cache = dispatcher._cache
+    file = cache._cache_file
+    file._source_stamp = (file._source_stamp, _stamp_of_all())
     cache.save_overload = _none_of_a_failing_disk(cache.save_overload, "written to", cache.cache_path)
     cache.load_overload = _none_of_a_failing_disk(cache.load_overload, "read from", cache.cache_path)
 
@@ -52,6 +58,16 @@ def _none_of_a_failing_disk(access: Callable, done: str, folder: str) -> Callabl
             return None
 
     return call
+
+
+@functools.cache
+def _stamp_of_all() -> str:
+    """Return what changes with any source of `cuda_ops`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.name} {len(source)} ".encode() + source)
+    return digest.hexdigest()
 
 
 def _folders_tried() -> str:

@@ -1,10 +1,14 @@
 """Where compiled functions cannot be kept on disk: a run goes on, and says once that each start compiles them again."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import cuda_ops
 
 PROGRAM = """
 import resource, sys
@@ -20,11 +24,11 @@ print("hits", sum(_dedup.stats.cache_hits.values()), "misses", sum(_dedup.stats.
 """
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the program in a Python of its own."""
+def run(*arguments: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run the program in a Python of its own, in `folder`, of whose modules it takes its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     command = [sys.executable, "-c", PROGRAM, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 def assert_one_warning(stderr: str, folder: str) -> None:
@@ -51,6 +55,24 @@ def test_a_full_disk_ends_no_call(tmp_path, most_bytes):
     with_room = [run(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [each.stdout.split("hits")[1].split() for each in with_room] == [["0", "misses", "1"], ["1", "misses", "0"]]
     assert not any("compiled functions" in each.stderr for each in with_room)
+
+
+def test_what_was_compiled_is_used_again_until_a_source_changes(tmp_path):
+    """Numba itself goes by the file of the function that is called: another may have been compiled into it."""
+    rooms = Path(cuda_ops.__file__).parent
+    shutil.copytree(rooms, tmp_path / "cuda_ops", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def hits_and_misses() -> str:
+        result = run(folder=tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "kept"))
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split("hits ")[1].strip()
+
+    assert hits_and_misses() == "0 misses 1"
+    assert hits_and_misses() == "1 misses 0"
+    with (tmp_path / "cuda_ops" / "cpu" / "kernels.py").open("a") as source:
+        source.write("\nCHANGED = True\n")
+    assert hits_and_misses() == "0 misses 1"
+    assert hits_and_misses() == "1 misses 0"
 
 
 def test_other_errors_of_numbas_settings_are_not_hidden(tmp_path):
