@@ -91,7 +91,7 @@ class AdaLoader(StatefulDataLoader):
             table, ranks that differ, or settings other than those of the model's first loader.
         UnsupportedOptimizerError: if a table's optimizer is not supported.
         TypeError: if `batch_weight` is no function, or `comm` no communicator of mpi4py.
-        RuntimeError: under mpirun without mpi4py.
+        RuntimeError: under mpirun without mpi4py; on several ranks, if the model's last loader was closed before.
     """
 
     _session: Session | None = None
@@ -424,7 +424,8 @@ class AdaLoader(StatefulDataLoader):
         return self._need_session().explain()
 
     def close(self) -> None:
-        """End this loader (and, with the last one of its model, this rank's part in the manager)."""
+        """End this loader (and, with the last one of its model, this rank's part in the manager: of several ranks none
+        can build another loader of the model then)."""
         if self._session is not None:
             self._session.close()
 

@@ -72,7 +72,8 @@ class Session:
             RuntimeError: if the loader was closed.
         """
         if not self._close_feed.alive:
-            raise RuntimeError("this loader was closed; build another one to go on")
+            instead = "close it after the model's last pass" if self.managed.parted else "build another one to go on"
+            raise RuntimeError(f"this loader was closed; {instead}")
         for iteration in list(self._iterations):
             iteration.end_if_over()
             if iteration.ended:

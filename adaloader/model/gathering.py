@@ -30,7 +30,7 @@ def managed_of(model: nn.Module, instead: str) -> ManagedModel:
             f"no AdaLoader manages this {type(model).__name__}; pass the model that the loader was given, or use "
             f"{instead}"
         )
-    if managed.ranks > 1 and managed.sessions == 0:
+    if managed.parted:
         raise RuntimeError(
             f"the last loader of this {type(model).__name__} was closed, so that the {managed.ranks} ranks over which "
             "its tables are spread have parted; call full_state_dict(model), and what else takes or loads whole state, "

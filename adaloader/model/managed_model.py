@@ -117,6 +117,11 @@ class ManagedModel:
         return self.manager.ranks
 
     @property
+    def parted(self) -> bool:
+        """Whether the model's last loader was closed here: of several ranks the others may have gone."""
+        return self.ranks > 1 and self.sessions == 0 and self.sessions_made > 0
+
+    @property
     def version(self) -> tuple[int, int]:
         """What changes when rows may have changed: steps taken, and writes from outside the optimizer."""
         return self.manager.steps, self.writes

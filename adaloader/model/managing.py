@@ -64,12 +64,18 @@ def manage(
     Raises:
         TypeError: for a model or an optimizer that is none.
         ValueError: for what cannot be managed, settings other than an earlier loader's, and ranks that differ.
+        RuntimeError: on several ranks, once the model's last loader was closed here.
     """
     optimizers = _as_list(optimizer)
     _check_model(model)
     managed = managed_models.get(model)
     if managed is None:
         return _manage(model, optimizers, settings, order)
+    if managed.parted:
+        raise RuntimeError(
+            f"the last loader of this {type(model).__name__} was closed, so that the {managed.ranks} ranks over which "
+            "its tables are spread have parted: build the next loader before closing the last one"
+        )
     _check_same_settings(managed, settings)
     attach_later(managed, optimizers)
     averaged.take_in(managed, managed.optimizers)

@@ -101,11 +101,13 @@ def _copy(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return value.to(device, copy=True)
 
 
-def refuse(table: ManagedTable, operation: str, why: str) -> ManagedTableError:
-    """Return the error for a use as a whole that is not possible."""
+def refuse(table: ManagedTable, operation: str, why: str, *, may_be_read: bool = True) -> ManagedTableError:
+    """Return the error for a use as a whole that is not possible; `may_be_read`: but would be, without gradient."""
+    read = "If no gradient is needed there (a constraint, a norm to log), do it under torch.no_grad(). "
     return ManagedTableError(
         f"{operation} at {users_line()} was called on table {table.name!r} {list(table.parameter.shape)} and needs all "
         f"of it, with its gradient; AdaLoader manages its rows, and only lookups (embedding, embedding_bag, "
-        f"index_select, table[ids]) are possible now: {why}. To keep it an ordinary dense parameter from the start, "
-        f"pass AdaLoader(..., strategy={{{table.name!r}: 'dense'}}) or min_rows={table.table.spec.rows + 1}"
+        f"index_select, table[ids]) are possible now: {why}. {read if may_be_read else ''}To keep it an ordinary dense "
+        f"parameter from the start, pass AdaLoader(..., strategy={{{table.name!r}: 'dense'}}) or "
+        f"min_rows={table.table.spec.rows + 1}"
     )

@@ -38,7 +38,7 @@ def _as_dense(tensor, table):
     if not table.is_dense:
         why = why_not_dense(table, operation)
         if why is not None:
-            raise refuse(table, operation, why)
+            raise refuse(table, operation, why, may_be_read=False)
         become_dense(table, operation)
     if is_view(tensor):
         return values_of(tensor)

@@ -316,3 +316,26 @@ def test_state_is_taken_before_the_last_loader_is_closed(comm, seed):
             call()
     if comm.size == 1:
         assert_same_tensors(adaloader.full_state_dict(model), weights, 0)
+
+
+def test_the_next_loader_is_built_before_the_last_one_is_closed(comm, seed):
+    data = Visits(61, seed)
+    model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], data)
+    train(model, optimizer, loader)
+
+    def another(size):
+        return AdaLoader(data, batch_size=size, model=model, optimizer=optimizer, min_rows=1)
+
+    following = another(BATCH + 1)
+    close(comm, loader)
+    train(model, optimizer, following)
+    close(comm, following)
+    if comm.size == 1:
+        last = another(BATCH + 2)
+        train(model, optimizer, last)
+        last.close()
+        return
+    with pytest.raises(RuntimeError, match=rf"{comm.size} ranks .* have parted: build the next loader before closing"):
+        another(BATCH + 2)
+    with pytest.raises(RuntimeError, match="was closed; close it after the model's last pass"):
+        iter(following)

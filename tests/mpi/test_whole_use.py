@@ -83,6 +83,18 @@ def test_a_use_as_a_whole_after_the_first_step_is_refused(comm, seed):
         train(comm, seed, managed=True, tied=True, steps_before_tied=2)
 
 
+@pytest.mark.ranks(2)
+def test_a_constraint_while_gradients_are_recorded_says_what_to_do(comm, seed):
+    """Nothing goes backward through it, but that is not known when it reads the table."""
+
+    def constrain(model):
+        model.emb.weight.data = F.normalize(model.emb.weight, dim=-1)
+
+    with pytest.raises(ManagedTableError, match=r"normalize at .*emb\.weight.*constraint.*under torch\.no_grad\(\)"):
+        train(comm, seed, managed=True, write=constrain)
+    assert_same_as_plain(comm, seed, write=torch.no_grad()(constrain))
+
+
 def normalise(model):
     model.emb.weight.data = F.normalize(model.emb.weight.data, dim=-1)
 
