@@ -57,6 +57,7 @@ class Kind(IntEnum):
     SHARE = 41
     SHARED = 42
     GIVEN = 43
+    WRITE = 44
     PARCEL = 60
     TAKEN = 61
     REQUEST = 62

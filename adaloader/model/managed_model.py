@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from adaloader.checkpoint.writing import SaveCounts, Saving
     from adaloader.gradients.combining import Combiner
     from adaloader.reading.following import Follower
+    from adaloader.tables.joint_writes import JointWrites
 
 log = logging.getLogger("adaloader")
 
@@ -82,6 +83,7 @@ class ManagedModel:
         self.joining = False
         self.follower: Follower | None = None
         self.combiner: Combiner | None = None
+        self.joint_writes: JointWrites | None = None
         self.periodic: Periodic | None = None
         self.roll_call: RollCall | None = None
         self.exchange: Exchange | None = None

@@ -37,6 +37,7 @@ from adaloader.reading.following import Follower
 from adaloader.recording import begin_record, check_same_record, open_record
 from adaloader.settings import Settings
 from adaloader.tables.candidate import find_candidates, watch_candidates
+from adaloader.tables.joint_writes import JointWrites
 from pm.launch import await_all, default_comm, launched_ranks
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     if manager.ranks > 1:
         managed.follower = Follower(managed)  # now, as messages for it may come once the others have a loader
         managed.combiner = Combiner(managed)
+        managed.joint_writes = JointWrites(managed)
         managed.roll_call = _roll_call(manager)
     manager.describe_hyperparameter = weakref.WeakMethod(managed.describe_hyperparameter)
     weighted = "no batch_weight" if settings.batch_weight is None else "batch_weight"

@@ -13,10 +13,10 @@ from adaloader.memory.free_memory import free_bytes
 _CHUNK_BYTES = 4 << 20
 
 
-def load_values(manager: pm.Manager, table: pm.Table, values: torch.Tensor | None) -> None:
-    """Set every row of `table` from rank 0's `values` `[rows, dim]`; other ranks' are not read (collective)."""
+def load_values(manager: pm.Manager, table: pm.Table, values: torch.Tensor | None, root: int = 0) -> None:
+    """Set every row of `table` from rank `root`'s `values` `[rows, dim]`; other ranks' are not read (collective)."""
     with manager.still():
-        for rows, chunk in _own_rows_from_rank_0(manager, table, [values], table.spec.dim):
+        for rows, chunk in _own_rows_from(root, manager, table, [values], table.spec.dim):
             manager.load_rows(table, rows, chunk, None)
         manager.rewrite_ended()
 
@@ -49,39 +49,39 @@ def load_states(manager: pm.Manager, table: pm.Table, parts: Sequence[torch.Tens
     if words == 0:
         return
     with manager.still():
-        for rows, chunk in _own_rows_from_rank_0(manager, table, parts, words):
+        for rows, chunk in _own_rows_from(0, manager, table, parts, words):
             manager.load_states(table, rows, chunk)
 
 
-def _own_rows_from_rank_0(
-    manager: pm.Manager, table: pm.Table, source: Sequence[torch.Tensor] | None, width: int
+def _own_rows_from(
+    root: int, manager: pm.Manager, table: pm.Table, source: Sequence[torch.Tensor] | None, width: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (rows, their part of rank 0's `source`) for the rows that this rank owns, chunk by chunk (collective).
+    """Yield (rows, their part of rank `root`'s `source`) for the rows that this rank owns, chunk by chunk (collective).
 
-    Rank 0's `source` are tensors `[rows, ...]` that a chunk has side by side, `width` numbers of each row together.
+    That rank's `source` are tensors `[rows, ...]` that a chunk has side by side, `width` numbers of each row together.
     """
     dtype = np.dtype(table.spec.dtype)
     chunk_rows = max(1, _CHUNK_BYTES // (width * dtype.itemsize))
     for start in range(0, table.spec.rows, chunk_rows):
         rows = np.arange(start, min(start + chunk_rows, table.spec.rows), dtype=np.int64)
-        if manager.rank == 0:
+        if manager.rank == root:
             parts = [part.detach()[start : start + len(rows)].reshape(len(rows), -1) for part in source]
             chunk = torch.cat(parts, 1).to("cpu", getattr(torch, table.spec.dtype))
             chunk = np.ascontiguousarray(chunk.numpy())
         else:
             chunk = np.empty((len(rows), width), dtype)
         if manager.ranks > 1:
-            chunk = broadcast_array(manager, chunk)
+            chunk = broadcast_array(manager, chunk, root)
             own = manager.rows_owned(table, rows)
             rows, chunk = own, chunk[own - start]
         yield rows, chunk
 
 
-def broadcast_array(manager: pm.Manager, array: np.ndarray) -> np.ndarray:
-    """Return rank 0's `array` on every rank (collective); it may be written on the others."""
+def broadcast_array(manager: pm.Manager, array: np.ndarray, root: int = 0) -> np.ndarray:
+    """Return rank `root`'s `array` on every rank (collective); it may be written on the others."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if flat.size:
-        manager.transport.collective(lambda comm: comm.Ibcast(flat, 0), manager.timeout_seconds)
+        manager.transport.collective(lambda comm: comm.Ibcast(flat, root), manager.timeout_seconds)
     return array
 
 
@@ -99,11 +99,11 @@ def text_of_rank_0(manager: pm.Manager, text: str) -> str:
     return text if manager.ranks == 1 else broadcast_array(manager, encoded.copy()).tobytes().decode()
 
 
-def broadcast_tensor(manager: pm.Manager, tensor: torch.Tensor) -> None:
-    """Overwrite the other ranks' `tensor` (on the CPU, contiguous, any dtype) with rank 0's (collective)."""
+def broadcast_tensor(manager: pm.Manager, tensor: torch.Tensor, root: int = 0) -> None:
+    """Overwrite the other ranks' `tensor` (on the CPU, contiguous, any dtype) with rank `root`'s (collective)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), _CHUNK_BYTES):
-        broadcast_array(manager, flat[start : start + _CHUNK_BYTES])
+        broadcast_array(manager, flat[start : start + _CHUNK_BYTES], root)
 
 
 def all_numbers(manager: pm.Manager, number: int) -> list[int]:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from adaloader.optimizers.supported import adopt_hyperparameters, hyperparameter_vector
 from adaloader.ranks.agreement import broadcast
 from adaloader.reading.schedules import position_of, schedulers_of, step_towards
+from adaloader.tables.writes import write_along
 from pm.messages import Kind, Message
 from pm.same_step import Stepped
 
@@ -213,6 +214,9 @@ class Follower:
             ended = dict(self._ended.get(iteration, {}))
             return {p for p in manager.peers if p not in ended or ended[p].numbers[3] > manager.steps}
 
+        def in_loop() -> set[int]:
+            return set(manager.peers) - set(list(self._ended.get(iteration, ())))
+
         periodic = model.periodic
 
         def checkpoint_asked() -> bool:
@@ -229,6 +233,7 @@ class Follower:
                 and (
                     sum_begun()
                     or model.combiner.begun_by_others()
+                    or model.joint_writes.begun_by(in_loop())
                     or manager.step_of_others(own_steps()) is not None
                     or all_ended()
                 )
@@ -243,6 +248,8 @@ class Follower:
             self._join_sum(model)
         elif model.combiner.begun_by_others():
             model.combiner.join()
+        elif model.joint_writes.begun_by(in_loop()):
+            write_along(model)
         elif (step := manager.step_of_others(own_steps())) is not None:
             self._step_along(model, step)
         else:

@@ -56,12 +56,12 @@ class Probation:
                 for part in self.states:
                     broadcast_tensor(manager, part)
 
-    def overwrite(self, manager: pm.Manager, table: pm.Table, values: torch.Tensor | None) -> None:
-        """Set all rows to rank 0's `values` `[rows, dim]` (collective)."""
-        if manager.rank == 0:
+    def overwrite(self, manager: pm.Manager, table: pm.Table, values: torch.Tensor | None, root: int = 0) -> None:
+        """Set all rows to rank `root`'s `values` `[rows, dim]` (collective)."""
+        if manager.rank == root:
             self.values.copy_(values)
         if manager.ranks > 1:
-            broadcast_tensor(manager, self.values)
+            broadcast_tensor(manager, self.values, root)
         with manager.still():
             for rows, held, _ in manager.held_rows(table):
                 self.fill(rows, held)

@@ -2,7 +2,8 @@
 
 Three kinds: all rows at once, some rows, and functions in place that treat every row alike. On several ranks each of
 them is collective: all ranks run the same line, as they run the rest of the script; a rank that does not makes the
-others raise an error that names it after `timeout_seconds`.
+others raise an error that names it after `timeout_seconds`. A rank that has run out of batches takes its part in what
+the others write (`joint_writes.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import cuda_ops
 from adaloader.errors import ManagedTableError
 from adaloader.memory.device_memory import on_host
 from adaloader.ranks.table_values import all_numbers, load_values
+from adaloader.tables.joint_writes import Write
 from adaloader.tables.probation import confirm
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 
 def overwrite(table: ManagedTable, values: torch.Tensor, operation: str) -> None:
-    """Set all rows to `values`, which broadcasts to `[num_rows, dim]`; on several ranks rank 0's count (collective).
+    """Set all rows to `values`, which broadcasts to `[num_rows, dim]`; on several ranks those of the first that runs
+    this line count (collective).
 
     Raises:
         ValueError: if the shape does not fit.
@@ -43,19 +46,25 @@ def overwrite(table: ManagedTable, values: torch.Tensor, operation: str) -> None
         raise ValueError(
             f"{operation} on table {table.name!r}: expected shape {tuple(shape)}, got {tuple(values.shape)}"
         )
+    writers = _writers(table, Write.ALL_VALUES)
     _agree(model)
+    _overwrite(table, values.detach().expand(shape), writers[0])
+
+
+def _overwrite(table: ManagedTable, values: torch.Tensor | None, root: int) -> None:
+    model = table.owner
     model.manager.settle()
     with model.paused():
-        set_whole(model, table, values.detach().expand(shape))
+        set_whole(model, table, values, root)
     model.writes += 1
 
 
-def set_whole(model: ManagedModel, table: ManagedTable, values: torch.Tensor | None) -> None:
-    """Set all rows to rank 0's `values` `[num_rows, dim]` (collective)."""
+def set_whole(model: ManagedModel, table: ManagedTable, values: torch.Tensor | None, root: int = 0) -> None:
+    """Set all rows to rank `root`'s `values` `[num_rows, dim]` (collective)."""
     if table.probation is not None:
-        table.probation.overwrite(model.manager, table.table, values)
+        table.probation.overwrite(model.manager, table.table, values, root)
     else:
-        load_values(model.manager, table.table, values)
+        load_values(model.manager, table.table, values, root)
         table.all_rows_held = True
 
 
@@ -78,8 +87,9 @@ def change_rows(table: ManagedTable, ids: torch.Tensor, change: Callable[[torch.
         here = table.here(values)
         with torch.no_grad():
             change(here, table.here(positions).view(ids.shape))
+        _writers(table, Write.SOME_ROWS)
+        _agree(model)
         _set_rows(table, rows, on_host(here))
-    model.writes += 1
 
 
 def add_gradient(table: ManagedTable, gradient: RowSum, factor: float) -> None:
@@ -98,6 +108,27 @@ def add_gradient(table: ManagedTable, gradient: RowSum, factor: float) -> None:
     change_rows(table, torch.from_numpy(part.rows), change)
 
 
+def write_along(model: ManagedModel) -> None:
+    """Take this rank's part in what the others write, of which it does not run the line (collective)."""
+    write, name, writers = model.joint_writes.join()
+    with model.paused():
+        _agree(model)
+        table = next(table for table in model.tables if table.name == name)
+        if write is Write.SOME_ROWS:
+            spec = table.table.spec
+            _set_rows(table, np.empty(0, np.int64), np.empty((0, spec.dim), spec.dtype))
+            return
+        if write is Write.EVERY_ROW_ALIKE:
+            _leave_probation_to_change(table, "a write")
+        _overwrite(table, None, writers[0])
+
+
+def _writers(table: ManagedTable, write: Write) -> list[int]:
+    """Return the ranks that run the line of a write that begins (collective)."""
+    together = table.owner.joint_writes
+    return [table.owner.manager.rank] if together is None else together.meet(write, table.name)
+
+
 def _agree(model: ManagedModel) -> None:
     """Have all ranks in the same state of probation (collective): what a write does depends on it."""
     from adaloader.tables.candidate import agree_on_candidates
@@ -107,7 +138,6 @@ def _agree(model: ManagedModel) -> None:
 
 def _set_rows(table: ManagedTable, rows: np.ndarray, values: np.ndarray) -> None:
     manager = table.owner.manager
-    _agree(table.owner)
     if table.probation is not None:
         confirm(table)  # its memory no longer says what rows are
     with manager.still():
@@ -115,6 +145,7 @@ def _set_rows(table: ManagedTable, rows: np.ndarray, values: np.ndarray) -> None
             own = np.isin(their_rows, manager.rows_owned(table.table, their_rows))
             manager.load_rows(table.table, their_rows[own], np.ascontiguousarray(their_values[own]), None)
         manager.rewrite_ended()
+    table.owner.writes += 1
 
 
 def _from_all_ranks(table: ManagedTable, rows: np.ndarray, values: np.ndarray):
@@ -145,7 +176,15 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
     """
     model, spec = table.owner, table.table.spec
     manager = model.manager
+    writers = _writers(table, Write.EVERY_ROW_ALIKE)
     _agree(model)
+    if len(writers) < manager.ranks:  # the others do not know the function
+        _leave_probation_to_change(table, operation)
+        values = table.whole_values().clone()
+        with model.paused(), torch.no_grad():
+            function(values, *args, **kwargs)
+        _overwrite(table, values, writers[0])
+        return
     if table.probation is not None:
         confirm(table)
     by_row = any(_is_per_row(value, spec.rows) for value in (*args, *kwargs.values()))
@@ -171,6 +210,17 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
             _fill_changed(table, apply)
         manager.rewrite_ended()
     model.writes += 1
+
+
+def _leave_probation_to_change(table: ManagedTable, operation: str) -> None:
+    """Have all rows held, where one rank is to change them for all; raise on every rank if they cannot be."""
+    if table.probation is not None:
+        confirm(table)
+    if not table.all_rows_held:
+        raise ManagedTableError(
+            f"{operation} on every row of table {table.name!r}, declared under deferred_init, while a rank has "
+            "no batch left: give all ranks as many batches (drop_last=True), or write to rows by their ids"
+        )
 
 
 def _check_untouched_rows(table: ManagedTable, operation: str, by_row: bool) -> None:
