@@ -64,7 +64,7 @@ class AdaLoader(StatefulDataLoader):
         timeout_seconds: how long to wait for another rank before an error names it.
         strategy: by name of a parameter, "managed" (a table, however few rows it has) or "dense" (an ordinary
             parameter). By default a table that is used as a whole, with its gradient, becomes dense by itself (on
-            several ranks in its first step; later that is an error).
+            several ranks in its first step; later it stays managed, and each such use brings all of its rows).
         techniques: how rows come to the ranks that need them: "all" (a row moves to a rank while no other needs it, at
             staleness 0 where that saves bytes, and is copied to each that does otherwise), or for comparison
             "relocation" (rows move, and are copied only on demand), "replication" (they are copied from where they have

@@ -1,4 +1,4 @@
-"""Gradients that come for a whole table at once, from code that autograd cannot see into (an `autograd.Function`)."""
+"""Gradients that come for a whole table at once: of values read as a whole, or from an `autograd.Function`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,27 @@ def catch_whole_gradients(parameter: torch.Tensor, table: ManagedTable) -> None:
     parameter._post_accumulate_grad_hooks = OrderedDict({0: caught})
 
 
+def read_whole(table: ManagedTable) -> torch.Tensor:
+    """Return all values `[num_rows, dim]`, in memory of their own, with a gradient that becomes one of the rows."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return _WholeRead.apply(table.parameter, table)
+
+
+class _WholeRead(torch.autograd.Function):
+    """The parameter's memory does not have its values; its gradient is caught where autograd brings it."""
+
+    @staticmethod
+    def forward(ctx, parameter: torch.Tensor, table: ManagedTable) -> torch.Tensor:
+        with table.owner.paused():
+            return table.whole_values().clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient, None
+
+
 def _part_of(table: ManagedTable, gradient: torch.Tensor) -> Part:
-    check_layout(table.table.spec.rule, gradient.is_sparse, table.name, "a gradient made by an autograd.Function")
+    check_layout(table.table.spec.rule, gradient.is_sparse, table.name, "a gradient of all of it")
     if gradient.is_sparse:
         gradient = gradient.coalesce()
         return Part(on_host(gradient.indices()[0]).copy(), gradient.values().clone(), None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,15 +23,42 @@ if TYPE_CHECKING:
 log = logging.getLogger("adaloader")
 
 
-def why_not_dense(table: ManagedTable, operation: str) -> str | None:
+def use_as_a_whole(tables: Iterable[ManagedTable], operation: str) -> None:
+    """Have `tables` be dense, or, where their rows are spread over ranks, ready to be read as a whole with gradient.
+
+    Raises:
+        ManagedTableError: if neither can be.
+    """
+    for table in tables:
+        why = why_not_whole(table)
+        if why is not None:
+            raise refuse(table, operation, why)
+        if is_spread(table):
+            _say_once(table, operation)
+        else:
+            become_dense(table, operation)
+
+
+def is_spread(table: ManagedTable) -> bool:
+    """Whether the table's rows are on several ranks, so that none can make it dense by itself."""
+    if table.owner.ranks == 1:
+        return False
+    return table.probation is None or bool(table.parts) or table.table.gradient_steps > table.steps_before
+
+
+def why_not_dense(table: ManagedTable) -> str | None:
     """Return why the table cannot become dense any more, None if it can."""
-    model = table.owner
-    if model.strategy.get(table.name) == "managed":
+    if is_spread(table):
+        return "its rows were spread over the ranks after the first step that used it"
+    return why_not_whole(table)
+
+
+def why_not_whole(table: ManagedTable) -> str | None:
+    """Return why the table can be used as a whole with its gradient neither as it is nor made dense, None if it can."""
+    if table.owner.strategy.get(table.name) == "managed":
         return 'strategy= says "managed"'
     if table.is_deferred:
         return "it was declared under deferred_init, and is never built whole"
-    if model.ranks > 1 and (table.probation is None or table.parts or table.table.gradient_steps > table.steps_before):
-        return "its rows were spread over the ranks after the first step that used it"
     needed = table.parameter.numel() * table.parameter.element_size() * (2 if table.probation is not None else 3)
     free = free_bytes()
     if needed > free >= 0:
@@ -99,6 +127,22 @@ def _give_state_back(table: ManagedTable) -> None:
 
 def _copy(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return value.to(device, copy=True)
+
+
+def _say_once(table: ManagedTable, operation: str) -> None:
+    if table.is_read_whole:
+        return
+    table.is_read_whole = True
+    log.warning(
+        "table %r %s is used as a whole, with its gradient, by %s at %s: its rows are spread over the ranks, and each "
+        "rank brings all of them each time. strategy={%r: 'dense'} keeps it whole on every rank from the start; what "
+        "needs no gradient there (a constraint, a norm to log) belongs under torch.no_grad()",
+        table.name,
+        list(table.parameter.shape),
+        operation,
+        users_line(),
+        table.name,
+    )
 
 
 def refuse(table: ManagedTable, operation: str, why: str, *, may_be_read: bool = True) -> ManagedTableError:

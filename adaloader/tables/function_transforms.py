@@ -36,7 +36,7 @@ def _as_dense(tensor, table):
     """Return what the table, or a view of it, is once the table is an ordinary parameter."""
     operation = "a function transform (torch.func.grad, vjp, ...)"
     if not table.is_dense:
-        why = why_not_dense(table, operation)
+        why = why_not_dense(table)
         if why is not None:
             raise refuse(table, operation, why, may_be_read=False)
         become_dense(table, operation)

@@ -60,6 +60,7 @@ class ManagedTable:
     counts: LookupCounts = field(default_factory=LookupCounts)
     frequency_lookups: tuple[int, int] = (0, 0)
     all_rows_held: bool = False
+    is_read_whole: bool = False
     clears: int = 0
     last_mismatch: str | None = None
     probation: Probation | None = None

@@ -8,9 +8,10 @@ import torch
 
 from adaloader.errors import ManagedTableError
 from adaloader.gradients.row_gradient import RowGradient
+from adaloader.gradients.whole_gradient import read_whole
 from adaloader.lookups.operations import ids_of_assignment
 from adaloader.overrides.native import operation_name
-from adaloader.tables.dense_use import become_dense, refuse, why_not_dense
+from adaloader.tables.dense_use import use_as_a_whole
 from adaloader.tables.writes import add_gradient, change_every_row, change_rows, overwrite
 from adaloader.views.rows_view import guarded, written_arguments
 from adaloader.views.view_values import is_view, values_of
@@ -54,12 +55,9 @@ def use_whole(table: ManagedTable, func, args: tuple, kwargs: dict):
         return _write(written[0], func, args, kwargs, name)
     trained = any(_is_of(a) and a.requires_grad for a in _tensors((*args, *kwargs.values())))
     if trained and torch.is_grad_enabled() and func not in WITHOUT_GRADIENT:
-        for each in {id(a._managed): a._managed for a in _tensors((*args, *kwargs.values())) if _is_of(a)}.values():
-            why = why_not_dense(each, name)
-            if why is not None:
-                raise refuse(each, name, why)
-            become_dense(each, name)
-        return func(*args, **kwargs)
+        tables = {id(a._managed): a._managed for a in _tensors((*args, *kwargs.values())) if _is_of(a)}
+        use_as_a_whole(tables.values(), name)
+        return func(*_replaced(args, with_gradient=True), **_replaced(kwargs, with_gradient=True))
     return func(*_replaced(args), **_replaced(kwargs))
 
 
@@ -141,15 +139,17 @@ def _tensors(values):
             yield value
 
 
-def _replaced(value):
+def _replaced(value, with_gradient: bool = False):
     """Return `value` with the present values, which can be read but not written, in place of tables."""
     if _is_of(value):
         table = value._managed
-        return values_of(value) if is_view(value) else guarded(table.whole_values(), table.name)
+        if is_view(value):
+            return values_of(value, with_gradient)
+        return read_whole(table) if with_gradient and value.requires_grad else guarded(table.whole_values(), table.name)
     if isinstance(value, dict):
-        return {name: _replaced(part) for name, part in value.items()}
+        return {name: _replaced(part, with_gradient) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_replaced, value))
+        return type(value)(*(_replaced(part, with_gradient) for part in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_replaced, value))
+        return type(value)(_replaced(part, with_gradient) for part in value)
     return value

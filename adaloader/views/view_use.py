@@ -6,7 +6,7 @@ import torch
 
 from adaloader.errors import ManagedTableError
 from adaloader.overrides.native import operation_name
-from adaloader.tables.dense_use import become_dense, refuse, why_not_dense
+from adaloader.tables.dense_use import use_as_a_whole
 from adaloader.tables.whole_use import WITHOUT_GRADIENT
 from adaloader.tables.writes import overwrite
 from adaloader.views.rows_view import written_arguments
@@ -27,11 +27,8 @@ def use_views(func, args: tuple, kwargs: dict):
         return _write(written[0], func, args, kwargs, name)
     tables = {id(view._managed): view._managed for view in views if not view._managed.is_dense}
     if any(view.requires_grad for view in views) and torch.is_grad_enabled() and func not in WITHOUT_GRADIENT:
-        for table in tables.values():
-            why = why_not_dense(table, name)
-            if why is not None:
-                raise refuse(table, name, why)
-            become_dense(table, name)
+        use_as_a_whole(tables.values(), name)
+        return func(*_replaced(args, with_gradient=True), **_replaced(kwargs, with_gradient=True))
     return func(*_replaced(args), **_replaced(kwargs))
 
 
@@ -62,13 +59,13 @@ def _views(values):
             yield value
 
 
-def _replaced(value, target=None, by=None):
+def _replaced(value, target=None, by=None, *, with_gradient: bool = False):
     if value is target and target is not None:
         return by
     if is_view(value):
-        return values_of(value)
+        return values_of(value, with_gradient)
     if isinstance(value, dict):
-        return {name: _replaced(part, target, by) for name, part in value.items()}
+        return {name: _replaced(part, target, by, with_gradient=with_gradient) for name, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_replaced(part, target, by) for part in value)
+        return type(value)(_replaced(part, target, by, with_gradient=with_gradient) for part in value)
     return value

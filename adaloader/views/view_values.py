@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from adaloader.gradients.whole_gradient import read_whole
 from adaloader.views.rows_view import guarded
 
 
@@ -12,11 +13,14 @@ def is_view(value) -> bool:
     return isinstance(value, torch.Tensor) and hasattr(value, "_form")
 
 
-def values_of(view) -> torch.Tensor:
-    """Return a view's present values: of the dense parameter where its table is one again, else not to be written."""
+def values_of(view, with_gradient: bool = False) -> torch.Tensor:
+    """Return a view's present values: of the dense parameter where its table is one again, else not to be written, or
+    with a gradient that goes to the table's rows, if so asked and the view has one."""
     table = view._managed
     if table.is_dense:
         return as_viewed(view, table.parameter if view.requires_grad else table.parameter.detach())
+    if with_gradient and view.requires_grad:
+        return as_viewed(view, read_whole(table))
     with table.owner.paused():
         return guarded(as_viewed(view, table.whole_values()), table.name)
 

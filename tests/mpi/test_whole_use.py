@@ -1,5 +1,6 @@
 """On several ranks: tables that are used as a whole, read as a whole, written outside the optimizer, and copied."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaloader import AdaLoader, ManagedTableError, full_state_dict
+from adaloader import AdaLoader, ManagedTableError, deferred_init, full_state_dict
 from adaloader.tables.table_parameter import TableParameter
 
 ROWS, DIM, BATCH_SIZE = 41, 3, 6
@@ -77,21 +78,78 @@ def test_a_tied_table_with_a_last_batch_that_does_not_divide(comm, seed):
     assert_same_as_plain(comm, seed, tied=True, samples=3 * BATCH_SIZE * comm.size + 2)
 
 
-@pytest.mark.ranks(2)
-def test_a_use_as_a_whole_after_the_first_step_is_refused(comm, seed):
-    with pytest.raises(ManagedTableError, match=r"emb\.weight.*after the first step.*strategy="):
-        train(comm, seed, managed=True, tied=True, steps_before_tied=2)
+@pytest.mark.parametrize("samples", [None, "the last rank has none in the last batch"])
+@pytest.mark.parametrize("optimizer", ["Adagrad", "AdamW"])
+def test_a_use_as_a_whole_after_the_first_step_is_exact(comm, seed, optimizer, samples, caplog):
+    samples = samples and 3 * BATCH_SIZE * comm.size + 1
+    model = assert_same_as_plain(comm, seed, tied=True, steps_before_tied=2, optimizer=optimizer, samples=samples)
+    said = [record.getMessage() for record in caplog.records if "is used as a whole" in record.getMessage()]
+    if comm.size == 1:
+        assert type(model.emb.weight) is nn.Parameter
+        return
+    assert type(model.emb.weight) is TableParameter and len(said) == 1
+    assert "'emb.weight'" in said[0] and "test_whole_use.py" in said[0] and "'emb.weight': 'dense'" in said[0]
+
+
+def penalty(model):
+    """Of a table, of a view of it, and of what has no lookup in between."""
+    (model.emb.weight.square().sum() * 1e-2 + model.bare[:-1].abs().sum() * 1e-3).backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_memory": False}], ids=["shared", "apart"])
+@pytest.mark.parametrize("optimizer", ["Adagrad", "Adam"])
+def test_a_penalty_that_begins_later_is_exact(comm, seed, optimizer, options):
+    torch.manual_seed(seed)
+    plain = Model(False).double()
+    model = copy.deepcopy(plain)
+    dataset = torch.randint(0, ROWS, (4 * BATCH_SIZE * comm.size, 2), generator=torch.Generator().manual_seed(seed))
+    plain_optimizer, optimizer = (getattr(torch.optim, optimizer)(m.parameters(), lr=0.1) for m in (plain, model))
+    loader = AdaLoader(dataset, batch_size=BATCH_SIZE, model=model, optimizer=optimizer, min_rows=1, **options)
+    for made, its, batches in (
+        (plain, plain_optimizer, dataset.split(BATCH_SIZE * comm.size)),
+        (model, optimizer, loader),
+    ):
+        for step, ids in enumerate(batches):
+            its.zero_grad()
+            made(ids).mean().backward()
+            if step in (1, 3):
+                penalty(made)
+            its.step()
+    if comm.size > 1:
+        assert type(model.emb.weight) is TableParameter
+    state = full_state_dict(model)
+    if comm.rank == 0:
+        torch.testing.assert_close(dict(state), plain.state_dict(), atol=1e-9, rtol=1e-9)
+    loader.close()
 
 
 @pytest.mark.ranks(2)
-def test_a_constraint_while_gradients_are_recorded_says_what_to_do(comm, seed):
+@pytest.mark.parametrize("strategy", ["managed", None])
+def test_a_use_as_a_whole_of_what_is_to_stay_managed_is_refused(comm, seed, strategy):
+    with deferred_init(min_rows=1, seed=seed) if strategy is None else contextlib.nullcontext():
+        model = Model(False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategies = {} if strategy is None else {"emb.weight": strategy}
+    loader = AdaLoader.wrap(
+        [torch.tensor([[1, 2]])] * 3, model=model, optimizer=optimizer, min_rows=1, strategy=strategies
+    )
+    with pytest.raises(ManagedTableError, match=r"emb\.weight.*(deferred_init|strategy=).*under torch\.no_grad"):
+        for step, ids in enumerate(loader):
+            model(ids).mean().backward()
+            optimizer.step()
+            if step == 1:
+                model.emb.weight.square().sum()
+    comm.barrier()
+    loader.close()
+
+
+def test_a_constraint_while_gradients_are_recorded(comm, seed):
     """Nothing goes backward through it, but that is not known when it reads the table."""
 
     def constrain(model):
         model.emb.weight.data = F.normalize(model.emb.weight, dim=-1)
 
-    with pytest.raises(ManagedTableError, match=r"normalize at .*emb\.weight.*constraint.*under torch\.no_grad\(\)"):
-        train(comm, seed, managed=True, write=constrain)
+    assert_same_as_plain(comm, seed, write=constrain)
     assert_same_as_plain(comm, seed, write=torch.no_grad()(constrain))
 
 
