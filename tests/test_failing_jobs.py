@@ -172,6 +172,19 @@ JOBS: dict[str, tuple[int, str]] = {
         train(*make(), at=4, do=leave if RANK == 1 else int)
         """,
     ),
+    "one rank passes over a batch": (
+        2,
+        """
+        model, optimizer, loader = make()
+        for number, ids in enumerate(loader):
+            if number == 4 and RANK == 1:
+                now("FAIL")
+                continue
+            optimizer.zero_grad()
+            model(ids).backward()
+            optimizer.step()
+        """,
+    ),
     "one rank has closed its output": (
         2,
         """
@@ -384,6 +397,9 @@ FAILING = {
     "SIGINT to one rank": ["KeyboardInterrupt", "rank 1 of 2 failed (KeyboardInterrupt)"],
     "Ctrl-C": [],
     "one rank exits early": ["PeerError|RuntimeError", "[Rr]ank 1[^0-9].*has closed its loader or ended"],
+    "one rank passes over a batch": [
+        r"step 5: ranks train on different batches: number 5 on rank 0, number 6 on rank 1[.]"
+    ],
     "one rank has closed its output": [],
     "one rank has no output": [],
     "one rank stalls": [

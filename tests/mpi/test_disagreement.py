@@ -242,23 +242,22 @@ def test_ranks_with_different_hyperparameters(comm, name):
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("what", ["leaves the loop", "passes over a batch"])
-@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(
     "options",
     [{}, {"shared_memory": False}, {"staleness": 2}, {"lookahead": 0}],
     ids=["shared", "apart", "stale", "blind"],
 )
-def test_rank_that_alone_goes_to_another_batch(comm, seed, what, dense, options):
+def test_rank_that_alone_goes_to_another_batch(comm, seed, what, options):
     """Gradients of different batches would be averaged: every rank is told who is where."""
     random = torch.Generator().manual_seed(seed)
-    model = Net(dense=dense)
+    model = Net(dense=False)  # with dense parameters see tests/test_failing_jobs.py
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     samples = ids_of(random, 20 * 5 * comm.size, 2)
     loader = AdaLoader(samples, batch_size=5, model=model, optimizer=optimizer, timeout_seconds=30.0, **options)
     odd, at = comm.size - 1, int(torch.randint(1, 8, (1,), generator=random))
     leaves = what == "leaves the loop"
     steps = 0
-    with pytest.raises(RuntimeError) as raised:  # a PeerError, or what waited for dense gradients and quotes it
+    with pytest.raises(PeerError) as raised:
         for _ in range(2):
             for number, ids in enumerate(loader):
                 if number == at and comm.rank == odd and steps == at:
