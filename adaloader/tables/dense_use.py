@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("adaloader")
 
 
-def use_as_a_whole(tables: Iterable[ManagedTable], operation: str) -> None:
+def use_as_a_whole(tables: Collection[ManagedTable], operation: str) -> None:
     """Have `tables` be dense, or, where their rows are spread over ranks, ready to be read as a whole with gradient.
 
     Raises:
-        ManagedTableError: if neither can be.
+        ManagedTableError: if neither can be; all tables are then as before.
     """
     for table in tables:
         why = why_not_whole(table)
         if why is not None:
             raise refuse(table, operation, why)
+    for table in tables:
         if is_spread(table):
             _say_once(table, operation)
         else:

@@ -98,7 +98,8 @@ def _write(target, func, args, kwargs, name):
 
 
 def _rewrite(table, func, others, named, is_first: bool, name: str) -> None:
-    """Whatever else: done on all values, which are then written back; on several ranks on rank 0's."""
+    """Whatever else: done on all values, which are then written back; on several ranks on those of the first
+    that runs this line."""
     values = table.whole_values().clone()
     with table.owner.paused(), torch.no_grad():
         if is_first:
@@ -140,7 +141,8 @@ def _tensors(values):
 
 
 def _replaced(value, with_gradient: bool = False):
-    """Return `value` with the present values, which can be read but not written, in place of tables."""
+    """Return `value` with the present values in place of tables: not to be written, or, if so asked and the table is
+    trained, with a gradient that goes to its rows."""
     if _is_of(value):
         table = value._managed
         if is_view(value):

@@ -33,7 +33,8 @@ def use_views(func, args: tuple, kwargs: dict):
 
 
 def _write(view, func, args, kwargs, name: str):
-    """Write to all values, which are then written back; on several ranks rank 0's count (collective)."""
+    """Write to all values, which are then written back; on several ranks those of the first that runs this line
+    count (collective)."""
     table = view._managed
     if table.is_dense:
         func(*_replaced(args), **_replaced(kwargs))

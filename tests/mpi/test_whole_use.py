@@ -185,12 +185,13 @@ def test_writes_after_each_step_count(comm, seed, write, optimizer):
 
 
 def test_rows_that_ranks_write_by_themselves(comm):
-    model, _ = made(comm)
+    model, loader = made(comm)
     with torch.no_grad():
         model.emb.weight[torch.tensor([comm.rank, 20 + comm.rank])] = float(comm.rank + 1)
     after = model.emb(torch.arange(ROWS)).detach()
     for rank in range(comm.size):
         assert (after[rank] == rank + 1).all() and (after[20 + rank] == rank + 1).all()
+    loader.close()
 
 
 def test_one_rank_alone_reads_and_copies(comm, seed):
