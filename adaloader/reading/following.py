@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +30,26 @@ if TYPE_CHECKING:
 _MOST_ITERATIONS = 1 << 32
 _UNASKED = -1
 _NO_SUM = 0, 0, 0
+_NONE = np.empty(0, np.float64)
+
+
+class _Done(Enum):
+    """What a rank that follows has done."""
+
+    SOMETHING = auto()
+    UP_TO_A_WRITE = auto()
+    ALL = auto()
+
+
+@dataclass
+class _Leg:
+    """How far this rank had come when it began to follow: steps, sums, backwards inside `no_sync` since, scalers."""
+
+    following: Following
+    steps: int
+    reductions: int
+    deferred: int
+    scalers: int
 
 
 class Follower:
@@ -51,6 +73,8 @@ class Follower:
         self._total_weight: float | None = None
         self._postponed: Following | None = None
         self._catching_up: Following | None = None
+        self._interrupted: _Leg | None = None
+        self._writes_to_come = 0
         self._under_way: weakref.WeakSet[Following] = weakref.WeakSet()
         self._passed_on = self._manager.on_control
         self._manager.on_control = self._receive
@@ -105,9 +129,9 @@ class Follower:
         """Steps that this rank has taken, and backwards that it has had or joined."""
         return self._manager.steps, self._model().reducer.backwards
 
-    def end(self, following: Following, positions: list[float], *, follow: bool) -> None:
+    def end(self, following: Following, positions: list[float], *, follow: bool, in_step: bool = False) -> None:
         """This rank has no more batches in an iteration, or has left its loop; with `follow`, stay until all have
-        ended."""
+        ended. `in_step`: the loop is in the step of its last batch."""
         number = following.number
         self._open.discard(number)
         self._over.add(number)
@@ -116,19 +140,37 @@ class Follower:
         steps = self._manager.steps
         reductions, scalers = model.reducer.reductions, len(model.scalers)
         numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers, model.reducer.deferred)
-        arrays = (np.array(positions, np.float64), self._cleared_since_sum())
+        hyperparameters = [] if in_step else [hyperparameter_vector(optimizer) for optimizer in model.optimizers]
+        arrays = (np.array(positions, np.float64), self._cleared_since_sum(), np.concatenate([*hyperparameters, _NONE]))
         for peer in self._manager.peers:
             self._manager.transport.send(peer, Message(Kind.END, numbers, arrays))
         self._manager.transport.wake()
         if follow:
             self._total_weight = following.total_weight
-            while self._follow_once(number):
-                pass
-            ended = dict(self._ended.get(number, {}))
-            self._follow_to_the_end(following, (reductions, numbers[6]), list(ended.values()))
-            self._take_over_dense_state(model, steps, ended)
-            following.scaler_states = self._states_of_scalers(model, (reductions, scalers), ended)
+            self._follow(_Leg(following, steps, reductions, numbers[6], scalers), in_step=in_step)
+        self._forget()
+
+    def _follow(self, leg: _Leg, *, in_step: bool) -> None:
+        """Follow the others until they have ended; with `in_step`, or until they write what this rank's loop, once out
+        of the step in which it is, will write itself."""
+        model, number = self._model(), leg.following.number
+        while (done := self._follow_once(number, own_steps=leg.steps if in_step else None)) is _Done.SOMETHING:
+            pass
+        if done is _Done.UP_TO_A_WRITE:
+            self._interrupted = leg
+            return
+        ended = dict(self._ended.get(number, {}))
+        self._follow_to_the_end(leg.following, (leg.reductions, leg.deferred), list(ended.values()))
+        self._take_over_dense_state(model, leg.steps, ended)
+        leg.following.scaler_states = self._states_of_scalers(model, (leg.reductions, leg.scalers), ended)
+        leg.following.hyperparameters = self._hyperparameters_of(ended, leg.steps)
+
+    def _forget(self) -> None:
+        """Forget the iterations that have ended on all ranks."""
+        under_way = None if self._interrupted is None else self._interrupted.following.number
         for over in [n for n in self._over if set(list(self._ended.get(n, ()))) >= set(self._manager.peers)]:
+            if over == under_way:
+                continue
             self._over.discard(over)
             self._answered.pop(over, None)
             del self._ended[over]
@@ -147,8 +189,30 @@ class Follower:
             self._manager.transport.flush()  # who follows waits for it
         for following in list(self._under_way):
             following.step_taken()
-        if self._postponed is not None and self._postponed.iteration_is_worked_off():
-            self._follow_postponed(self._postponed.positions_after_this_step())
+        writes = self._model().joint_writes
+        writes.step_taken()
+        self._writes_to_come = writes.after_a_step
+        self._follow_after_step()
+
+    def written(self) -> None:
+        """The loop has written to a table: that may be what it does after its last step."""
+        self._writes_to_come -= 1
+        if self._interrupted is not None:
+            self._go_on(in_step=True)
+        else:
+            self._follow_after_step()
+
+    def _follow_after_step(self) -> None:
+        """Follow the others if the loop has no batch left, and has written what it writes after its steps."""
+        if self._postponed is not None and self._writes_to_come <= 0 and self._postponed.iteration_is_worked_off():
+            self._follow_postponed(self._postponed.positions_after_this_step(), in_step=True)
+
+    def _go_on(self, *, in_step: bool) -> None:
+        """Go on following after an interruption."""
+        leg, self._interrupted = self._interrupted, None
+        if leg is not None:
+            self._follow(leg, in_step=in_step)
+            self._forget()
 
     def gradient_goes(self) -> None:
         """The loop clears gradients: those of its last batches, if not stepped, the others need before."""
@@ -157,6 +221,7 @@ class Follower:
 
     def step_begins(self) -> None:
         """This rank is about to take a step of its own: its schedulers must have come as far as the others'."""
+        self._go_on(in_step=False)
         if self._catching_up is not None:
             following, self._catching_up = self._catching_up, None
             following.catch_up()
@@ -167,10 +232,10 @@ class Follower:
             self._follow_postponed(self._postponed.positions())
         self.step_begins()
 
-    def _follow_postponed(self, positions: list[float]) -> None:
+    def _follow_postponed(self, positions: list[float], *, in_step: bool = False) -> None:
         following, self._postponed = self._postponed, None
         self._catching_up = following  # later: the loop has not come to its scheduler yet
-        self.end(following, positions, follow=True)
+        self.end(following, positions, follow=True, in_step=in_step)
 
     def take_over_scalers(self, states: list[torch.Tensor]) -> None:
         """Set this rank's loss scalers to another's."""
@@ -192,8 +257,11 @@ class Follower:
 
     # Following
 
-    def _follow_once(self, iteration: int) -> bool:
-        """Wait for something to do and do it; return False once all others have ended the iteration."""
+    def _follow_once(self, iteration: int, own_steps: int | None) -> _Done:
+        """Wait for something to do and do it.
+
+        `own_steps`: those that this rank had taken when it came to its last, if its loop is in it still.
+        """
         manager, model = self._manager, self._model()
 
         def all_ended() -> bool:
@@ -207,7 +275,7 @@ class Follower:
             """A step may arrive before the sum that it follows is known here; after a rank's answer it cannot."""
             return self._answered.get(iteration, set()) | manager.closed_peers >= set(manager.peers)
 
-        def own_steps() -> set[int]:
+        def in_own_steps() -> set[int]:
             """The ranks that take the next step with a batch of their own. What those say that follow may be here
             before what they were told (which gradients were cleared): that comes first of a rank of its own.
             """
@@ -234,7 +302,7 @@ class Follower:
                     sum_begun()
                     or model.combiner.begun_by_others()
                     or model.joint_writes.begun_by(in_loop())
-                    or manager.step_of_others(own_steps()) is not None
+                    or manager.step_of_others(in_own_steps()) is not None
                     or all_ended()
                 )
             ),
@@ -249,12 +317,14 @@ class Follower:
         elif model.combiner.begun_by_others():
             model.combiner.join()
         elif model.joint_writes.begun_by(in_loop()):
+            if own_steps is not None and model.joint_writes.begun_by(in_loop(), after_step=own_steps):
+                return _Done.UP_TO_A_WRITE
             write_along(model)
-        elif (step := manager.step_of_others(own_steps())) is not None:
+        elif (step := manager.step_of_others(in_own_steps())) is not None:
             self._step_along(model, step)
         else:
-            return False
-        return True
+            return _Done.ALL
+        return _Done.SOMETHING
 
     def _still_busy(self, iteration: int) -> str:
         ended = self._ended.get(iteration, {})
@@ -343,6 +413,25 @@ class Follower:
             broadcast(states, model.process_group, max(reductions, key=lambda rank: (reductions[rank], -rank)))
         return states
 
+    def _hyperparameters_of(self, ended: dict[int, Message], own_steps: int) -> np.ndarray:
+        """Return the hyperparameters of the rank that was last in its loop, of all optimizers; none if this one was,
+        or that one's loop had yet to do what it does after a step.
+        """
+        last = max(ended.values(), key=lambda end: end.numbers[3], default=None)
+        if last is None or last.numbers[3] <= own_steps or not last.numbers[4]:
+            return _NONE
+        return last.arrays[2]
+
+    def take_over_hyperparameters(self, vector: np.ndarray) -> None:
+        """Set those of this rank's optimizers to another's: schedulers, stepped in another order, round otherwise, and
+        loops set rates by other means than schedulers."""
+        lengths = [len(hyperparameter_vector(optimizer)) for optimizer in self._model().optimizers]
+        if len(vector) == sum(lengths):
+            for optimizer, part in zip(
+                self._model().optimizers, np.split(vector, np.cumsum(lengths)[:-1]), strict=True
+            ):
+                adopt_hyperparameters(optimizer, part)
+
     def _step_along(self, model: ManagedModel, step: Stepped) -> None:
         """Take the step that the others take, with their hyperparameters."""
         optimizer = model.optimizers[step.optimizer]
@@ -380,6 +469,7 @@ class Following:
         self._gains_after_step: list[float] | None = None
         self.furthest: list[float] = []
         self.scaler_states: list[torch.Tensor] = []
+        self.hyperparameters = _NONE
 
     def ended(self, reason: str, *, handed_out: bool, later: bool) -> None:
         """The iteration has ended; `later` says that the loop has yet to work on a batch of it."""
@@ -403,16 +493,21 @@ class Following:
             self._positions_at_step = None
 
     def positions_after_this_step(self) -> list[float]:
-        """Return how far the schedulers will be when the loop, which is in a step, has done what it does after one."""
-        if self._gains_after_step is None:
+        """Return how far the schedulers will be when the loop has done what it does after a step: it is in one, or has
+        just taken it."""
+        if self._gains_after_step is None or self._positions_at_step is None:
             return self.positions()
-        return [now + gain for now, gain in zip(self.positions(), self._gains_after_step, strict=True)]
+        return [then + gain for then, gain in zip(self._positions_at_step, self._gains_after_step, strict=True)]
 
     def catch_up(self) -> None:
-        """Take the scheduler steps that the others took after this rank had left the loop, and their loss scale."""
+        """Take the scheduler steps that the others took after this rank had left the loop, their hyperparameters, and
+        their loss scale."""
         behind = list(zip(self.schedulers, self.furthest, strict=False))
         while behind:  # in turns, as loops step them: rates are rounded in that order
             behind = [each for each in behind if step_towards(*each)]
+        if len(self.hyperparameters):
+            self._follower.take_over_hyperparameters(self.hyperparameters)
+            self.hyperparameters = _NONE
         if self.scaler_states:
             self._follower.take_over_scalers(self.scaler_states)
             self.scaler_states = []

@@ -92,6 +92,7 @@ class Iteration:
         self._steps_when_handed = self._steps_since_use()
         self._next_handed = number + 1
         model.batches.handed_out(batch)
+        self._loop_has_asked()
         batch_begins(self.stream, number, model.watch)
 
     def on_end(self, reason: str) -> None:
@@ -100,6 +101,7 @@ class Iteration:
         if reason == "left" and self._is_over():
             reason = "exhausted"
         model = self._model
+        self._loop_has_asked()
         self.ended = True
         self.stream.is_over = reason == "exhausted"
         has_work_left = reason == "exhausted" and self._has_work_left()
@@ -170,6 +172,10 @@ class Iteration:
         return sum(batch.number > last_used for batch in self._model.batches.unused(self))
 
     # Within
+
+    def _loop_has_asked(self) -> None:
+        if self._model.joint_writes is not None:
+            self._model.joint_writes.batch_asked_for()
 
     def _plan_when_near(self, number: int) -> None:
         """Batch `number` is handed out: have those planned that wait for it, once the first of them comes near.

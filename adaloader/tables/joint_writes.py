@@ -35,12 +35,17 @@ class JointWrites:
 
     Messages arrive on the manager's background thread, and are kept by number of the write; everything else happens on
     the trainer's.
+
+    `after_a_step` is how many there were, on this rank, after the last step that the loop took before it asked for
+    another batch: as many may follow its next step.
     """
 
     def __init__(self, model: ManagedModel):
         self._model = weakref.ref(model)
         self._manager = model.manager
         self._number = 0
+        self._since_step: int | None = None
+        self.after_a_step = 0
         self._said: dict[int, dict[int, Message]] = defaultdict(dict)
         self._passed_on = self._manager.on_control
         self._manager.on_control = self._receive
@@ -52,19 +57,40 @@ class JointWrites:
         Raises:
             ManagedTableError: if another rank writes something else, or to another table.
         """
-        return self._meet(write, name, following=False)
+        writers = self._meet(write, name, following=False)
+        if self._since_step is not None:
+            self._since_step += 1
+        return writers
+
+    # What this rank's loop does
+
+    def step_taken(self) -> None:
+        """This rank has taken a step of its own."""
+        self._since_step = 0
+
+    def batch_asked_for(self) -> None:
+        """Its loop asks for a batch, and gets one or the end."""
+        if self._since_step is not None:
+            self.after_a_step, self._since_step = self._since_step, None
 
     # What a rank that follows does
 
-    def begun_by(self, among: Container[int]) -> bool:
+    def begun_by(self, among: Container[int], *, after_step: int | None = None) -> bool:
         """Whether one of the ranks `among` writes, at the step and sum of gradients at which this rank is.
 
         They are to be those that are in the loop still: what a rank writes after it, this one will write itself.
+
+        Args:
+            after_step: ask only for what is written between this step and the batch that the writer takes next.
         """
         here = self._here()
         said = list(self._said.get(self._number + 1, {}).items())
         return any(
-            source in among and message.numbers[1:3] == here and not message.numbers[4] for source, message in said
+            source in among
+            and message.numbers[1:3] == here
+            and not message.numbers[4]
+            and (after_step is None or message.numbers[5] and here[1] == after_step)
+            for source, message in said
         )
 
     def join(self) -> tuple[Write, str, list[int]]:
@@ -84,7 +110,8 @@ class JointWrites:
         manager = self._manager
         self._number += 1
         number = self._number
-        numbers = (number, *self._here(), int(write), int(following))
+        after_step = not following and self._since_step is not None
+        numbers = (number, *self._here(), int(write), int(following), int(after_step))
         mine = Message(Kind.WRITE, numbers, (np.frombuffer(name.encode(), np.uint8),))
         for peer in manager.peers:
             manager.transport.send(peer, mine)

@@ -49,6 +49,7 @@ def overwrite(table: ManagedTable, values: torch.Tensor, operation: str) -> None
     writers = _writers(table, Write.ALL_VALUES)
     _agree(model)
     _overwrite(table, values.detach().expand(shape), writers[0])
+    _written(model)
 
 
 def _overwrite(table: ManagedTable, values: torch.Tensor | None, root: int) -> None:
@@ -90,6 +91,7 @@ def change_rows(table: ManagedTable, ids: torch.Tensor, change: Callable[[torch.
         _writers(table, Write.SOME_ROWS)
         _agree(model)
         _set_rows(table, rows, on_host(here))
+    _written(model)
 
 
 def add_gradient(table: ManagedTable, gradient: RowSum, factor: float) -> None:
@@ -127,6 +129,12 @@ def _writers(table: ManagedTable, write: Write) -> list[int]:
     """Return the ranks that run the line of a write that begins (collective)."""
     together = table.owner.joint_writes
     return [table.owner.manager.rank] if together is None else together.meet(write, table.name)
+
+
+def _written(model: ManagedModel) -> None:
+    """This rank has run the line of a write."""
+    if model.follower is not None:
+        model.follower.written()
 
 
 def _agree(model: ManagedModel) -> None:
@@ -184,6 +192,7 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
         with model.paused(), torch.no_grad():
             function(values, *args, **kwargs)
         _overwrite(table, values, writers[0])
+        _written(model)
         return
     if table.probation is not None:
         confirm(table)
@@ -210,6 +219,7 @@ def change_every_row(table: ManagedTable, function: Callable, args: tuple, kwarg
             _fill_changed(table, apply)
         manager.rewrite_ended()
     model.writes += 1
+    _written(model)
 
 
 def _leave_probation_to_change(table: ManagedTable, operation: str) -> None:

@@ -129,3 +129,38 @@ def test_every_scheduler_of_pytorch_is_followed(comm, seed, kind, stream):
     assert lr == expected_lr
     if comm.rank == 0:
         assert_same_tensors(weights, expected)
+
+
+def train_with_rates_of_its_own(comm, seed, managed):
+    """The loop multiplies the learning rate after each step; no scheduler does."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, 4, (comm.size,), generator=generator).tolist()
+    counts[int(torch.randint(comm.size, (1,), generator=generator))] = 5
+    batches = [[torch.randint(0, 1000, (3, 3), generator=generator) for _ in range(count)] for count in counts]
+    torch.manual_seed(seed)
+    model = Model().double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    if managed:
+        loader = AdaLoader.wrap(batches[comm.rank], model=model, optimizer=optimizer)
+        steps = ([batch] for _ in range(2) for batch in loader)
+    else:
+        steps = ([own[at] for own in batches if at < len(own)] for _ in range(2) for at in range(max(counts)))
+    for batch_of_each in steps:
+        optimizer.zero_grad()
+        (sum(model(batch).square().mean() for batch in batch_of_each) / len(batch_of_each)).backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+    state = adaloader.full_state_dict(model) if managed else model.state_dict()
+    if managed:
+        loader.close()
+    return state, optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.ranks(2)
+def test_rates_that_the_loop_sets_are_followed(comm, seed):
+    expected, rate = train_with_rates_of_its_own(comm, seed, managed=False)
+    values, own_rate = train_with_rates_of_its_own(comm, seed, managed=True)
+    assert own_rate == rate
+    if comm.rank == 0:
+        assert_same_tensors(values, expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
 from adaloader import AdaLoader, deferred_init, full_state_dict
 
@@ -46,8 +47,9 @@ WRITES = [normalise, copy_back, shrink, pad, add_to_some]
 PLACES = ["before the forward", "before the step", "after the step"]
 
 
-def train(model, optimizer, steps, write, place):
-    """Each step is a list of batches, whose mean loss is stepped."""
+def train(model, optimizer, steps, write, place, schedulers=()):
+    """Each step is a list of batches, whose mean loss is stepped; `schedulers` before what is written after it, and
+    after that."""
 
     @torch.no_grad()
     def write_if(here):
@@ -60,13 +62,30 @@ def train(model, optimizer, steps, write, place):
         (sum(map(model, batches)) / len(batches)).backward()
         write_if("before the step")
         optimizer.step()
+        for scheduler in schedulers[:1]:
+            if scheduler is not None:
+                scheduler.step()
         write_if("after the step")
+        for scheduler in schedulers[1:]:
+            if scheduler is not None:
+                scheduler.step()
 
 
-def batches_of_ranks(random, ranks):
+def ahead(batches):
+    """Take each batch before the one before it is worked on, as training frameworks do."""
+    iterator = iter(batches)
+    held = next(iterator, None)
+    while held is not None:
+        following = next(iterator, None)
+        yield held
+        held = following
+
+
+def batches_of_ranks(random, ranks, most_at_least):
     """Some ranks have more batches than others, one none at all."""
     counts = torch.randint(1, 5, (ranks,), generator=random).tolist()
-    counts[int(torch.randint(ranks, (1,), generator=random))] = 0
+    none, most = torch.randperm(ranks, generator=random)[:2].tolist()
+    counts[none], counts[most] = 0, max(counts[most], most_at_least)
     return [[torch.randint(0, 30, (3, 2), generator=random) * 43 % ROWS for _ in range(count)] for count in counts]
 
 
@@ -74,23 +93,29 @@ def batches_of_ranks(random, ranks):
 @pytest.mark.parametrize("options", [{}, {"shared_memory": False}], ids=["shared", "apart"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("write", WRITES)
-def test_who_has_no_batch_left_writes_along(comm, seed, write, place, options):
+@pytest.mark.parametrize("taken", [iter, ahead], ids=["in turn", "ahead"])
+def test_who_has_no_batch_left_writes_along(comm, seed, write, place, options, taken):
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     plain = Net(dense=bool(torch.randint(2, (1,), generator=random)))
     model = copy.deepcopy(plain)
-    batches = batches_of_ranks(random, comm.size)
+    batches = batches_of_ranks(random, comm.size, most_at_least=1 if taken is iter else 2)
     steps = [[own[at] for own in batches if at < len(own)] for at in range(max(map(len, batches)))]
     make = [torch.optim.Adagrad, torch.optim.Adam, torch.optim.SGD][int(torch.randint(3, (1,), generator=random))]
     plain_optimizer, optimizer = (make(m.parameters(), lr=0.1) for m in (plain, model))
     loader = AdaLoader.wrap(
         batches[comm.rank], model=model, optimizer=optimizer, timeout_seconds=60.0, min_rows=1000, **options
     )
-    for _ in range(2):
-        train(model, optimizer, ([batch] for batch in loader), write, place)
-        train(plain, plain_optimizer, steps, write, place)
+    schedulers, plain_schedulers = ([ExponentialLR(o, 0.8), StepLR(o, 2, 0.9)] for o in (optimizer, plain_optimizer))
+    if taken is ahead:  # with two, whose order nobody knows, their last bit may differ
+        left_out = int(torch.randint(2, (1,), generator=random))
+        schedulers[left_out] = plain_schedulers[left_out] = None
+    for _ in range(3):
+        train(model, optimizer, ([batch] for batch in taken(loader)), write, place, schedulers)
+        train(plain, plain_optimizer, steps, write, place, plain_schedulers)
     for name, value in full_state_dict(model).items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=0, atol=1e-10)
+    assert optimizer.param_groups[0]["lr"] == plain_optimizer.param_groups[0]["lr"]
     loader.close()
 
 
