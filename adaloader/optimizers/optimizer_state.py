@@ -15,11 +15,11 @@ import pm
 from adaloader.model.gathering import (
     check_memory,
     exporting,
-    gather_table,
     importing,
     managed_of,
     refuse_on_several_ranks,
     snapshots,
+    table_for_state_dict,
 )
 from adaloader.model.managed_model import ManagedModel
 from adaloader.optimizers.held_state import (
@@ -104,9 +104,10 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
             if managed.leaving_tables_out:
                 state.pop(index, None)
             elif (index in state or table.table.begun) and state_names(table.table.spec.rule):
-                refuse_on_several_ranks(
-                    managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
-                )
+                if not managed.manager.gives_states(table.table):
+                    refuse_on_several_ranks(
+                        managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
+                    )
                 group = next(g for g in optimizer.param_groups if any(p is table.parameter for p in g["params"]))
                 state[index] = saved_entry(managed, table, group, state.get(index, {}))
         state_dict["state"] = dict(sorted(state.items()))
@@ -168,7 +169,7 @@ def saved_entry(
         group: the parameter's group.
         entry: what the optimizer itself holds; nothing where it makes its state at the first step.
     """
-    whole, rule = gather_table(managed, table, states=True), table.table.spec.rule
+    whole, rule = table_for_state_dict(managed, table, states=True), table.table.spec.rule
     names, words = state_names(rule), table.table.store.record_class.state_words
     width, shape = words // len(names), state_shape(rule, table.parameter.shape)
     saved = dict(entry)

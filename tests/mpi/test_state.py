@@ -175,14 +175,8 @@ def test_a_part_is_loaded_and_local_buffers_stay(comm, seed):
 def test_a_rank_alone_is_told_of_the_collective_form(comm, seed):
     model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(9, seed))
     saved = OPTIMIZERS["adagrad"](Shop().parameters()).state_dict()
-    for call, name in (
-        (model.state_dict, "full_state_dict"),
-        (model.user.state_dict, "full_state_dict"),
-        (optimizer.state_dict, "full_optimizer_state_dict"),
-        (lambda: optimizer.load_state_dict(saved), "load_full_optimizer_state_dict"),
-    ):
-        with pytest.raises(RuntimeError, match=rf"adaloader\.{name}\("):
-            call()
+    with pytest.raises(RuntimeError, match=r"adaloader\.load_full_optimizer_state_dict\("):
+        optimizer.load_state_dict(saved)
     close(comm, loader)
 
 
