@@ -15,6 +15,7 @@ import pm
 from adaloader.model.gathering import (
     check_memory,
     exporting,
+    have_all_steps,
     importing,
     managed_of,
     refuse_on_several_ranks,
@@ -36,6 +37,7 @@ from adaloader.optimizers.state_watch import StateWatch
 from adaloader.overrides.constant import constant_tensor
 from adaloader.ranks.table_values import load_states, numbers_of_rank_0, text_of_rank_0
 from adaloader.tables.candidate import agree_on_candidates, state_was_loaded
+from adaloader.tables.joint_writes import Write, refused_while_following
 from adaloader.tables.managed_table import ManagedTable
 from adaloader.tables.probation import confirm
 
@@ -117,9 +119,7 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         managed = to_managed()
         if managed is None or managed.importing is not None or not _entries_needed(managed, optimizer):
             return
-        refuse_on_several_ranks(
-            managed, "optimizer.load_state_dict()", "load_full_optimizer_state_dict(model, optimizer, state_dict)"
-        )
+        have_all_steps(managed)
         problem = _problem(managed, optimizer, state_dict)
         if problem:
             raise ValueError(problem)
@@ -131,10 +131,13 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         managed.state_watches[optimizer].is_as_it_should_be(optimizer)
         if managed.importing is not None:
             return
-        for _, table in _indexed_tables(managed, optimizer):
+        tables = [table for _, table in _indexed_tables(managed, optimizer) if state_names(table.table.spec.rule)]
+        if tables:
+            _meet_to_load(managed, tables)
+        for table in tables:
             entry = optimizer.state.get(table.parameter, {})
-            if state_names(table.table.spec.rule):
-                _load_table(managed, optimizer, table, entry if _has_state(table, entry) else None)
+            (present,) = numbers_of_rank_0(managed.manager, [int(_has_state(table, entry))])
+            _load_table(managed, optimizer, table, entry if present else None)
         state_was_loaded(managed)
 
     def reset(optimizer):
@@ -156,6 +159,20 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         optimizer.register_load_state_dict_post_hook(loaded),
     ]
     managed.keep_hooks(optimizer, hooks)
+
+
+def _meet_to_load(managed: ManagedModel, tables: list[ManagedTable]) -> None:
+    """Wait until all ranks load the state of an optimizer of these tables (collective).
+
+    Raises:
+        ManagedTableError: if one of them does not run the line, as it has run out of batches before the others.
+    """
+    if managed.joint_writes is not None:
+        loading = managed.joint_writes.meet(Write.OPTIMIZER_STATE, tables[0].name)
+        if len(loading) < managed.ranks:
+            raise refused_while_following(tables[0].name, loading)
+    managed.manager.settle()
+    agree_on_candidates(managed)
 
 
 def saved_entry(

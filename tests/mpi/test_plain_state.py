@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import adaloader
-from adaloader import AdaLoader
+from adaloader import AdaLoader, ManagedTableError
 from adaloader.ranks import table_values
 from tests.training import OPTIMIZERS, Shop, Visits, assert_same_optimizer_state, assert_same_tensors, close, step
 
@@ -106,6 +106,55 @@ def test_the_best_weights_are_kept_and_put_back(comm, seed, make_optimizer):
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_memory": False}], ids=str)
+@pytest.mark.parametrize("in_midst", [False, True])
+def test_training_goes_on_from_what_was_loaded(comm, seed, make_optimizer, options, in_midst):
+    """All ranks load weights and optimizer state of some steps ago, or of before the first, and train on."""
+    data = Visits(comm.size * BATCH * 4, seed)
+    model, optimizer, loader = managed(comm, make_optimizer, data, **options)
+    twin, twin_optimizer, plain_loader = plain(comm, make_optimizer, data)
+    for made, its, batches in ((model, optimizer, loader), (twin, twin_optimizer, plain_loader)):
+        kept = [state_of(made, its)]
+        for _ in range(4):
+            for number, batch in enumerate(batches):
+                if in_midst and number == 2 and kept:
+                    weights, state = kept.pop()
+                    made.load_state_dict(weights), its.load_state_dict(state)
+                step(made, its, batch)
+            if kept:
+                weights, state = kept.pop()
+                made.load_state_dict(weights), its.load_state_dict(state)
+            else:
+                kept.append(state_of(made, its))
+    assert_same_state(state_of(model, optimizer), state_of(twin, twin_optimizer))
+    close(comm, loader)
+
+
+def test_a_rank_that_builds_anew_loads_what_another_job_saved(comm, seed, make_optimizer):
+    data = Visits(comm.size * BATCH * 4, seed)
+    twin, twin_optimizer, plain_loader = plain(comm, make_optimizer, data)
+    for batch in plain_loader:
+        step(twin, twin_optimizer, batch)
+    weights, state = state_of(twin, twin_optimizer)
+    model, optimizer, loader = managed(comm, make_optimizer, data)
+    model.load_state_dict(weights), optimizer.load_state_dict(state)
+    for made, its, batches in ((model, optimizer, loader), (twin, twin_optimizer, plain_loader)):
+        for batch in batches:
+            step(made, its, batch)
+    assert_same_state(state_of(model, optimizer), state_of(twin, twin_optimizer))
+    close(comm, loader)
+
+
+@pytest.mark.ranks(2)
+def test_state_that_does_not_fit_is_refused_before_ranks_meet(comm, seed):
+    model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(40, seed))
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["params"][0]
+    with pytest.raises(ValueError, match="parameter groups have"):
+        optimizer.load_state_dict(saved)
+    close(comm, loader)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_memory": False}], ids=str)
 @pytest.mark.parametrize("staleness", [2, None])
 def test_with_staleness_all_see_the_same_after_a_pass(comm, seed, staleness, options):
     data = Visits(comm.size * BATCH * 4, seed)
@@ -156,3 +205,19 @@ def test_ranks_that_have_parted_are_not_asked(comm, seed):
     for call in (model.state_dict, optimizer.state_dict):
         with pytest.raises(RuntimeError, match="have parted; call .* before loader.close"):
             call()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_have_no_batch_left_cannot_load_with_the_others(comm, seed):
+    """Rank 0 waits for the end of the pass, and does not have the state that rank 1 loads."""
+    torch.manual_seed(0)
+    model = Shop()
+    optimizer = OPTIMIZERS["adagrad"](model.parameters())
+    batches = list(DataLoader(Visits(BATCH * 5, seed), BATCH))[: 2 + 3 * comm.rank]
+    loader = AdaLoader.wrap(batches, model=model, optimizer=optimizer, min_rows=1, timeout_seconds=60)
+    with pytest.raises(ManagedTableError, match="on rank 1 alone.*load it when the pass is over"):
+        for number, batch in enumerate(loader):
+            step(model, optimizer, batch)
+            if number == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    close(comm, loader)

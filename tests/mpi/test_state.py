@@ -171,15 +171,6 @@ def test_a_part_is_loaded_and_local_buffers_stay(comm, seed):
     close(comm, loader)
 
 
-@pytest.mark.ranks(2)
-def test_a_rank_alone_is_told_of_the_collective_form(comm, seed):
-    model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(9, seed))
-    saved = OPTIMIZERS["adagrad"](Shop().parameters()).state_dict()
-    with pytest.raises(RuntimeError, match=r"adaloader\.load_full_optimizer_state_dict\("):
-        optimizer.load_state_dict(saved)
-    close(comm, loader)
-
-
 def test_too_little_memory_on_rank_0_is_said_on_every_rank(comm, seed, monkeypatch):
     model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(9, seed))
     needed = 8 * (USERS * 4 + WORDS * 3 + ITEMS * 4)
