@@ -335,6 +335,19 @@ class Manager(WholeTables):
         self.catch_up(table, slots, states=False)
         return table.store.values(slots, out)
 
+    def pull_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the optimizer state `[n, state_words]` of distinct `rows` (int64 `[n]`, in range), on demand.
+
+        Only of a table for which that is possible (`gives_states`).
+        """
+        slots = self.touch(table, rows)
+        self.catch_up(table, slots)
+        return table.store.states(slots)
+
+    def gives_states(self, table: Table) -> bool:
+        """Return whether any rank may ask alone for the optimizer state of rows of `table`."""
+        return True
+
     def renorm(self, table: Table, rows: np.ndarray, max_norm: float, norm_type: float) -> None:
         """Scale down the main copies of distinct `rows` whose norm is above `max_norm`, as `embedding_renorm_` does."""
         self.renorm_own(table, rows, max_norm, norm_type)

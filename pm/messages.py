@@ -53,6 +53,7 @@ class Kind(IntEnum):
     PASSED_ON = 31
     PORTION = 32
     SUM = 33
+    PULL_STATES = 34
     PRESENT = 40
     SHARE = 41
     SHARED = 42

@@ -11,7 +11,7 @@ from torch import nn
 
 from adaloader.memory.free_memory import free_bytes
 from adaloader.model.managed_model import ManagedModel, log, managed_models
-from adaloader.ranks.table_values import numbers_of_rank_0
+from adaloader.ranks.table_values import numbers_of_rank_0, read_whole, read_whole_states
 from adaloader.tables.managed_table import ManagedTable
 
 _CHUNK_ROWS = 1 << 16
@@ -30,15 +30,24 @@ def managed_of(model: nn.Module, instead: str) -> ManagedModel:
             f"no AdaLoader manages this {type(model).__name__}; pass the model that the loader was given, or use "
             f"{instead}"
         )
+    have_all_steps(managed)
+    return managed
+
+
+def have_all_steps(managed: ManagedModel) -> None:
+    """Do what this rank still owes the others of an iteration that has ended.
+
+    Raises:
+        RuntimeError: on several ranks, once the model's last loader was closed here: the others may have gone.
+    """
     if managed.parted:
         raise RuntimeError(
-            f"the last loader of this {type(model).__name__} was closed, so that the {managed.ranks} ranks over which "
-            "its tables are spread have parted; call full_state_dict(model), and what else takes or loads whole state, "
-            "before loader.close()"
+            f"the last loader of this {type(managed.model()).__name__} was closed, so that the {managed.ranks} ranks "
+            "over which its tables are spread have parted; call full_state_dict(model), and what else takes or loads "
+            "whole state, before loader.close()"
         )
     if managed.follower is not None:
         managed.follower.finish()
-    return managed
 
 
 @contextlib.contextmanager
@@ -79,6 +88,28 @@ def refuse_on_several_ranks(managed: ManagedModel, call: str, instead: str) -> N
             f"{call}: the rows of managed tables are spread over {managed.ranks} ranks; call adaloader.{instead} on "
             "all ranks instead"
         )
+
+
+def table_for_state_dict(managed: ManagedModel, table: ManagedTable, *, states: bool = False) -> torch.Tensor | None:
+    """Return what a `state_dict()` has of a table: all of it, in memory of its own; see `gather_table`.
+
+    Inside `exporting` that is on rank 0 alone, and collective. Otherwise it is on the rank that asks, which may be one
+    alone: trainers that know nothing of ranks ask on each.
+
+    Raises:
+        MemoryError: if this rank lacks the memory.
+        RuntimeError: on several ranks, once the model's last loader was closed here.
+    """
+    if managed.ranks == 1 or managed.exporting:
+        return gather_table(managed, table, states=states)
+    have_all_steps(managed)
+    with managed.paused(), torch.inference_mode(False):
+        if table.probation is None:
+            return (read_whole_states if states else read_whole)(managed.manager, table.table)
+        if not states:
+            return table.probation.values.clone()
+        rows = np.arange(table.table.spec.rows, dtype=np.int64)  # no step has been taken with it
+        return torch.from_numpy(managed.manager.initial_states(table.table, rows))
 
 
 def gather_table(managed: ManagedModel, table: ManagedTable, *, states: bool = False) -> torch.Tensor | None:

@@ -11,11 +11,10 @@ from torch import nn
 from adaloader.model.gathering import (
     check_memory,
     exporting,
-    gather_table,
     importing,
     managed_of,
-    refuse_on_several_ranks,
     snapshots,
+    table_for_state_dict,
 )
 from adaloader.model.managed_model import ManagedModel
 from adaloader.optimizers.optimizer_state import hook_optimizer
@@ -107,7 +106,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def hook_state_dicts(managed: ManagedModel, model: nn.Module) -> None:
-    """Have `state_dict()` of the model and its optimizers give plain tensors on one rank, and an error on several."""
+    """Have `state_dict()` of the model and its optimizers give plain tensors."""
     hook_modules(managed, model, managed.tables)
     for optimizer in managed.optimizers:
         hook_optimizer(managed, optimizer)
@@ -134,8 +133,7 @@ class _WithRows:
             if self._managed.leaving_tables_out:
                 del state_dict[prefix + name]
                 continue
-            refuse_on_several_ranks(self._managed, "model.state_dict()", "full_state_dict(model)")
-            gathered = gather_table(self._managed, parameter._managed)
+            gathered = table_for_state_dict(self._managed, parameter._managed)
             if gathered is None:
                 del state_dict[prefix + name]
             else:

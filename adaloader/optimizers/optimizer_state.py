@@ -15,11 +15,12 @@ import pm
 from adaloader.model.gathering import (
     check_memory,
     exporting,
-    gather_table,
+    have_all_steps,
     importing,
     managed_of,
     refuse_on_several_ranks,
     snapshots,
+    table_for_state_dict,
 )
 from adaloader.model.managed_model import ManagedModel
 from adaloader.optimizers.held_state import (
@@ -36,6 +37,7 @@ from adaloader.optimizers.state_watch import StateWatch
 from adaloader.overrides.constant import constant_tensor
 from adaloader.ranks.table_values import load_states, numbers_of_rank_0, text_of_rank_0
 from adaloader.tables.candidate import agree_on_candidates, state_was_loaded
+from adaloader.tables.joint_writes import Write, refused_while_following
 from adaloader.tables.managed_table import ManagedTable
 from adaloader.tables.probation import confirm
 
@@ -104,9 +106,10 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
             if managed.leaving_tables_out:
                 state.pop(index, None)
             elif (index in state or table.table.begun) and state_names(table.table.spec.rule):
-                refuse_on_several_ranks(
-                    managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
-                )
+                if not managed.manager.gives_states(table.table):
+                    refuse_on_several_ranks(
+                        managed, "optimizer.state_dict()", "full_optimizer_state_dict(model, optimizer)"
+                    )
                 group = next(g for g in optimizer.param_groups if any(p is table.parameter for p in g["params"]))
                 state[index] = saved_entry(managed, table, group, state.get(index, {}))
         state_dict["state"] = dict(sorted(state.items()))
@@ -116,9 +119,7 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         managed = to_managed()
         if managed is None or managed.importing is not None or not _entries_needed(managed, optimizer):
             return
-        refuse_on_several_ranks(
-            managed, "optimizer.load_state_dict()", "load_full_optimizer_state_dict(model, optimizer, state_dict)"
-        )
+        have_all_steps(managed)
         problem = _problem(managed, optimizer, state_dict)
         if problem:
             raise ValueError(problem)
@@ -130,10 +131,13 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
         managed.state_watches[optimizer].is_as_it_should_be(optimizer)
         if managed.importing is not None:
             return
-        for _, table in _indexed_tables(managed, optimizer):
+        tables = [table for _, table in _indexed_tables(managed, optimizer) if state_names(table.table.spec.rule)]
+        if tables:
+            _meet_to_load(managed, tables)
+        for table in tables:
             entry = optimizer.state.get(table.parameter, {})
-            if state_names(table.table.spec.rule):
-                _load_table(managed, optimizer, table, entry if _has_state(table, entry) else None)
+            (present,) = numbers_of_rank_0(managed.manager, [int(_has_state(table, entry))])
+            _load_table(managed, optimizer, table, entry if present else None)
         state_was_loaded(managed)
 
     def reset(optimizer):
@@ -157,6 +161,20 @@ def hook_optimizer(managed: ManagedModel, optimizer: Optimizer) -> None:
     managed.keep_hooks(optimizer, hooks)
 
 
+def _meet_to_load(managed: ManagedModel, tables: list[ManagedTable]) -> None:
+    """Wait until all ranks load the state of an optimizer of these tables (collective).
+
+    Raises:
+        ManagedTableError: if one of them does not run the line, as it has run out of batches before the others.
+    """
+    if managed.joint_writes is not None:
+        loading = managed.joint_writes.meet(Write.OPTIMIZER_STATE, tables[0].name)
+        if len(loading) < managed.ranks:
+            raise refused_while_following(tables[0].name, loading)
+    managed.manager.settle()
+    agree_on_candidates(managed)
+
+
 def saved_entry(
     managed: ManagedModel, table: ManagedTable, group: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def saved_entry(
         group: the parameter's group.
         entry: what the optimizer itself holds; nothing where it makes its state at the first step.
     """
-    whole, rule = gather_table(managed, table, states=True), table.table.spec.rule
+    whole, rule = table_for_state_dict(managed, table, states=True), table.table.spec.rule
     names, words = state_names(rule), table.table.store.record_class.state_words
     width, shape = words // len(names), state_shape(rule, table.parameter.shape)
     saved = dict(entry)

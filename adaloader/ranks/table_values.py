@@ -27,20 +27,41 @@ def read_whole(manager: pm.Manager, table: pm.Table) -> torch.Tensor:
     Raises:
         MemoryError: saying how many bytes it takes and are free.
     """
+    whole = _room_for_whole(table, table.spec.dim)
+    for rows in _chunks(whole):
+        manager.pull(table, rows, whole[rows[0] : rows[-1] + 1])
+    return torch.from_numpy(whole)
+
+
+def read_whole_states(manager: pm.Manager, table: pm.Table) -> torch.Tensor:
+    """Return the optimizer state of all rows of `table` `[rows, state_words]` at this rank's version, in memory of
+    their own; only of a manager that gives states.
+
+    Raises:
+        MemoryError: saying how many bytes it takes and are free.
+    """
+    whole = _room_for_whole(table, table.store.record_class.state_words)
+    for rows in _chunks(whole):
+        whole[rows[0] : rows[-1] + 1] = manager.pull_states(table, rows)
+    return torch.from_numpy(whole)
+
+
+def _room_for_whole(table: pm.Table, width: int) -> np.ndarray:
     spec = table.spec
-    dtype = np.dtype(spec.dtype)
-    needed, free = spec.rows * spec.dim * dtype.itemsize, free_bytes()
+    needed, free = spec.rows * width * np.dtype(spec.dtype).itemsize, free_bytes()
     if needed > free >= 0:
         raise MemoryError(
             f"reading table {spec.name!r} as a whole takes {needed:,} bytes, where {free:,} are free; look up the rows "
-            "that are needed instead"
+            "that are needed instead, or have adaloader.save write them"
         )
-    whole = np.empty((spec.rows, spec.dim), dtype)
-    chunk_rows = max(1, _CHUNK_BYTES // max(1, spec.dim * dtype.itemsize))
-    for start in range(0, spec.rows, chunk_rows):
-        rows = np.arange(start, min(start + chunk_rows, spec.rows), dtype=np.int64)
-        manager.pull(table, rows, whole[start : start + len(rows)])
-    return torch.from_numpy(whole)
+    return np.empty((spec.rows, width), spec.dtype)
+
+
+def _chunks(whole: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the numbers (int64 `[n]`) of the rows of `whole`, some at a time."""
+    chunk_rows = max(1, _CHUNK_BYTES // max(1, whole.strides[0]))
+    for start in range(0, len(whole), chunk_rows):
+        yield np.arange(start, min(start + chunk_rows, len(whole)), dtype=np.int64)
 
 
 def load_states(manager: pm.Manager, table: pm.Table, parts: Sequence[torch.Tensor] | None) -> None:

@@ -28,6 +28,7 @@ class Write(IntEnum):
     ALL_VALUES = 0
     SOME_ROWS = 1
     EVERY_ROW_ALIKE = 2
+    OPTIMIZER_STATE = 3
 
 
 class JointWrites:
@@ -136,6 +137,14 @@ class JointWrites:
             self._said[message.numbers[0]][source] = message
         elif self._passed_on is not None:
             self._passed_on(source, message)
+
+
+def refused_while_following(name: str, loading: list[int]) -> ManagedTableError:
+    """Return the error of ranks some of which load an optimizer's state and some follow: those do not have it."""
+    return ManagedTableError(
+        f"optimizer.load_state_dict() with state of table {name!r} on rank {', '.join(map(str, loading))} alone: the "
+        "others have run out of batches and wait for the end of the pass; load it when the pass is over on all ranks"
+    )
 
 
 def _in_words(write: Write) -> str:

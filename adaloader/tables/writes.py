@@ -19,7 +19,7 @@ import cuda_ops
 from adaloader.errors import ManagedTableError
 from adaloader.memory.device_memory import on_host
 from adaloader.ranks.table_values import all_numbers, load_values
-from adaloader.tables.joint_writes import Write
+from adaloader.tables.joint_writes import Write, refused_while_following
 from adaloader.tables.probation import confirm
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def add_gradient(table: ManagedTable, gradient: RowSum, factor: float) -> None:
 def write_along(model: ManagedModel) -> None:
     """Take this rank's part in what the others write, of which it does not run the line (collective)."""
     write, name, writers = model.joint_writes.join()
+    if write is Write.OPTIMIZER_STATE:
+        raise refused_while_following(name, writers)
     with model.paused():
         _agree(model)
         table = next(table for table in model.tables if table.name == name)

@@ -249,6 +249,18 @@ class EventualManager(SynchronousManager):
         self.traffic.on_demand_pulls += 1
         return self._read_rows(table, rows, out)
 
+    def pull_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        if table.store.is_shared:
+            slots = self.shared.touch(table, rows)
+            self._wait_to_read()
+            return table.store.states(slots)
+        span, width = self._groups.span_of(table), self.holdings_of(table).group.width
+        records = self._pull(span.group, span.keys(rows), np.empty((len(rows), width), table.spec.dtype))
+        return np.ascontiguousarray(records[:, table.spec.dim :])
+
+    def gives_states(self, table: Table) -> bool:
+        return table.store.is_shared or self.holdings_of(table).group.moves  # else only a row's home has its state
+
     def _read_rows(self, table: Table, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         if table.store.is_shared:
             return self.read_here(table.store, self.shared.touch(table, rows), out)

@@ -18,7 +18,7 @@ class Request:
     """Rows that `asker` asked for, wherever they are.
 
     Args:
-        what: INTENT, PULL or LOCATE.
+        what: INTENT, PULL, PULL_STATES or LOCATE.
         asker: the rank.
         number: of its plan, pull or location.
         version: at which it expects to use the rows; LOCATE: the step for which they are to stay.

@@ -52,8 +52,26 @@ class OnDemand:
             own = np.flatnonzero(slots >= 0)
             manager.gather_own(table, slots[own], out, own)
             search, asked = self._begin(Kind.PULL, table, rows, np.flatnonzero(slots < 0))
-        for _, tickets, values in self._await([search], asked)[0]:
-            cuda_ops.scatter(out.reshape(-1), table.spec.dim, search.order[tickets], values)
+        self._receive(search, asked, out)
+
+    def pull_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        """Return the optimizer state `[n, state_words]` of distinct `rows` at the current version."""
+        manager = self._manager
+        manager.settle()
+        out = np.empty((len(rows), table.spec.record_class.state_words), table.spec.dtype)
+        with manager.structure:
+            slots = manager.slots_here(table, rows)
+            own = np.flatnonzero(slots >= 0)
+            manager.catch_up(table, slots[own])
+            out[own] = table.store.states(slots[own])
+            search, asked = self._begin(Kind.PULL_STATES, table, rows, np.flatnonzero(slots < 0))
+        self._receive(search, asked, out)
+        return out
+
+    def _receive(self, search: _Search, asked: set[int], out: np.ndarray) -> None:
+        """Write what a search finds to its rows of `out` `[n, width]`."""
+        for _, tickets, found in self._await([search], asked)[0]:
+            cuda_ops.scatter(out.reshape(-1), out.shape[1], search.order[tickets], found)
 
     def locate(self, wanted: Sequence[tuple[Table, np.ndarray]]) -> list[np.ndarray]:
         """Return the owners (int64 `[n]`) of each table's distinct `rows` (int64 `[n]`).
@@ -108,7 +126,7 @@ class OnDemand:
     # On the background thread
 
     def on_pulled(self, source: int, message: Message) -> None:
-        """PULLED(number; tickets, values): rows of a PULL."""
+        """PULLED(number; tickets, values): rows of a PULL, or their states of a PULL_STATES."""
         self._found(source, message, message.arrays[1])
 
     def on_located(self, source: int, message: Message) -> None:

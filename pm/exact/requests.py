@@ -32,7 +32,7 @@ class Requests:
         self._kept: list[tuple[int, Request]] = []
 
     def on_asked(self, source: int, message: Message) -> None:
-        """INTENT, PULL or LOCATE(number, table, version, first ticket; rows): `source` asks for rows."""
+        """INTENT, PULL, PULL_STATES or LOCATE(number, table, version, first ticket; rows): `source` asks for rows."""
         number, table_number, version, first = message.numbers
         rows = widen(message.arrays[0])
         tickets = np.arange(first, first + len(rows), dtype=np.int64)

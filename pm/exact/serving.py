@@ -118,7 +118,7 @@ class Serving:
             manager.asking.took_over(request.number, request.tickets, slots)
         elif request.what == Kind.INTENT:
             self._note(request, slots, forwarded)
-        elif request.what == Kind.PULL:
+        elif request.what in (Kind.PULL, Kind.PULL_STATES):
             self._send_pulled(request, slots)
         else:
             self.unpin_after(request.version, *self.pin(request.table, slots))
@@ -462,10 +462,14 @@ class Serving:
     # On demand
 
     def _send_pulled(self, request: Request, slots: np.ndarray) -> None:
-        """Send rows as they are: PULLED(number; tickets, values). The asker has READY of the version it must see."""
-        manager, table = self._manager, request.table
-        manager.catch_up(table, slots, states=False)
-        values = table.store.values(slots, np.empty((len(slots), table.spec.dim), table.spec.dtype))
+        """Send rows or their states as they are: PULLED(number; tickets, values). The asker has READY of the version it
+        must see."""
+        manager, table, wants_states = self._manager, request.table, request.what == Kind.PULL_STATES
+        manager.catch_up(table, slots, states=wants_states)
+        if wants_states:
+            values = table.store.states(slots)
+        else:
+            values = table.store.values(slots, np.empty((len(slots), table.spec.dim), table.spec.dtype))
         manager.deliver(request.asker, Message(Kind.PULLED, (request.number,), (narrow(request.tickets), values)))
 
     def on_renorm(self, source: int, message: Message) -> None:

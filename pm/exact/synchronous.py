@@ -295,6 +295,14 @@ class SynchronousManager(SharingManager):
         self._on_demand.pull(table, rows, out)
         return out
 
+    def pull_states(self, table: Table, rows: np.ndarray) -> np.ndarray:
+        self._check_open()
+        if table.store.is_shared:
+            slots = self.shared.touch(table, rows)
+            self.shared_steps.settle()
+            return self.neighbours.undisturbed(lambda: table.store.states(slots))
+        return self._on_demand.pull_states(table, rows)
+
     def gather_own(self, table: Table, slots: np.ndarray, out: np.ndarray, positions: np.ndarray) -> None:
         """Write the values of `slots` to rows `positions` of `out`."""
         with self._values:  # steps wait for the trainer, but other ranks' renorm does not
@@ -410,6 +418,7 @@ class SynchronousManager(SharingManager):
         return {
             Kind.INTENT: self.requests.on_asked,
             Kind.PULL: self.requests.on_asked,
+            Kind.PULL_STATES: self.requests.on_asked,
             Kind.LOCATE: self.requests.on_asked,
             Kind.FORWARD: self.requests.on_forward,
             Kind.RECORDS: self.moving.on_records,

@@ -171,21 +171,6 @@ def test_a_part_is_loaded_and_local_buffers_stay(comm, seed):
     close(comm, loader)
 
 
-@pytest.mark.ranks(2)
-def test_a_rank_alone_is_told_of_the_collective_form(comm, seed):
-    model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(9, seed))
-    saved = OPTIMIZERS["adagrad"](Shop().parameters()).state_dict()
-    for call, name in (
-        (model.state_dict, "full_state_dict"),
-        (model.user.state_dict, "full_state_dict"),
-        (optimizer.state_dict, "full_optimizer_state_dict"),
-        (lambda: optimizer.load_state_dict(saved), "load_full_optimizer_state_dict"),
-    ):
-        with pytest.raises(RuntimeError, match=rf"adaloader\.{name}\("):
-            call()
-    close(comm, loader)
-
-
 def test_too_little_memory_on_rank_0_is_said_on_every_rank(comm, seed, monkeypatch):
     model, optimizer, loader = managed(comm, OPTIMIZERS["adagrad"], Visits(9, seed))
     needed = 8 * (USERS * 4 + WORDS * 3 + ITEMS * 4)
