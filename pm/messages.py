@@ -1,16 +1,28 @@
-"""What travels between ranks: typed messages, packed into one byte buffer per peer and round. No pickle."""
+"""What travels between ranks: typed messages, packed into one byte buffer per peer and round. No pickle.
+
+A buffer is [4 bytes: 4 x number of the header's words + how wide these are | header | arrays]. The header has for each
+message kind + 128 x number of arrays, number of numbers, the numbers, and for each array dtype + 8 x number of
+dimensions, and the shape. Its words have 2 bytes, or 4 or 8 where a number needs them: among many ranks messages are
+about few rows each, and what is said around them would be most of the bytes. Arrays begin at multiples of their items.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
+from array import array as words_of
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum, unique
 
 import numpy as np
 
-_WORD = 8
+_PREFIX = 4
+_WORDS = tuple(map(np.dtype, (np.int16, np.int32, np.int64)))
+_TYPECODES = tuple(dtype.char for dtype in _WORDS)
+_KIND_BITS, _DTYPE_BITS = 7, 3
+_KIND_MASK, _DTYPE_MASK = (1 << _KIND_BITS) - 1, (1 << _DTYPE_BITS) - 1
 _DTYPES = tuple(map(np.dtype, (np.int64, np.float32, np.float64, np.uint8, np.int32, np.uint16)))
 _NARROW = (((1 << 8) - 1, np.uint8), ((1 << 16) - 1, np.uint16), ((1 << 31) - 1, np.int32))
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
@@ -101,11 +113,12 @@ class Message:
 
 
 def message_bytes(message: Message) -> int:
-    """Return how many bytes of a buffer a message takes."""
-    n_bytes = (3 + len(message.numbers)) * _WORD
+    """Return how many bytes of a buffer a message takes, in a header of 2 bytes a word."""
+    words, n_bytes = 2 + len(message.numbers), 0
     for array in message.arrays:
-        n_bytes += (2 + array.ndim) * _WORD + _padded(array.nbytes)
-    return n_bytes
+        words += 1 + array.ndim
+        n_bytes += array.nbytes
+    return _WORDS[0].itemsize * words + n_bytes
 
 
 def narrow(numbers: np.ndarray) -> np.ndarray:
@@ -148,26 +161,42 @@ def joined(messages: Iterable[Message], kinds: Container[Kind]) -> list[Message]
 
 
 def pack(messages: list[Message]) -> np.ndarray:
-    """Return one uint8 buffer that holds `messages` in order; arrays start at multiples of 8 bytes.
+    """Return one uint8 buffer that holds `messages` in order.
 
     Raises:
         TypeError: if an array's dtype cannot travel.
     """
-    header = [0, len(messages)]
-    parts: list[np.ndarray | bytes] = []
+    words: list[int] = []
+    arrays = []
     for message in messages:
-        header += (int(message.kind), len(message.numbers), len(message.arrays), *message.numbers)
+        words += (message.kind + (len(message.arrays) << _KIND_BITS), len(message.numbers), *message.numbers)
         for array in message.arrays:
             code = _DTYPE_CODE.get(array.dtype)
             if code is None:
                 raise TypeError(f"an array of {array.dtype} cannot be sent; a message carries {_names_of_dtypes()}")
-            header += (code, array.ndim, *array.shape)
+            words += (code + (array.ndim << _DTYPE_BITS), *array.shape)
             if array.size:
-                parts.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
-                if array.nbytes % _WORD:
-                    parts.append(bytes(-array.nbytes % _WORD))
-    header[0] = len(header)
-    return np.frombuffer(bytearray().join([np.array(header, np.int64), *parts]), np.uint8)
+                arrays.append(array)
+    width, header = _in_narrowest(words)
+    parts = [(4 * len(words) + width).to_bytes(_PREFIX, sys.byteorder), header]
+    at = _PREFIX + header.itemsize * len(words)
+    for array in arrays:
+        gap = -at % array.itemsize
+        if gap:
+            parts.append(bytes(gap))
+        parts.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+        at += gap + array.nbytes
+    return np.frombuffer(bytearray().join(parts), np.uint8)
+
+
+def _in_narrowest(words: list[int]) -> tuple[int, words_of]:
+    """Return (place in `_WORDS`, the words) in the narrowest of these that has room for all."""
+    for width, typecode in enumerate(_TYPECODES[:-1]):
+        try:
+            return width, words_of(typecode, words)
+        except OverflowError:
+            continue
+    return len(_TYPECODES) - 1, words_of(_TYPECODES[-1], words)
 
 
 def unpack(buffer: np.ndarray) -> list[Message]:
@@ -176,18 +205,20 @@ def unpack(buffer: np.ndarray) -> list[Message]:
     Raises:
         ValueError: if the buffer is cut short, or its header is not one that `pack` writes.
     """
-    words = buffer[: len(buffer) // _WORD * _WORD].view(np.int64)
-    head_words = int(words[0]) if len(words) else 0
-    if not 2 <= head_words <= len(words):
-        raise ValueError(f"a message of {len(buffer)} bytes is cut short: its header takes {head_words} words")
+    size = len(buffer)
+    count, width = divmod(int.from_bytes(buffer[:_PREFIX].tobytes(), sys.byteorder), 4)
+    dtype = _WORDS[width] if width < len(_WORDS) else None
+    if size < _PREFIX or dtype is None or _PREFIX + count * dtype.itemsize > size:
+        raise ValueError(f"a message of {size} bytes is cut short, or no message: its header takes {count} words")
+    start = _PREFIX + count * dtype.itemsize
     try:
-        return _read(words[1:head_words].tolist(), buffer, head_words * _WORD)
+        return _read(buffer[_PREFIX:start].view(dtype).tolist(), buffer, start)
     except IndexError:
-        raise ValueError(f"the header of a message of {len(buffer)} bytes ends before what it tells of") from None
+        raise ValueError(f"the header of a message of {size} bytes ends before what it tells of") from None
 
 
 def _read(header: list[int], buffer: np.ndarray, start: int) -> list[Message]:
-    """Read messages, one after the other, from a header and the buffer that it describes, whose arrays begin at
+    """Read messages, one after the other, from a header and the buffer that it describes, whose arrays begin after
     `start`. In one function: a rank is sent dozens of small messages a step, of three or four arrays each.
 
     Raises:
@@ -195,39 +226,41 @@ def _read(header: list[int], buffer: np.ndarray, start: int) -> list[Message]:
         ValueError: if it says what `pack` does not.
     """
     messages = []
-    at, size = 1, len(buffer)
-    for _ in range(header[0]):
-        kind, n_numbers, n_arrays = _KINDS.get(header[at]), header[at + 1], header[at + 2]
-        at += 3
-        if kind is None or n_numbers < 0 or at + n_numbers > len(header):
-            raise ValueError(f"a message of {len(buffer)} bytes has kind {header[at - 3]} and {n_numbers} numbers")
+    at, end, size = 0, len(header), len(buffer)
+    while at < end:
+        kind, n_arrays = _KINDS.get(header[at] & _KIND_MASK), header[at] >> _KIND_BITS
+        n_numbers = header[at + 1]
+        at += 2
+        if kind is None or n_arrays < 0 or n_numbers < 0 or at + n_numbers > end:
+            raise ValueError(f"a message of {size} bytes has kind {header[at - 2]} and {n_numbers} numbers")
         numbers = tuple(header[at : at + n_numbers])
         at += n_numbers
         arrays = []
         for _ in range(n_arrays):
-            code, ndim = header[at], header[at + 1]
-            at += 2
-            if not 0 <= code < len(_DTYPES):
+            code, ndim = header[at] & _DTYPE_MASK, header[at] >> _DTYPE_BITS
+            at += 1
+            if code >= len(_DTYPES):
                 raise ValueError(
                     f"a message names dtype {code}; known are 0 to {len(_DTYPES) - 1} ({_names_of_dtypes()})"
                 )
-            if not 0 <= ndim <= len(header) - at:
-                raise ValueError(f"a message of {len(buffer)} bytes has an array of {ndim} dimensions")
+            if not 0 <= ndim <= end - at:
+                raise ValueError(f"a message of {size} bytes has an array of {ndim} dimensions")
             shape = header[at : at + ndim]
             at += ndim
-            n_bytes = math.prod(shape, start=_DTYPES[code].itemsize)
+            dtype = _DTYPES[code]
+            n_bytes = math.prod(shape, start=dtype.itemsize)
+            if not n_bytes:
+                arrays.append(np.ndarray(shape, dtype))
+                continue
+            start += -start % dtype.itemsize
             if n_bytes < 0 or start + n_bytes > size or (ndim > 1 and min(shape) < 0):
                 raise ValueError(
                     f"a message of {size} bytes is cut short: an array of shape {shape} ends at byte {start + n_bytes}"
                 )
-            arrays.append(np.ndarray(shape, _DTYPES[code], buffer, start if n_bytes else 0))
-            start += _padded(n_bytes)
+            arrays.append(np.ndarray(shape, dtype, buffer, start))
+            start += n_bytes
         messages.append(Message(kind, numbers, tuple(arrays)))
     return messages
-
-
-def _padded(n_bytes: int) -> int:
-    return -(-n_bytes // _WORD) * _WORD
 
 
 def _names_of_dtypes() -> str:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pm.messages import Kind, Message, joined, pack, unpack
+from pm.messages import Kind, Message, joined, message_bytes, pack, unpack
 
 dtypes = st.sampled_from(["int64", "int32", "float32", "float64", "uint8"])
 payloads = dtypes.flatmap(
@@ -34,10 +34,9 @@ def test_round_trip(sent):
     buffer = pack(sent)
     assert buffer.dtype == np.uint8
     assert_same(unpack(buffer), sent)
-    at = buffer.__array_interface__["data"][0] % 8
+    assert buffer.__array_interface__["data"][0] % 8 == 0
     for message in unpack(buffer):
-        for array in message.arrays:
-            assert not array.size or array.__array_interface__["data"][0] % 8 == at
+        assert all(array.flags.aligned for array in message.arrays)
 
 
 def test_arrays_that_are_not_contiguous_travel_as_they_are_seen():
@@ -50,10 +49,7 @@ def test_arrays_that_are_not_contiguous_travel_as_they_are_seen():
 @given(st.lists(messages, min_size=1, max_size=4), st.data())
 def test_a_buffer_that_is_cut_short_is_refused(sent, data):
     buffer = pack(sent)
-    # The padding after the last array is no part of a message.
-    tail = [array for message in sent for array in message.arrays if array.nbytes]
-    ends = 0 if not tail else -tail[-1].nbytes % 8
-    cut = data.draw(st.integers(0, len(buffer) - ends - 1))
+    cut = data.draw(st.integers(0, len(buffer) - 1))
     with pytest.raises(ValueError, match="message"):
         unpack(buffer[:cut])
 
@@ -62,9 +58,15 @@ def test_a_buffer_that_is_cut_short_is_refused(sent, data):
 @given(st.lists(messages, min_size=1, max_size=3), st.data())
 def test_a_header_that_was_changed_gives_an_error_or_messages_but_never_foreign_memory(sent, data):
     buffer = pack(sent)
-    words = buffer[: len(buffer) // 8 * 8].view(np.int64)
-    at = data.draw(st.integers(0, int(words[0]) - 1))
-    words[at] = data.draw(st.one_of(st.integers(-20, 50), st.sampled_from([2**62, -(2**62)])))
+    count, width = divmod(int(buffer[:4].view(np.uint32)[0]), 4)
+    words = [
+        buffer[:4].view(np.uint32),
+        buffer[4 : 4 + (2 << width) * count].view([np.int16, np.int32, np.int64][width]),
+    ]
+    changed = words[data.draw(st.sampled_from([0, 1]))]
+    limits = np.iinfo(changed.dtype)
+    value = data.draw(st.one_of(st.integers(max(limits.min, -20), 1000), st.sampled_from([limits.min, limits.max])))
+    changed[data.draw(st.integers(0, len(changed) - 1))] = value
     try:
         found = unpack(buffer)
     except ValueError:
@@ -72,6 +74,19 @@ def test_a_header_that_was_changed_gives_an_error_or_messages_but_never_foreign_
     for message in found:
         for array in message.arrays:
             assert not array.size or np.shares_memory(array, buffer)
+
+
+@pytest.mark.parametrize(("number", "width"), [(32767, 2), (-32768, 2), (32768, 4), (-(2**31), 4), (2**31, 8)])
+def test_words_of_a_header_are_as_wide_as_its_numbers_need(number, width):
+    rows = np.arange(3, dtype=np.uint8)
+    buffer = pack([Message(Kind.MOVED, (number, 1), (rows, rows))])
+    assert len(buffer) == 4 + width * (2 + 2 + 2 + 2) + 6
+    assert unpack(buffer)[0].numbers == (number, 1)
+
+
+def test_message_bytes_are_those_of_a_buffer_but_for_its_prefix():
+    sent = [Message(Kind.COPIES, (0,), (np.arange(4, dtype=np.uint16), np.ones((4, 3), np.float32))), Message(Kind.END)]
+    assert len(pack(sent)) == 4 + sum(map(message_bytes, sent)) == 4 + (6 + 4 + 6 + 8 + 48) + 4
 
 
 def test_a_dtype_that_cannot_travel_is_named():
