@@ -40,6 +40,7 @@ class ManagedTable:
     `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it. On several ranks that is known
     of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
+    `cleared_to_zero` says whether the last clearing left zeros, not None.
     `is_stepped` says whether a step of this rank has applied the gradient, and none has arrived since.
     `memory` copies rows to the device that the parameter is on; it is None on the CPU.
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
@@ -71,6 +72,7 @@ class ManagedTable:
     whole: tuple[tuple[int, int], torch.Tensor] | None = None
     cleared_after: int = 0
     settled_at: int = 0
+    cleared_to_zero: bool = False
     captured: list[Part] | None = None
     usages: dict[int, Usage] = field(default_factory=dict)
     matched: int | None = None
@@ -354,6 +356,7 @@ class ManagedTable:
             gradient.parts = []
         gradient.changed()
         reducer = owner.reducer
+        self.cleared_to_zero = keep_zero and self.may_have_gradient
         if not keep_zero:
             self.settle_gradient(False)
         self.clears += 1
