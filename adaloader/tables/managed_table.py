@@ -73,6 +73,7 @@ class ManagedTable:
     cleared_after: int = 0
     settled_at: int = 0
     cleared_to_zero: bool = False
+    is_renormed: bool = False
     captured: list[Part] | None = None
     usages: dict[int, Usage] = field(default_factory=dict)
     matched: int | None = None
@@ -270,7 +271,8 @@ class ManagedTable:
         return make_slab(self, rows, out, None), positions
 
     def whole_values(self) -> torch.Tensor:
-        """Return all rows `[num_rows, dim]` as they are now; not to be written. Kept until they change.
+        """Return all rows `[num_rows, dim]` as they are now; not to be written. Kept until they change,
+        where they change in steps and writes alone: lookups with `max_norm`, of any rank, change them too.
 
         Any rank may ask alone.
 
@@ -281,7 +283,7 @@ class ManagedTable:
             return self.probation.values.to(self.parameter.device)
         model = self.owner
         version = model.version
-        if self.whole is None or self.whole[0] != version:
+        if self.whole is None or self.whole[0] != version or self.is_renormed:
             self.whole = None
             with model.paused(), torch.inference_mode(False):
                 self.whole = (version, self.here(read_whole(model.manager, self.table).numpy()))
@@ -290,6 +292,7 @@ class ManagedTable:
     def renormed(self, slab: Slab, positions: np.ndarray, max_norm: float, norm_type: float) -> None:
         """Scale looked-up rows whose norm is above `max_norm` down to it, here and in main copies, before the
         lookup."""
+        self.is_renormed = True
         if self.probation is not None:
             confirm(self)  # its memory no longer says what rows are
         for batch in self.owner.candidates(self):
