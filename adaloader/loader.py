@@ -57,7 +57,8 @@ class AdaLoader(StatefulDataLoader):
         keys: "auto" derives which rows a batch needs by watching a step; a mapping from table (its name, parameter or
             module) to a function batch -> ids replaces that for the tables in it, and is called on another thread; None
             fetches all rows on demand.
-        min_rows: embeddings with fewer rows stay dense parameters; 1 manages all.
+        min_rows: embeddings with fewer rows stay dense parameters (on several ranks not those with `max_norm`); 1
+            manages all.
         comm: an mpi4py communicator; by default MPI.COMM_WORLD under mpirun or srun, else this process is alone.
         batch_weight: function of a batch giving its weight in the average over ranks. For loaders whose ranks have
             batches of their own; by default each rank with a batch counts 1.

@@ -38,10 +38,13 @@ _MASK64 = (1 << 64) - 1
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-def find_tables(model: nn.Module, min_rows: int, strategy: Mapping[str, str]) -> dict[str, nn.Parameter]:
+def find_tables(
+    model: nn.Module, min_rows: int, strategy: Mapping[str, str], ranks: int = 1
+) -> dict[str, nn.Parameter]:
     """Return the parameters to manage by name, in the model's order: deferred ones, and embeddings of `min_rows`.
 
-    `strategy` may say otherwise of a name.
+    On several ranks those with `max_norm` too, however few rows they have: a lookup scales rows down, and of a dense
+    parameter each rank would scale those alone that it looks up itself. `strategy` may say otherwise of a name.
 
     Raises:
         ValueError: for a table on a device that is neither the CPU nor CUDA's, one that shares its memory with another
@@ -60,7 +63,7 @@ def find_tables(model: nn.Module, min_rows: int, strategy: Mapping[str, str]) ->
         is_table = isinstance(parameter, DeferredTensor) or (
             any(isinstance(module, _TABLE_MODULES) for module in modules)
             and parameter.ndim == 2
-            and parameter.shape[0] >= min_rows
+            and (parameter.shape[0] >= min_rows or (ranks > 1 and _limits_norms(modules)))
         )
         chosen = strategy.get(name)
         if chosen == "dense" and isinstance(parameter, DeferredTensor):
@@ -78,6 +81,10 @@ def find_tables(model: nn.Module, min_rows: int, strategy: Mapping[str, str]) ->
     _check_buffers(model)
     _check_sharing(model, found)
     return found
+
+
+def _limits_norms(modules: list[nn.Module]) -> bool:
+    return any(isinstance(module, _TABLE_MODULES) and module.max_norm is not None for module in modules)
 
 
 def _check_table(name: str, parameter: nn.Parameter) -> None:

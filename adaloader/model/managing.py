@@ -117,7 +117,7 @@ def _manage(model: nn.Module, optimizers: list[Optimizer], settings: Settings, o
     """Take over the tables of `model` (collective)."""
     comm = settings.comm if settings.comm is not None else default_comm()
     strategy = resolve_strategy(model, settings.strategy)
-    found = adoption.find_tables(model, settings.min_rows, strategy)
+    found = adoption.find_tables(model, settings.min_rows, strategy, 1 if comm is None else comm.size)
     specs = adoption.specs_for(found, optimizers, {})  # refuse bad input before anything is changed
     check_modules(model, {spec.name: (spec.rule, spec.group) for spec in specs})
     if comm is None or comm.size == 1:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MOST_ITERATIONS = 1 << 32
 _UNASKED = -1
+_NOTHING, _ZERO, _NONZERO = range(3)  # what a loop has left in its dense gradients
 _NO_SUM = 0, 0, 0
 _NONE = np.empty(0, np.float64)
 
@@ -113,7 +114,8 @@ class Follower:
         tables = self._model().tables
         cleared = [table for table in tables if table.clears != self._clears.get(table.table.number, 0)]
         self._clears = {table.table.number: table.clears for table in tables}
-        return np.array([(table.table.number, table.cleared_after) for table in cleared], np.int64).reshape(-1, 2)
+        said = [(table.table.number, table.cleared_after, int(table.cleared_to_zero)) for table in cleared]
+        return np.array(said, np.int64).reshape(-1, 3)
 
     @property
     def ranks_may_differ(self) -> bool:
@@ -136,10 +138,11 @@ class Follower:
         self._open.discard(number)
         self._over.add(number)
         model = self._model()
-        has_gradient = any(p.grad is not None and bool(p.grad.any()) for p in model.dense_parameters())
+        gradients = [p.grad for p in model.dense_parameters() if p.grad is not None]
+        left = _NONZERO if any(bool(grad.any()) for grad in gradients) else _ZERO if gradients else _NOTHING
         steps = self._manager.steps
         reductions, scalers = model.reducer.reductions, len(model.scalers)
-        numbers = (number, reductions, int(has_gradient), steps, int(follow), scalers, model.reducer.deferred)
+        numbers = (number, reductions, left, steps, int(follow), scalers, model.reducer.deferred)
         hyperparameters = [] if in_step else [hyperparameter_vector(optimizer) for optimizer in model.optimizers]
         arrays = (np.array(positions, np.float64), self._cleared_since_sum(), np.concatenate([*hyperparameters, _NONE]))
         for peer in self._manager.peers:
@@ -344,16 +347,17 @@ class Follower:
         finally:
             model.joining = False
 
-    def _clear(self, model: ManagedModel, cleared: set[tuple[int, int]]) -> bool:
+    def _clear(self, model: ManagedModel, cleared: set[tuple[int, int, int]]) -> bool:
         """Clear the gradients that the others have cleared, and say whether there were any: what this rank had left of
-        its last batches counts no more, unless they were cleared before these.
+        its last batches counts no more, unless they were cleared before these. Where they left zeros
+        (`zero_grad(set_to_none=False)`), so does this rank: an optimizer with momentum steps by them.
         """
         deferred = model.reducer.deferred
-        numbers = {number for number, after in cleared if after >= deferred}
+        to_zero = {number: bool(zero) for number, after, zero in sorted(cleared) if after >= deferred}
         for table in model.tables:
-            if table.table.number in numbers:
-                table.clear_gradient()
-        return bool(numbers)
+            if table.table.number in to_zero:
+                table.clear_gradient(keep_zero=to_zero[table.table.number])
+        return bool(to_zero)
 
     def _follow_to_the_end(self, following: Following, own: tuple[int, int], ends: list[Message]) -> None:
         """Do what those that ended last did after their last sum; note how far their schedulers had come.
@@ -367,9 +371,13 @@ class Follower:
         if furthest[0] != model.reducer.reductions:
             last = []
         self._clear(model, {tuple(each) for end in last for each in end.arrays[1].tolist()})
-        if last and not any(end.numbers[2] for end in last):
+        left = max((end.numbers[2] for end in last), default=_NONZERO)
+        if left != _NONZERO:
             for parameter in model.dense_parameters():
-                parameter.grad = None
+                if left == _NOTHING:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
         positions = [end.arrays[0].tolist() for end in ends if len(end.arrays[0]) == len(following.schedulers)]
         following.furthest = [max(each) for each in zip(*positions, strict=True)]
 

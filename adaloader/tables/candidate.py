@@ -121,6 +121,17 @@ class CandidateParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
+    def __deepcopy__(self, memo):
+        """A copy waits for nothing: no loader manages the model that it is in."""
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):
+        plain = nn.Parameter(self.detach(), self.requires_grad)
+        plain.__dict__.update((name, value) for name, value in vars(self).items() if name != "_decide")
+        return plain.__reduce_ex__(protocol)
+
 
 _NEUTRAL = {
     torch.Tensor.detach,

@@ -40,6 +40,7 @@ class ManagedTable:
     `.grad` is a gradient (perhaps of no rows) or None, as plain PyTorch would have it. On several ranks that is known
     of this rank alone, but where it was cleared, or agreed on, after `settled_at` sums of gradients over ranks.
     `captured`, where it is a list, takes what a backward gives: that is then for `autograd.grad`.
+    `cleared_to_zero` says whether the last clearing left zeros, not None.
     `is_stepped` says whether a step of this rank has applied the gradient, and none has arrived since.
     `memory` copies rows to the device that the parameter is on; it is None on the CPU.
     With `is_dense` the parameter is an ordinary one again, and nothing of it is here any more.
@@ -71,6 +72,8 @@ class ManagedTable:
     whole: tuple[tuple[int, int], torch.Tensor] | None = None
     cleared_after: int = 0
     settled_at: int = 0
+    cleared_to_zero: bool = False
+    is_renormed: bool = False
     captured: list[Part] | None = None
     usages: dict[int, Usage] = field(default_factory=dict)
     matched: int | None = None
@@ -268,7 +271,8 @@ class ManagedTable:
         return make_slab(self, rows, out, None), positions
 
     def whole_values(self) -> torch.Tensor:
-        """Return all rows `[num_rows, dim]` as they are now; not to be written. Kept until they change.
+        """Return all rows `[num_rows, dim]` as they are now; not to be written. Kept until they change,
+        where they change in steps and writes alone: lookups with `max_norm`, of any rank, change them too.
 
         Any rank may ask alone.
 
@@ -279,7 +283,7 @@ class ManagedTable:
             return self.probation.values.to(self.parameter.device)
         model = self.owner
         version = model.version
-        if self.whole is None or self.whole[0] != version:
+        if self.whole is None or self.whole[0] != version or self.is_renormed:
             self.whole = None
             with model.paused(), torch.inference_mode(False):
                 self.whole = (version, self.here(read_whole(model.manager, self.table).numpy()))
@@ -288,6 +292,7 @@ class ManagedTable:
     def renormed(self, slab: Slab, positions: np.ndarray, max_norm: float, norm_type: float) -> None:
         """Scale looked-up rows whose norm is above `max_norm` down to it, here and in main copies, before the
         lookup."""
+        self.is_renormed = True
         if self.probation is not None:
             confirm(self)  # its memory no longer says what rows are
         for batch in self.owner.candidates(self):
@@ -354,6 +359,7 @@ class ManagedTable:
             gradient.parts = []
         gradient.changed()
         reducer = owner.reducer
+        self.cleared_to_zero = keep_zero and self.may_have_gradient
         if not keep_zero:
             self.settle_gradient(False)
         self.clears += 1

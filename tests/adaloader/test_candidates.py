@@ -1,5 +1,7 @@
 """Bare parameters: a table if first looked up, a dense parameter if first used otherwise."""
 
+import copy
+import io
 import textwrap
 import threading
 import time
@@ -224,4 +226,28 @@ def test_a_row_that_is_made_for_another_rank_while_the_candidate_becomes_a_table
         model(ids).sum().backward()
     other.join()
     np.testing.assert_array_equal(manager.pull(table, rows, np.empty((20, DIM), np.float32)), values[20:40].numpy())
+    loader.close()
+
+
+def test_copies_and_pickles_are_plain():
+    """Of a model whose parameter has not been used yet, as of an average that begins with the loop."""
+    torch.manual_seed(1)
+    model = Bare(LOOKUPS["tensor index"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = managed([torch.arange(9)], model, optimizer)
+    model.table.note = "of the user's own"
+    with io.BytesIO() as file:
+        torch.save(model.table, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+    copied = copy.deepcopy(model)
+    before = model.state_dict()["table"].clone()
+    assert type(model.table) is CandidateParameter
+    for plain in (copied.table, loaded):
+        assert type(plain) is nn.Parameter
+        assert torch.equal(plain.mul(1.0), before)
+    assert loaded.note == model.table.note
+    with torch.no_grad():
+        copied.table.zero_()
+    assert torch.equal(model.state_dict()["table"], before)
     loader.close()

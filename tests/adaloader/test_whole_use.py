@@ -458,3 +458,16 @@ def _each(loader, call):
     for batch in loader:
         yield batch
         call()
+
+
+def test_a_read_after_a_lookup_that_scales_rows_down():
+    model = nn.Embedding(ROWS, DIM, max_norm=0.5)
+    loader = AdaLoader.wrap([torch.arange(5)] * 2, model=model, min_rows=1)
+    with torch.no_grad():
+        for ids in loader:
+            model(ids)
+            model.weight.clone()  # which is kept until rows change
+            model(ids + 9)
+            norms = model.weight.norm(dim=1)
+            assert norms[9:14].max() <= 0.5
+    loader.close()
