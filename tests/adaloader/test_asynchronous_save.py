@@ -248,13 +248,13 @@ def test_forked_process_ends_and_leaves_the_save_to_its_parent(tmp_path):
     from tests.launch import launch
 
     program = """
-        import os, sys, time
+        import os, sys, threading
         from pathlib import Path
         import adaloader
         from adaloader.checkpoint import writing
         from tests.resuming import Script
-        write = writing.write_durably
-        writing.write_durably = lambda *args: (time.sleep(1), write(*args))
+        write, may_write = writing.write_durably, threading.Event()
+        writing.write_durably = lambda *args: (may_write.wait(), write(*args))
         script = Script(None).start().run(3)
         saving = script.save(Path(sys.argv[1]) / "saved", asynchronous=True)
         child = os.fork()
@@ -266,6 +266,7 @@ def test_forked_process_ends_and_leaves_the_save_to_its_parent(tmp_path):
             sys.exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert not saving.done
+        may_write.set()
         saving.wait()
     """
     result = launch(0, program, str(tmp_path), timeout_seconds=60)

@@ -68,7 +68,7 @@ def test_every_rank_gets_what_plain_pytorch_has(comm, seed, make_optimizer, opti
 
 def test_a_rank_may_ask_alone(comm, seed, make_optimizer):
     """`if rank == 0: torch.save(...)`, while the others go on."""
-    data = Visits(comm.size * BATCH * 6, seed)
+    data = Visits(comm.size * BATCH * 2 * comm.size, seed)
     model, optimizer, loader = managed(comm, make_optimizer, data)
     twin, twin_optimizer, plain_loader = plain(comm, make_optimizer, data)
     asked = []
