@@ -25,6 +25,7 @@ class ActionTiming:
     def __init__(self, *, enabled: bool = True):
         self.enabled = enabled
         self.clocks_per_round = FIRST_ESTIMATE
+        self.seen_clocks_per_round = 2.0
         self._last_clock = 0
 
     def round_begins(self, clock: int) -> None:
@@ -34,6 +35,8 @@ class ActionTiming:
         if passed:  # rounds while nothing is computed (a pause, an evaluation) say nothing of the pace
             smoothed = (1 - SMOOTHING) * self.clocks_per_round + SMOOTHING * passed
             self.clocks_per_round = max(smoothed, float(passed))
+            smoothed = (1 - SMOOTHING) * self.seen_clocks_per_round + SMOOTHING * passed
+            self.seen_clocks_per_round = max(smoothed, float(passed))
 
     def acts_before(self, clock: int) -> float:
         """Return the clock before which an intent must start to be acted on in a round at `clock`."""

@@ -208,7 +208,7 @@ class Claims:
         """Return the clock of the fastest worker from which keys that `clock` uses at `start` are to be asked for."""
         if self._rounds_to_answer is None:
             return 0
-        return self.fastest + start - clock.now - math.ceil(self._rounds_to_answer * clock.timing.clocks_per_round) - 1
+        return self.fastest + start - clock.now - math.ceil(self._rounds_to_answer * clock.timing.seen_clocks_per_round) - 1
 
     @property
     def come_late(self) -> bool:
