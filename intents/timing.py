@@ -7,7 +7,7 @@ from functools import lru_cache
 
 SMOOTHING = 0.1
 QUANTILE = 0.9999
-FIRST_ESTIMATE = 10.0
+FIRST_ESTIMATE, FIRST_LIKELY = 10.0, 2.0
 
 
 class ActionTiming:
@@ -18,14 +18,16 @@ class ActionTiming:
     chance one round later, and its rows arrive with the one after: so the quantile (0.9999) is that of a Poisson
     distribution with twice the mean.
 
+    `clocks_per_round` begins far above what is usual, so that the first intents are acted on at once;
+    `likely_clocks_per_round` begins near it, for decisions that may be wrong once in a while.
+
     Args:
         enabled: False acts on every intent at once (for comparison).
     """
 
     def __init__(self, *, enabled: bool = True):
         self.enabled = enabled
-        self.clocks_per_round = FIRST_ESTIMATE
-        self.seen_clocks_per_round = 2.0
+        self.clocks_per_round, self.likely_clocks_per_round = FIRST_ESTIMATE, FIRST_LIKELY
         self._last_clock = 0
 
     def round_begins(self, clock: int) -> None:
@@ -33,16 +35,18 @@ class ActionTiming:
         passed = clock - self._last_clock
         self._last_clock = clock
         if passed:  # rounds while nothing is computed (a pause, an evaluation) say nothing of the pace
-            smoothed = (1 - SMOOTHING) * self.clocks_per_round + SMOOTHING * passed
-            self.clocks_per_round = max(smoothed, float(passed))
-            smoothed = (1 - SMOOTHING) * self.seen_clocks_per_round + SMOOTHING * passed
-            self.seen_clocks_per_round = max(smoothed, float(passed))
+            self.clocks_per_round = _smoothed(self.clocks_per_round, passed)
+            self.likely_clocks_per_round = _smoothed(self.likely_clocks_per_round, passed)
 
     def acts_before(self, clock: int) -> float:
         """Return the clock before which an intent must start to be acted on in a round at `clock`."""
         if not self.enabled:
             return math.inf
         return clock + max(1, poisson_quantile(round(2 * self.clocks_per_round, 2), QUANTILE))
+
+
+def _smoothed(estimate: float, passed: int) -> float:
+    return max((1 - SMOOTHING) * estimate + SMOOTHING * passed, float(passed))
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_FREE_MOVES = 2
+_FREE_MOVES = 4
 _CLOCKS_PER_COPY, _SHARED_CLOCKS, _MOST_CLOCKS = 16, 40, 128  # three copies that follow each other fast, then one in 16
 
 TECHNIQUES = ("all", "relocation", "replication", "none")
@@ -21,8 +21,8 @@ def check_techniques(techniques: object) -> None:
 
 
 def are_restless(moves: np.ndarray, shared_until: np.ndarray, clock: int, clocks_per_move: int | None) -> np.ndarray:
-    """Return which keys do not move for now, whoever needs them (bool `[n]`): those that have moved more than twice,
-    and more than once in `clocks_per_move`, and those that have been copied again and again. None, as in AdaPM: none.
+    """Return which keys do not move for now, whoever needs them (bool `[n]`): those that have moved four times, and
+    once more for each `clocks_per_move`, and those that have been copied again and again. None, as in AdaPM: none.
 
     Ranks take turns at these. Each move makes what the others know of the key wrong, and their questions run after it;
     a copy costs more bytes, but one question and one answer.

@@ -208,7 +208,8 @@ class Claims:
         """Return the clock of the fastest worker from which keys that `clock` uses at `start` are to be asked for."""
         if self._rounds_to_answer is None:
             return 0
-        return self.fastest + start - clock.now - math.ceil(self._rounds_to_answer * clock.timing.seen_clocks_per_round) - 1
+        to_answer = math.ceil(self._rounds_to_answer * clock.timing.likely_clocks_per_round)
+        return self.fastest + start - clock.now - to_answer - 1
 
     @property
     def come_late(self) -> bool:

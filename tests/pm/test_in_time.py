@@ -198,7 +198,7 @@ def test_an_intent_that_ends_while_it_is_put_off_leaves_nothing():
 
 def test_whoever_needs_a_key_that_was_put_off_gets_it_and_puts_off_less():
     cluster = Cluster(rounds_to_answer=2.0)
-    cluster.clocks[1].timing.clocks_per_round = 1.0
+    cluster.clocks[1].timing.likely_clocks_per_round = 1.0
     cluster.intend(0, 0, 1000)
     cluster.intend(1, 5, 6)
     cluster.nodes[1].round()

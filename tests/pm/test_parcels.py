@@ -124,7 +124,7 @@ def test_a_parcel_leaves_in_one_call():
     assert [message.kind for message in parcel] == [Kind.PARCEL, Kind.CLOCK, Kind.REFRESHED]
 
 
-@pytest.mark.parametrize("now, moving", [(0, 2), (31, 2), (32, 3), (320, 12)])
+@pytest.mark.parametrize("now, moving", [(0, 4), (31, 4), (32, 5), (320, 14)])
 def test_a_key_may_move_now_and_then(now, moving):
     moves, never = np.arange(20, dtype=np.int32), np.zeros(20, np.int32)
     np.testing.assert_array_equal(are_restless(moves, never, now, 32), moves >= moving)
