@@ -80,7 +80,7 @@ alias_table = by_device(_alias.alias_table)
 note_touches = by_device(_schedule.note_touches)
 select_due = by_device(_schedule.select_due)
 add_holds = by_device(_holds.add_holds)
-end_holds = by_device(_holds.end_holds)
+begin_holds = by_device(_holds.begin_holds)
 held_by_one = by_device(_holds.held_by_one)
 has_count = by_device(_holds.has_count)
 select_moves = by_device(_holds.select_moves)
@@ -103,6 +103,7 @@ __all__ = [
     "adagrad_update",
     "adagrad_update_shared",
     "add_holds",
+    "begin_holds",
     "add_to_word",
     "add_uses",
     "advance",
@@ -114,7 +115,6 @@ __all__ = [
     "dedup",
     "dedup_counts",
     "delta",
-    "end_holds",
     "exchange_word",
     "expand",
     "find_places",

@@ -4,9 +4,9 @@ A book is `[slots, 8]` int32. For the holds of a slot it has their number n, the
 squares q: the sum of (rank - r)^2 over the holds is q - 2 r s + r^2 n, and zero exactly where all of them are rank r's.
 Three numbers a slot tell it, whatever the number of ranks. Sums may wrap around: they are compared modulo 2^32, which
 is more than they can be with fewer than a million holds of 64 ranks. The fourth word is not used here; then come the
-two latest touches (see schedule.py), and the run of uses by one rank that goes on: those with none by another between.
-Of a run the rank is kept, and the stage: 0 is the first use of all, 1 the first after another rank's, 2 the second of a
-run, 3 a later one.
+two latest touches (see schedule.py), and the run of uses by one rank that goes on: those with none by another between,
+in the order in which they are announced. Of a run the rank is kept, and the stage: 0 is the first use of all, 1 the
+first after another rank's, 2 the second of a run, 3 a later one.
 """
 
 import numpy as np
@@ -66,8 +66,8 @@ def has_count(book, slots, count):
     return same
 
 
-def end_holds(book, slots, rank, here, uses):
-    """Take back one hold of `rank` of each slot, which it has used.
+def begin_holds(book, slots, rank, here, uses):
+    """Add one hold of `rank` to each slot, which it is going to use, and note how runs go on.
 
     Args:
         book, slots, rank: as in `add_holds`; rank < 2^28.
@@ -80,14 +80,14 @@ def end_holds(book, slots, rank, here, uses):
     """
     slots = _checked(book, slots)
     writable(uses, "uses", np.int64, (len(uses), STAGES, 3))
-    _end_holds(book.reshape(-1), slots, np.int32(rank), here, uses)
+    _begin_holds(book.reshape(-1), slots, np.int32(rank), here, uses)
 
 
 def select_moves(book, slots, rank, needed, stages):
     """Return for each slot whether its record should move to `rank`, which is about to use it.
 
-    A record should where `rank` alone holds it, and has `needed` holds, which are uses ahead, or where this use is at
-    one of `stages` of its run.
+    A record should where `rank` alone holds it, and has `needed` holds, which are uses ahead, or where its run is at
+    one of `stages`.
 
     Args:
         book, slots, rank: as in `held_by_one`.
@@ -146,29 +146,21 @@ def _is_held_by_one(book, at, rank):
     return (apart & 0xFFFFFFFF) == 0
 
 
-@helper
-def _stage(run, rank):
-    """Return the stage that a use by `rank` is at, after what is noted of the run before it."""
-    if run == 0:
-        return 0
-    run -= 1
-    return min(max(run % STAGES, 1) + 1, STAGES - 1) if run // STAGES == rank else 1
-
-
 @kernel
-def _end_holds(book, slots, rank, here, uses):
+def _begin_holds(book, slots, rank, here, uses):
     for i in range(slots.size):
         if i + ROWS_AHEAD < slots.size:
             prefetch(book, WORDS * slots[i + ROWS_AHEAD])
         at = WORDS * slots[i]
-        book[at] -= 1
-        book[at + 1] -= rank
-        book[at + 2] -= rank * rank
-        run = book[at + RUN]
+        book[at] += 1
+        book[at + 1] += rank
+        book[at + 2] += rank * rank
+        run, stage = book[at + RUN], 0
         if run > 0:
-            of = (run - 1) // STAGES
-            uses[of, (run - 1) % STAGES, 0 if of == rank else 1 if rank == here else 2] += 1
-        book[at + RUN] = STAGES * rank + _stage(run, rank) + 1
+            of, before = (run - 1) // STAGES, (run - 1) % STAGES
+            uses[of, before, 0 if of == rank else 1 if rank == here else 2] += 1
+            stage = min(max(before, 1) + 1, STAGES - 1) if of == rank else 1
+        book[at + RUN] = STAGES * rank + stage + 1
 
 
 @kernel
@@ -177,5 +169,6 @@ def _select_moves(book, slots, rank, needed, stages, moves):
         if i + ROWS_AHEAD < slots.size:
             prefetch(book, WORDS * slots[i + ROWS_AHEAD])
         at = WORDS * slots[i]
-        is_wanted = book[at] >= needed or stages[_stage(book[at + RUN], rank)]
+        run = book[at + RUN] - 1
+        is_wanted = book[at] >= needed or stages[run % STAGES if run // STAGES == rank else 1]
         moves[i] = is_wanted and _is_held_by_one(book, at, rank)

@@ -1,4 +1,7 @@
-"""Whether to move rows that one rank alone uses at once, or to copy them: from how the use of such rows went on."""
+"""Whether to move rows that one rank alone uses at once, or to copy them: from how the use of such rows goes on.
+
+Uses count as they are announced, not when they are over: a decision is made as many steps ahead as batches are read.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Reuse:
     def __init__(self, ranks: int, here: int):
         self._others = np.arange(ranks) != here
         self.uses = np.zeros((ranks, len(_LENGTHS), 3), np.int64)
-        """Of runs of uses by a rank that had come to a stage: by whom the next was (see `cuda_ops.end_holds`)."""
+        """Of runs of uses by a rank that had come to a stage: by whom the next was (see `cuda_ops.begin_holds`)."""
 
     def worth_a_move(self, rank: int, store: RecordStore) -> tuple[int, np.ndarray]:
         """Return for how many uses ahead by `rank` alone a record moves there, and at which stages of a run (bool

@@ -82,7 +82,7 @@ class Serving:
     def hold(self, table: Table, slots: np.ndarray, rank: int) -> None:
         """Keep `slots` of `table` here for a plan of `rank`, of which `note` tells more later."""
         with self._manager.structure:
-            self.notes_of(table.store).hold(slots, rank)
+            self.notes_of(table.store).hold_for_use(slots, rank, self._manager.moving.uses_of(table))
 
     def hold_for_plan(self, table: Table, slots: np.ndarray, rank: int) -> bool:
         """As `hold`, where rows of `table` may leave; return whether they may."""
@@ -219,10 +219,10 @@ class Serving:
     def _let_go(self, source: int, plan: AskedPlan) -> None:
         if not plan.held:
             return
-        notes, uses = self.notes_of(plan.table.store), self._manager.moving.uses_of(plan.table)
+        notes = self.notes_of(plan.table.store)
         with self._manager.structure:
             for slots in (plan.slots, *(slots for _, slots in plan.arrived)):
-                notes.let_go(slots, source, uses)
+                notes.let_go(slots, source)
             notes.pin(plan.slots[plan.copied], -1)
 
     def unpin_after(self, step: int, notes: SlotNotes, slots: np.ndarray) -> None:

@@ -34,9 +34,13 @@ class SlotNotes:
         """Add a hold of `rank` to each of `slots` (int64 `[n]`, distinct)."""
         cuda_ops.add_holds(self._book, slots, rank, 1)
 
-    def let_go(self, slots: np.ndarray, rank: int, uses: np.ndarray) -> None:
-        """Take back a hold of `rank`, which has used `slots`; count in `uses` how runs went on (see `Reuse`)."""
-        cuda_ops.end_holds(self._book, slots, rank, self._here, uses)
+    def hold_for_use(self, slots: np.ndarray, rank: int, uses: np.ndarray) -> None:
+        """As `hold`, for a use that is announced; count in `uses` how runs go on (see `Reuse`)."""
+        cuda_ops.begin_holds(self._book, slots, rank, self._here, uses)
+
+    def let_go(self, slots: np.ndarray, rank: int) -> None:
+        """Take back a hold of `rank`."""
+        cuda_ops.add_holds(self._book, slots, rank, -1)
 
     def pin(self, slots: np.ndarray, count: int = 1) -> None:
         cuda_ops.add_holds(self._book, slots, self._pin, count)

@@ -41,7 +41,7 @@ def test_has_count_is_what_counting_says(rng):
 
 
 def stage_of(uses: list[int]) -> int:
-    """Return the stage of the run that ends with the last of the ranks that used a row."""
+    """Return the stage of the run that ends with the last of the ranks that announced a use of a row."""
     length = next((n for n, rank in enumerate(reversed(uses)) if rank != uses[-1]), len(uses))
     return min(length, 3) if len(uses) > 1 else 0
 
@@ -57,28 +57,28 @@ def test_rows_move_to_who_alone_holds_them_at_a_stage_or_with_uses_ahead(rng):
     for version in range(60):
         for rank in range(ranks):
             mine = np.flatnonzero(rng.random(slots) < np.where(favourite == rank, 0.6, 0.1))
-            cuda_ops.add_holds(book, mine, rank, 1)
+            cuda_ops.begin_holds(book, mine, rank, 0, counted)
             cuda_ops.note_touches(book, mine, version)
             for slot in mine:
                 held[slot][rank] += 1
+                if uses[slot]:
+                    of = uses[slot][-1]
+                    seen[of, stage_of(uses[slot]), 0 if of == rank else 1 if rank == 0 else 2] += 1
+                uses[slot].append(rank)
         for rank in range(1, ranks):
             mine = np.array([slot for slot in range(slots) if held[slot][rank]], np.int64)
             expected = [
                 held[slot].total() == held[slot][rank]
-                and (held[slot][rank] >= needed or bool(stages[stage_of([*uses[slot], rank])]))
+                and (held[slot][rank] >= needed or bool(stages[stage_of(uses[slot]) if uses[slot][-1] == rank else 1]))
                 for slot in mine
             ]
             np.testing.assert_array_equal(cuda_ops.select_moves(book, mine, rank, needed, stages), expected)
             moved, stayed = moved + sum(expected), stayed + len(mine) - sum(expected)
         for rank in range(ranks):
             gone = np.array([slot for slot in range(slots) if held[slot][rank] and rng.random() < 0.7], np.int64)
-            cuda_ops.end_holds(book, gone, rank, 0, counted)
+            cuda_ops.add_holds(book, gone, rank, -1)
             for slot in gone:
                 held[slot][rank] -= 1
-                if uses[slot]:
-                    of = uses[slot][-1]
-                    seen[of, stage_of(uses[slot]), 0 if of == rank else 1 if rank == 0 else 2] += 1
-                uses[slot].append(rank)
     assert moved and stayed
     assert {at: counted[at] for at in np.ndindex(counted.shape) if counted[at]} == seen
     np.testing.assert_array_equal(book[:, 0], [counts.total() for counts in held])
