@@ -74,8 +74,13 @@ class RowSum:
             self.table.owner.combiner.combine()
 
     def whole(self) -> Part:
-        """Return all parts in one, which stays the gradient, so that changes to its values count; see `ready`."""
+        """Return all parts in one, which stays the gradient, so that changes to its values count; see `ready`.
+
+        One without parts keeps none: to whom is asked whether there is a gradient, a part without rows is one.
+        """
         self.ready()
+        if self.is_empty:
+            return no_rows(self.table)
         if len(self.parts) != 1:
             self.parts = [sum_of(self.parts, self.table)]
         (only,) = self.parts
