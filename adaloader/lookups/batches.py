@@ -14,6 +14,7 @@ import torch
 
 import pm
 from adaloader.lookups.batch_rows import BatchRows
+from adaloader.lookups.held_ids import HeldIds
 from pm.same_step import ANY_BATCH, BatchRange
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Batch:
         error: what the planner raised.
         used_at: the step count when it was last looked up; None before.
         trained: whether it was looked up with gradients enabled.
+        held: of a finished batch of which nothing is foreseen: what tells whether the loop looks it up again.
     """
 
     number: int
@@ -73,6 +75,7 @@ class Batch:
     error: BaseException | None = None
     used_at: int | None = None
     trained: bool = False
+    held: HeldIds | None = None
 
     def was_used(self, table_number: int, place: int) -> bool:
         """Whether the loop has made the lookup that was foreseen as number `place` of a table's."""
@@ -83,6 +86,8 @@ class Batch:
 
     def forget(self) -> None:
         """The batch is finished: keep only what tells whether a lookup is of it."""
+        if not self.tables and self.data is not None:
+            self.held = HeldIds(self.data)
         self.data = None
         for needed in self.tables.values():
             needed.slab = needed.block = None
@@ -103,6 +108,7 @@ class Batches:
         self._finished: deque[Batch] = deque(maxlen=_REMEMBERED_BATCHES)
         self._kept_steps = 0
         self._forward_goes_on = False
+        self._again: Batch | None = None  # the finished batch that the forward pass that goes on is of
 
     def of(self, iteration: Iteration) -> list[Batch]:
         return [batch for batch in self.active if batch.iteration is iteration]
@@ -143,7 +149,7 @@ class Batches:
             return  # as of the lookup before
         if torch.is_grad_enabled():
             self.current, batch.trained = batch, True
-            self._forward_goes_on = True
+            self._forward_goes_on, self._again = True, None
         first = batch.used_at is None
         batch.used_at = self._manager.steps
         if first:
@@ -161,11 +167,16 @@ class Batches:
             if needed is None or is_next_due and not _tells(batch, needed, ids):
                 continue
             if needed.positions_of(ids) is not None:
-                self._kept_steps = min(self._kept_steps + 1, _MOST_KEPT_STEPS)
-                if torch.is_grad_enabled():
-                    self.current = batch
+                self._take_up_again(batch)
                 return True
         return False
+
+    def _take_up_again(self, batch: Batch) -> None:
+        """The loop looks a finished batch up: keep batches for longer from now on."""
+        if batch is not self._again:
+            self._kept_steps = min(self._kept_steps + 1, _MOST_KEPT_STEPS)
+        if torch.is_grad_enabled():
+            self.current, self._forward_goes_on, self._again = batch, True, batch
 
     @property
     def expects_no_lookup(self) -> bool:
@@ -180,13 +191,31 @@ class Batches:
         if not torch.is_grad_enabled():
             return self.active[-1] if self.active else None
         batch = self._guess(ids)
+        if not self._goes_on:
+            batch = self._holder_of(ids, batch) or batch
         if batch in self.active:
             self.used(batch)
+        elif batch is not None and batch.held is not None and not self._goes_on:
+            self._take_up_again(batch)
         return batch
+
+    def _holder_of(self, ids: np.ndarray, guess: Batch | None) -> Batch | None:
+        """Return the batch in use, or just finished, that has these very ids where the one that was guessed has not."""
+        others = [batch for batch in reversed(self._finished) if batch.held is not None]
+        others += [batch for batch in self.active if batch.used_at is not None and not batch.tables]
+        others = [batch for batch in others if batch is not guess and _fits(batch, ids)]
+        has = next((batch for batch in others if (batch.held or HeldIds(batch.data)).have(ids)), None)
+        is_guess = has is not None and guess in self.active and HeldIds(guess.data).have(ids)
+        return None if is_guess else has
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether what is looked up now is of the forward pass of the current batch."""
+        return self._forward_goes_on and (self.current in self.active or self.current is self._again)
 
     def _guess(self, ids: np.ndarray | None) -> Batch | None:
         """Without a match: the current batch until its backward, then the next that the loop has not used yet."""
-        if self._forward_goes_on and self.current in self.active:
+        if self._goes_on:
             return self.current
         waiting: dict[Iteration, list[Batch]] = {}
         for batch in self.active:
@@ -198,7 +227,7 @@ class Batches:
 
     def backward_goes_on(self) -> None:
         """What is looked up from now on is of the next forward pass."""
-        self._forward_goes_on = False
+        self._forward_goes_on, self._again = False, None
 
     def weight(self) -> tuple[float, float | None] | None:
         """A backward begins: return the weight of the batch that it belongs to, None if there was none yet."""
@@ -206,7 +235,7 @@ class Batches:
             batch = self._guess(None)
             if batch in self.active:
                 self.used(batch)
-        self._forward_goes_on = False
+        self._forward_goes_on, self._again = False, None
         return None if self.current is None else self.current.weight
 
     def of_plan(self, table_number: int, plan: pm.RowPlan | None) -> Batch | None:

@@ -168,7 +168,8 @@ class ManagedModel:
         yet. Return that batch, as far as it can be told."""
         if self.batches.looked_up_late(table.table.number, ids):
             return self.batches.current
-        batch = self.batches.unmatched(ids)
+        with self.paused():
+            batch = self.batches.unmatched(ids)
         if not all_intended:
             table.last_mismatch = describe_mismatch(table, batch, ids)
         if batch is not None and not all_intended:

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import pm
 from adaloader.lookups.batch_rows import BatchRows
 from adaloader.lookups.batches import Batch, Batches
+from adaloader.lookups.held_ids import HeldIds
 
 
 @pytest.fixture
@@ -74,3 +76,13 @@ def test_few_ids_of_many_do_not_tell_which_batch_they_are_of(batches):
     assert batches.may_be_of(now, 0, np.array([7]))
     assert not batches.may_be_of(finished, 0, np.array([7]))
     assert batches.may_be_of(other, 0, np.array([7]))  # of another loader, in the same step
+
+
+@pytest.mark.parametrize("made_by", [torch.tensor, np.array])
+def test_a_batch_is_known_by_its_ids_while_the_loop_holds_it(made_by):
+    data = {"ids": made_by([[3, 4], [5, 6], [7, 8]]), "weights": made_by([1.0, 2.0, 3.0]), "none": [None]}
+    held = HeldIds(data)
+    assert held.have(np.array([3, 4, 5, 6, 7, 8])) and held.have(np.array([4, 6, 8]))
+    assert not held.have(np.array([4, 6])) and not held.have(np.array([1, 2, 3])) and not held.have(np.array([3, 6, 7]))
+    del data
+    assert not held.have(np.array([4, 6, 8]))

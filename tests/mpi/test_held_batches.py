@@ -1,0 +1,58 @@
+"""A loop that takes all batches of a pass before it works on any, and several steps for each: no lookup of it is
+foreseen, and each gradient counts as that of the batch that it is of, though ranks' last batches differ in size."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from adaloader import AdaLoader, full_state_dict
+
+BATCH, ROWS = 8, 30
+
+
+class Model(nn.Module):
+    def __init__(self, column):
+        super().__init__()
+        self.table, self.other = nn.Embedding(ROWS, 2), nn.Embedding(ROWS, 2)
+        self.out = nn.Linear(2, 1)
+        self.column = column
+        self.double()
+
+    def forward(self, ids):
+        first = self.table(ids[:, 1] if self.column else ids)
+        return self.out((first if self.column else first.sum(1)) + self.other(ids[:, 0])).squeeze(1)
+
+
+def train(loader, model, optimizer, steps):
+    for _ in range(3):
+        for ids, label in list(loader):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                (model(ids) - label).square().mean().backward()
+                optimizer.step()
+
+
+def make(column):
+    torch.manual_seed(7)
+    model = Model(column)
+    return model, torch.optim.Adagrad(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_equals_plain(comm, seed, steps, column, dtype):
+    drawn = torch.Generator().manual_seed(seed)
+    samples = BATCH * comm.size * 2 + comm.size + 1 + seed % 3 * comm.size  # in the last batch every rank has some
+    ids = torch.randint(0, ROWS, (samples, 3), generator=drawn).to(dtype)
+    data = TensorDataset(ids, torch.randn(samples, generator=drawn, dtype=torch.float64))
+    model, optimizer = make(column)
+    loader = AdaLoader(data, BATCH, model=model, optimizer=optimizer, min_rows=1)
+    train(loader, model, optimizer, steps)
+    weights = full_state_dict(model)
+    loader.close()
+    twin, twin_optimizer = make(column)
+    train(DataLoader(data, BATCH * comm.size), twin, twin_optimizer, steps)
+    if comm.rank == 0:
+        torch.testing.assert_close(weights, twin.state_dict(), rtol=1e-9, atol=1e-11)
