@@ -109,6 +109,8 @@ class Batches:
         self._kept_steps = 0
         self._forward_goes_on = False
         self._again: Batch | None = None  # the finished batch that the forward pass that goes on is of
+        self._stepped: Batch | None = None  # the last one that a step was for, and the numbers of the optimizers
+        self._stepped_by: set[int] = set()
 
     def of(self, iteration: Iteration) -> list[Batch]:
         return [batch for batch in self.active if batch.iteration is iteration]
@@ -200,13 +202,16 @@ class Batches:
         return batch
 
     def _holder_of(self, ids: np.ndarray, guess: Batch | None) -> Batch | None:
-        """Return the batch in use, or just finished, that has these very ids where the one that was guessed has not."""
-        others = [batch for batch in reversed(self._finished) if batch.held is not None]
-        others += [batch for batch in self.active if batch.used_at is not None and not batch.tables]
-        others = [batch for batch in others if batch is not guess and _fits(batch, ids)]
-        has = next((batch for batch in others if (batch.held or HeldIds(batch.data)).have(ids)), None)
-        is_guess = has is not None and guess in self.active and HeldIds(guess.data).have(ids)
-        return None if is_guess else has
+        """Return the batch of which nothing is foreseen, under way or just finished, that has these very ids where the
+        one that was guessed has not."""
+        finished = [batch for batch in reversed(self._finished) if batch.held is not None]
+        if len(ids) < _SOME_IDS or len(self.active) + len(finished) < 2:
+            return None
+        under_way = [batch for batch in self.active if not batch.tables]
+        if guess in under_way and HeldIds(guess.data).have(ids):
+            return None
+        others = (batch for batch in finished + under_way if batch is not guess)
+        return next((batch for batch in others if (batch.held or HeldIds(batch.data)).have(ids)), None)
 
     @property
     def _goes_on(self) -> bool:
@@ -237,6 +242,20 @@ class Batches:
                 self.used(batch)
         self._forward_goes_on, self._again = False, None
         return None if self.current is None else self.current.weight
+
+    def weight_in_step(self, optimizer: int) -> tuple[float, float | None] | None:
+        """A step begins whose gradients are summed in it: return the weight of the batch that they belong to.
+
+        Where nothing of that batch was looked up, and it had no backward, it is the next one. Not so in the step that a
+        further optimizer takes for the same batch: the loop may hold the next, which its lookups will need.
+        """
+        current = self.current
+        if current is not None:
+            is_stepped_already = current is self._stepped and optimizer not in self._stepped_by
+            if is_stepped_already or current.used_at == self._manager.steps:
+                self._forward_goes_on, self._again = False, None
+                return current.weight
+        return self.weight()
 
     def of_plan(self, table_number: int, plan: pm.RowPlan | None) -> Batch | None:
         """Return the batch under way that brought rows of a table by `plan`."""
@@ -288,9 +307,16 @@ class Batches:
                 self._manager.release(plan)
         self.active = [batch for batch in self.active if batch not in batches]
 
-    def finish_used(self) -> list[pm.RowPlan]:
-        """A step ends: finish the batches that it was for, and return their plans, for the step to release."""
+    def finish_used(self, optimizer: int | None = None) -> list[pm.RowPlan]:
+        """A step ends: finish the batches that it was for, and return their plans, for the step to release.
+
+        `optimizer` is the number of that which took it, None in a step of the others that this rank takes along.
+        """
         steps = self._manager.steps
+        if optimizer is not None:
+            if self.current is not self._stepped or optimizer in self._stepped_by:
+                self._stepped, self._stepped_by = self.current, set()
+            self._stepped_by.add(optimizer)
         done = [b for b in self.active if b.used_at is not None and steps - b.used_at >= self._kept_steps]
         last = {batch.iteration: batch.number for batch in done}
         done += [b for b in self.active if b.used_at is None and b.number < last.get(b.iteration, -1)]

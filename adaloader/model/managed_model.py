@@ -92,6 +92,7 @@ class ManagedModel:
         self.gradient_hooks = GradientHooks(self)
         self.scalers = Scalers()
         self.optimizer_steps = 0
+        self._stepping: int | None = None
         self.writes = 0
         self.sessions = 0
         self.sessions_made = 0
@@ -194,7 +195,8 @@ class ManagedModel:
         """Return (weight of this rank's present gradient, all ranks' together or None)."""
         if self.joining:
             return self.follower.weight
-        return self.batches.weight() or (1.0, None if self.ranks > 1 else 1.0)
+        weight = self.batches.weight() if self._stepping is None else self.batches.weight_in_step(self._stepping)
+        return weight or (1.0, None if self.ranks > 1 else 1.0)
 
     def sum_begins(self, carries: bool) -> None:
         """A sum of dense gradients begins; `carries` says that gradients gathered inside `no_sync` are in it."""
@@ -326,7 +328,7 @@ class ManagedModel:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         self._has_stepped_rows.discard(optimizer)  # if the one before raised
         if closure is None:
-            self._gradients_are_made()
+            self._gradients_are_made(optimizer)
             if self._may_step_rows_now(optimizer):
                 self._step_rows(optimizer, is_skipped=False)
                 self._has_stepped_rows.add(optimizer)
@@ -335,14 +337,18 @@ class ManagedModel:
         def evaluated():
             self._hide_gradients(False)
             loss = closure()
-            self._gradients_are_made()
+            self._gradients_are_made(optimizer)
             return loss
 
         return args[:1], {**kwargs, "closure": evaluated}
 
-    def _gradients_are_made(self) -> None:
+    def _gradients_are_made(self, optimizer: Optimizer) -> None:
         if self.reducer is not None and not self.joining:
-            self.reducer.finish_step()
+            self._stepping = self._number_of(optimizer)
+            try:
+                self.reducer.finish_step()
+            finally:
+                self._stepping = None
         self._hide_gradients(True)
 
     def _held_by(self, optimizer: Optimizer) -> list[tuple[ManagedTable, dict[str, object]]]:
@@ -393,9 +399,12 @@ class ManagedModel:
         if self.follower is not None and not self.joining:
             self.follower.step_taken()
 
+    def _number_of(self, optimizer: Optimizer) -> int:
+        return next(at for at, known in enumerate(self.optimizers) if known is optimizer)
+
     def _step_rows(self, optimizer: Optimizer, *, is_skipped: bool) -> None:
         """Hand the gradients of the rows that `optimizer` holds to the manager; `is_skipped`: there are none."""
-        number = next(at for at, known in enumerate(self.optimizers) if known is optimizer)
+        number = self._number_of(optimizer)
         parts, shares, groups, snapshots = [], [], {}, {}
         for table, group in self._held_by(optimizer):
             if id(group) not in snapshots:
@@ -416,7 +425,7 @@ class ManagedModel:
         if self.ranks > 1:
             batches = ANY_BATCH if self.joining else self.batches.of_step()
             more = {"stepped": Stepped(number, hyperparameter_vector(optimizer), batches)}
-        finished = self.batches.finish_used()
+        finished = self.batches.finish_used(None if self.joining else number)
         self.manager.submit(gradients, groups, finished=finished, **more)
         self.optimizer_steps += 1
 

@@ -64,6 +64,9 @@ class Iteration:
         self._newest_read: int | None = None
         self._last_used: tuple[int, int] | None = None
         self._steps_when_handed: int | None = None
+        self._used_since_step = 0
+        self._steps_after_taking: int | None = None
+        self._steps_at_once = 1
         self._sums_when_used = 0
         self._end = end
         self.place: Place | None = None
@@ -137,7 +140,10 @@ class Iteration:
             taken = steps - self._last_used[1]
             self.steps_of_a_batch = taken
             self.feed.steps_measured(taken / (batch.number - self._last_used[0]))
+            if taken:
+                self._note_when_stepped(taken)
         self._last_used = (batch.number, steps)
+        self._used_since_step += 1
         if self.following is not None:
             self._sums_when_used = self._model.reducer.backwards
             self.following.batch_begun()
@@ -196,15 +202,29 @@ class Iteration:
         """Return the steps since the batch that was taken up last was first looked up; None if there was none."""
         return None if self._last_used is None else self._model.manager.steps - self._last_used[1]
 
+    def _note_when_stepped(self, taken: int) -> None:
+        """The loop has taken steps for the batches used since the step before: was that after it took the next?
+
+        `_steps_after_taking` is how many batches it accumulates then, None if it steps first.
+        """
+        after = self.ahead == 0 and self._steps_when_handed is not None and self._steps_when_handed < taken
+        self._steps_after_taking = self._used_since_step if after else None
+        self._steps_at_once = taken
+        self._used_since_step = 0
+
     def _has_work_left(self) -> bool:
         """Whether the loop, which has taken the end, will still work on a batch that it has."""
         if self.ahead is None and self._next_handed - self._start > _MOST_AHEAD_UNSEEN:
             return False
         if self.ahead != 0 and self._model.batches.unused(self):
             return True
-        # It may take the next batch before it steps: so it was with the one before.
+        # It may take the next batch before it steps: so it was with the one before, or, in a loop that accumulates,
+        # with as many as it has worked on since its last step.
         taken = self._steps_since_use()
-        return taken is not None and taken == self._steps_when_handed and taken < (self.steps_of_a_batch or 0)
+        if taken is None or taken != self._steps_when_handed:
+            return False
+        accumulated = taken == 0 and self._used_since_step == self._steps_after_taking
+        return accumulated or taken < (self.steps_of_a_batch or 0)
 
     def _is_over(self) -> bool:
         """Whether the loop has had all batches, and has stepped for the last."""
@@ -212,10 +232,12 @@ class Iteration:
         return end is not None and self._next_handed >= end and self._is_worked_off()
 
     def _is_worked_off(self) -> bool:
-        """Whether the loop has taken as many steps for the last batch as for the one before it."""
+        """Whether the loop has taken as many steps for the last batch as for the one before it (if it accumulates: as
+        when it last stepped).
+        """
         if self._model.batches.unused(self) or self._last_used is None:
             return False
-        return self._model.manager.steps - self._last_used[1] >= max(1, self.steps_of_a_batch or 1)
+        return self._model.manager.steps - self._last_used[1] >= (self.steps_of_a_batch or self._steps_at_once)
 
     def _gradient_was_not_stepped(self) -> bool:
         """Whether the last batch has had a backward and no step: the loop accumulates, and leaves some at the end."""
