@@ -140,7 +140,7 @@ class Batches:
         if len(self.active) == 1 or not torch.is_grad_enabled() or _tells(batch, batch.tables[table_number], ids):
             return True
         goes_on = self._forward_goes_on and self.current in self.active
-        expected = self.current if goes_on else self._guess(ids)
+        expected = self.current if goes_on else self._guess(len(ids))
         if expected is None or batch is expected or batch.iteration is not expected.iteration:
             return True
         return batch.used_at is None and not goes_on
@@ -162,7 +162,7 @@ class Batches:
         """Return whether these are ids of a batch that is finished; if so, keep batches for longer from now on."""
         if self._forward_goes_on and self.current in self.active:
             return False  # few ids, which this forward looks up unforeseen, may have been another batch's by chance
-        due = self._guess(ids)
+        due = self._guess(len(ids))
         is_next_due = due in self.active and due.used_at is None
         for batch in self._finished:
             needed = batch.tables.get(table_number)
@@ -187,12 +187,12 @@ class Batches:
             return False
         return all(batch.used_at is not None and batch.iteration.trains for batch in self.active)
 
-    def unmatched(self, ids: np.ndarray) -> Batch | None:
+    def unmatched(self, ids: np.ndarray, samples: int) -> Batch | None:
         """Return the batch that a lookup probably belongs to though no plan foresaw it; with gradients, it is in use
-        now."""
+        now. `samples` is how many samples the lookup is of, or some number for each of them."""
         if not torch.is_grad_enabled():
             return self.active[-1] if self.active else None
-        batch = self._guess(ids)
+        batch = self._guess(samples)
         if not self._goes_on:
             batch = self._holder_of(ids, batch) or batch
         if batch in self.active:
@@ -218,7 +218,7 @@ class Batches:
         """Whether what is looked up now is of the forward pass of the current batch."""
         return self._forward_goes_on and (self.current in self.active or self.current is self._again)
 
-    def _guess(self, ids: np.ndarray | None) -> Batch | None:
+    def _guess(self, samples: int | None) -> Batch | None:
         """Without a match: the current batch until its backward, then the next that the loop has not used yet."""
         if self._goes_on:
             return self.current
@@ -226,8 +226,8 @@ class Batches:
         for batch in self.active:
             if batch.used_at is None and batch.iteration.trains:
                 waiting.setdefault(batch.iteration, []).append(batch)
-        guesses = [guess for iteration, batches in waiting.items() if (guess := _next_of(iteration, batches, ids))]
-        fitting = [guess for guess in guesses if _fits(guess, ids)]
+        guesses = [guess for iteration, batches in waiting.items() if (guess := _next_of(iteration, batches, samples))]
+        fitting = [guess for guess in guesses if _fits(guess, samples)]
         return (fitting or guesses or [self.current])[0]
 
     def backward_goes_on(self) -> None:
@@ -329,24 +329,25 @@ class Batches:
         return [plan for batch in done for plan in batch.plans()]
 
 
-def _next_of(iteration: Iteration, waiting: list[Batch], ids: np.ndarray | None) -> Batch | None:
+def _next_of(iteration: Iteration, waiting: list[Batch], samples: int | None) -> Batch | None:
     """Return which of an iteration's `waiting` batches the loop works on next; None if that was not handed out yet."""
     ahead = iteration.ahead
     if ahead is not None and len(waiting) <= ahead and not iteration.ended:
         return None  # the loop always holds so many
     at = 0 if ahead is None else max(0, len(waiting) - 1 - ahead)
-    fitting = [batch for batch in waiting if _fits(batch, ids)]
+    fitting = [batch for batch in waiting if _fits(batch, samples)]
     return waiting[at] if waiting[at] in fitting or not fitting else fitting[-1]
 
 
-def _fits(batch: Batch, ids: np.ndarray | None) -> bool:
-    """Whether a lookup of `ids` may be of as many samples as the batch has, where its weight is their number."""
-    samples = batch.weight[0]
-    return ids is None or (samples > 0 and len(ids) % samples == 0)
+def _fits(batch: Batch, samples: int | None) -> bool:
+    """Whether a lookup of so many samples, or with some ids for each, may be of as many as the batch has, where its
+    weight is their number."""
+    its_own = batch.weight[0]
+    return samples is None or (its_own > 0 and samples % its_own == 0)
 
 
 def _tells(batch: Batch, needed: BatchRows, ids: np.ndarray) -> bool:
     """Whether ids that equal some of what is foreseen for `batch` tell that a lookup is of it."""
-    if len(ids) >= _MANY_IDS or batch.weight[0] > 1 and _fits(batch, ids):
+    if len(ids) >= _MANY_IDS or batch.weight[0] > 1 and _fits(batch, len(ids)):
         return True
     return len(ids) >= _SOME_IDS and len(ids) >= _TELLING_PART * needed.ids_foreseen

@@ -61,7 +61,9 @@ def embedding_bag(
     _check_layout(weight, sparse, "embedding_bag")
     if scale_grad_by_freq and mode == "max":
         raise ValueError("embedding_bag: mode='max' does not support scale_grad_by_freq=True")
-    slab, positions = table.look_up(ids, "embedding_bag", by_frequency=scale_grad_by_freq and _trains(weight))
+    ragged = offsets.numel() - include_last_offset if isinstance(offsets, torch.Tensor) else None
+    by_frequency = scale_grad_by_freq and _trains(weight)
+    slab, positions = table.look_up(ids, "embedding_bag", by_frequency=by_frequency, bags=ragged)
     if max_norm is not None:
         table.renormed(slab, positions, float(max_norm), float(norm_type))
     padding = None

@@ -164,13 +164,13 @@ class ManagedModel:
         """A lookup was matched to `batch`."""
         self.batches.used(batch)
 
-    def relooked(self, table: ManagedTable, ids: np.ndarray, *, all_intended: bool) -> Batch | None:
-        """A lookup of `ids` (int64 `[n]`) was not foreseen: its batch was finished too early, or is not understood
-        yet. Return that batch, as far as it can be told."""
+    def relooked(self, table: ManagedTable, ids: np.ndarray, samples: int, *, all_intended: bool) -> Batch | None:
+        """A lookup of `ids` (int64 `[n]`) was not foreseen: its batch was finished too early, or is not understood yet.
+        Return that batch, as far as it can be told; `samples`: see `Batches.unmatched`."""
         if self.batches.looked_up_late(table.table.number, ids):
             return self.batches.current
         with self.paused():
-            batch = self.batches.unmatched(ids)
+            batch = self.batches.unmatched(ids, samples)
         if not all_intended:
             table.last_mismatch = describe_mismatch(table, batch, ids)
         if batch is not None and not all_intended:

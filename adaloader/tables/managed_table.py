@@ -106,8 +106,12 @@ class ManagedTable:
 
     # Lookups
 
-    def look_up(self, ids: torch.Tensor, operation: str, *, by_frequency: bool = False) -> tuple[Slab, np.ndarray]:
+    def look_up(
+        self, ids: torch.Tensor, operation: str, *, by_frequency: bool = False, bags: int | None = None
+    ) -> tuple[Slab, np.ndarray]:
         """Return the slab for a lookup of `ids` (any shape) and the ids' positions in it (int64 `[n]`).
+
+        `bags` is how many bags they are of, where these have not all as many.
 
         Raises:
             TypeError: if ids are not integers.
@@ -136,7 +140,7 @@ class ManagedTable:
                     return self._frequency_slab(expected.rows, expected.plan, positions), positions
                 return self._slab_of(expected), positions
         counts = copy(self.counts)
-        found = self._unexpected(flat, by_frequency)
+        found = self._unexpected(flat, by_frequency, len(flat) if bags is None else bags)
         if is_repeated:
             self.counts = counts
         return found
@@ -216,7 +220,7 @@ class ManagedTable:
         self.frequency_lookups = (steps, count + 1 if step == steps else 1)
         return steps << 20 | self.frequency_lookups[1]
 
-    def _unexpected(self, flat: np.ndarray, by_frequency: bool) -> tuple[Slab, np.ndarray]:
+    def _unexpected(self, flat: np.ndarray, by_frequency: bool, samples: int) -> tuple[Slab, np.ndarray]:
         """Serve ids that no batch's expected lookup equals: from what batches intended, and the rest on demand."""
         rows, positions = cuda_ops.dedup(flat)
         self.check_range(rows)
@@ -231,7 +235,8 @@ class ManagedTable:
             at = batch.tables[self.table.number].find(rows)
             if found is None or (at >= 0).sum() > (found >= 0).sum():
                 best, found = batch, at
-        batch = model.relooked(self, flat, all_intended=found is not None and bool((found >= 0).all()))
+        is_intended = found is not None and bool((found >= 0).all())
+        batch = model.relooked(self, flat, samples, all_intended=is_intended)
         if batch is not best and torch.is_grad_enabled():
             best = None  # its rows are the same, but a gradient with its plan would count as its own
         if best is not None and len(rows) and (found >= 0).all():

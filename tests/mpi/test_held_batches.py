@@ -1,6 +1,7 @@
 """A loop that takes all batches of a pass before it works on any, and several steps for each: no lookup of it is
 foreseen, and each gradient counts as that of the batch that it is of, though ranks' last batches differ in size."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,3 +57,46 @@ def test_equals_plain(comm, seed, steps, column, dtype):
     train(DataLoader(data, BATCH * comm.size), twin, twin_optimizer, steps)
     if comm.rank == 0:
         torch.testing.assert_close(weights, twin.state_dict(), rtol=1e-9, atol=1e-11)
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.EmbeddingBag(ROWS, 2, mode="sum"), nn.Linear(2, 1)
+        self.double()
+
+    def forward(self, ids, offsets):
+        return self.out(self.table(ids * 3 % ROWS, offsets)).squeeze(1)
+
+
+def ragged(samples):
+    ids = [torch.tensor(ids) for ids, _ in samples]
+    offsets = torch.tensor([0, *(len(some) for some in ids[:-1])]).cumsum(0)
+    return torch.cat(ids), offsets, torch.tensor([label for _, label in samples], dtype=torch.float64)
+
+
+def test_bags_of_different_lengths(comm, seed):
+    """Their ids are computed, and of how many samples they are only the offsets say: the last batch has one a rank."""
+    rng = np.random.default_rng(seed)
+    samples = BATCH * comm.size * 3 + comm.size
+    data = [(rng.integers(0, ROWS, rng.integers(1, 6)).tolist(), float(rng.normal())) for _ in range(samples)]
+    weights = []
+    for is_managed in (True, False):
+        torch.manual_seed(7)
+        model = Bags()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if is_managed:
+            options = {"model": model, "optimizer": optimizer, "min_rows": 1, "collate_fn": ragged}
+            loader = AdaLoader(data, BATCH, **options)
+        else:
+            loader = DataLoader(data, BATCH * comm.size, collate_fn=ragged)
+        for _ in range(2):
+            for ids, offsets, label in list(loader):
+                optimizer.zero_grad()
+                (model(ids, offsets) - label).square().mean().backward()
+                optimizer.step()
+        weights.append(full_state_dict(model) if is_managed else model.state_dict())
+        if is_managed:
+            loader.close()
+    if comm.rank == 0:
+        torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-11)
