@@ -76,20 +76,27 @@ def ragged(samples):
 
 
 def test_bags_of_different_lengths(comm, seed):
-    """Their ids are computed, and of how many samples they are only the offsets say: the last batch has one a rank."""
+    """Their ids are computed, and of how many samples they are only the offsets say. Ranks' batches differ in size, and
+    the last has one or two samples, as any number of ids might be."""
     rng = np.random.default_rng(seed)
-    samples = BATCH * comm.size * 3 + comm.size
-    data = [(rng.integers(0, ROWS, rng.integers(1, 6)).tolist(), float(rng.normal())) for _ in range(samples)]
+    sizes = [[BATCH - 3 * (rank % 2) for rank in range(comm.size)]] * 3 + [[1 + rank % 2 for rank in range(comm.size)]]
+    data = [
+        [
+            [(rng.integers(0, ROWS, rng.integers(1, 6)).tolist(), float(rng.normal())) for _ in range(samples)]
+            for samples in of_ranks
+        ]
+        for of_ranks in sizes
+    ]
     weights = []
     for is_managed in (True, False):
         torch.manual_seed(7)
         model = Bags()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = [ragged(sum(shares, [])) for shares in data]
         if is_managed:
-            options = {"model": model, "optimizer": optimizer, "min_rows": 1, "collate_fn": ragged}
-            loader = AdaLoader(data, BATCH, **options)
-        else:
-            loader = DataLoader(data, BATCH * comm.size, collate_fn=ragged)
+            mine = [ragged(shares[comm.rank]) for shares in data]
+            weighed = {"batch_weight": lambda batch: len(batch[2])}
+            loader = AdaLoader.wrap(mine, model=model, optimizer=optimizer, min_rows=1, **weighed)
         for _ in range(2):
             for ids, offsets, label in list(loader):
                 optimizer.zero_grad()
