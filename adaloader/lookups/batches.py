@@ -86,7 +86,7 @@ class Batch:
 
     def forget(self) -> None:
         """The batch is finished: keep only what tells whether a lookup is of it."""
-        if not self.tables and self.data is not None:
+        if self.trained and not self.tables and self.data is not None:
             self.held = HeldIds(self.data)
         self.data = None
         for needed in self.tables.values():

@@ -185,6 +185,16 @@ def test_of_keys_that_are_asked_for_together_only_those_of_later_are_put_off():
     assert states.tolist() == [Copy.ACTIVE, Copy.PUT_OFF] and cluster.count(Kind.REQUEST) == 1
 
 
+def test_keys_are_put_off_before_it_is_known_how_long_a_round_takes():
+    """The estimate for acting on intents begins at ten clocks a round, so that the first ones are acted on at once."""
+    cluster = Cluster(rounds_to_answer=2.0)
+    cluster.intend(0, 0, 1000)
+    cluster.intend(1, 8, 9)
+    cluster.nodes[1].round()
+    cluster.settle()
+    assert cluster.state(1) == Copy.PUT_OFF
+
+
 def test_an_intent_that_ends_while_it_is_put_off_leaves_nothing():
     cluster = Cluster(rounds_to_answer=0.0)
     cluster.intend(0, 0, 1000)
