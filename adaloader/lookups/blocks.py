@@ -230,18 +230,27 @@ class _Delivery:
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
         """Return the gradients `[U, dim]` of the block's rows."""
+        latest_first = [given[::-1] for given in reached.values()]
+        sums = self._sums_of_some(model, [given[0] for given in latest_first])
+        for turn in range(1, max(map(len, latest_first))):
+            # Added up as autograd does for lookups that are made by themselves: whether a batch has a block is a matter
+            # of when it was planned, and must not change a bit.
+            sums += self._sums_of_some(model, [given[turn] for given in latest_first if len(given) > turn])
+        return sums
+
+    def _sums_of_some(self, model: ManagedModel, given: list[tuple[int, torch.Tensor]]) -> np.ndarray:
+        """Return the sums `[U, dim]` over the block's rows of what some lookups were given, at most one of a table."""
         addresses, layouts = [0] * self._lookups, [(0, 0, 0)] * self._lookups
         kept = []
-        for given in reached.values():
-            for at, grad in given:
-                strides = grad.stride()
-                if len(strides) not in (2, 3) or strides[-1] != 1 or grad.is_neg():
-                    grad = grad.resolve_neg().contiguous()
-                    strides = self._dim, 1
-                kept.append(grad)  # until the kernel has read it
-                addresses[at] = grad.data_ptr()
-                # A part of a wider tensor, as the backward of `cat` gives it, is summed where it is.
-                layouts[at] = (strides[0], 0, 0) if len(strides) == 2 else (strides[1], grad.shape[1], strides[0])
+        for at, grad in given:
+            strides = grad.stride()
+            if len(strides) not in (2, 3) or strides[-1] != 1 or grad.is_neg():
+                grad = grad.resolve_neg().contiguous()
+                strides = self._dim, 1
+            kept.append(grad)  # until the kernel has read it
+            addresses[at] = grad.data_ptr()
+            # A part of a wider tensor, as the backward of `cat` gives it, is summed where it is.
+            layouts[at] = (strides[0], 0, 0) if len(strides) == 2 else (strides[1], grad.shape[1], strides[0])
         sums = model.buffers.take(len(self._rows), self._dim, self._tables[0].table.spec.dtype)
         lookups = np.array(addresses, np.int64), np.array(layouts, np.int64)
         cuda_ops.sum_segments(*lookups, self._ends, self._positions, self._skips, sums)
@@ -250,13 +259,14 @@ class _Delivery:
     def _differentiable(self, place: int, given: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
         """Return the gradient `[rows, dim]` of one table, as a function of those that were given."""
         first, end = self._starts[place], self._starts[place + 1]
-        total = given[0][1].new_zeros(end - first, self._dim)
-        for at, grad in given:
+        total = None
+        for at, grad in reversed(given):  # as in `_summed`
             positions = self._positions[self._ends[at - 1] if at else 0 : self._ends[at]]
             flat = grad.reshape(-1, self._dim)
             if self._skips[at] >= 0:
                 flat = flat.masked_fill(torch.from_numpy(positions == self._skips[at])[:, None], 0)
-            total = total.index_add(0, torch.from_numpy(positions - first), flat)
+            summed = flat.new_zeros(end - first, self._dim).index_add(0, torch.from_numpy(positions - first), flat)
+            total = summed if total is None else total + summed
         return total
 
     def dense_gradients(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
