@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaloader import AdaLoader
 from adaloader.lookups import blocks
+from adaloader.planning import planner
 from tests.adaloader.against_plain import assert_same_as_plain, train, weigh
 
 TABLES, SAMPLES, BATCHES = 7, 5, 9
@@ -451,3 +452,44 @@ def test_rows_of_one_block_are_updated_in_one_call(monkeypatch, seed):
             optimizer.step()
         assert len(calls) == expected
         loader.close()
+
+
+class Thrice(nn.Module):
+    """A table that is looked up once, and one that is looked up three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.once = nn.Embedding(4, 3)
+        self.often = nn.Embedding(4, 3, padding_idx=2)
+        self.out = nn.Linear(12, 1)
+
+    def forward(self, ids):
+        rows = [self.once(ids[:, 0]), *(self.often(column) for column in ids[:, 1:].unbind(1))]
+        return self.out(torch.tanh(torch.cat(rows, 1))).squeeze(1)
+
+
+def test_whether_lookups_are_made_together_does_not_change_a_bit(seed, taken, monkeypatch):
+    """When a batch is planned decides on that, which is a matter of the machine's load."""
+    ids = torch.randint(0, 4, (160, 4), generator=torch.Generator().manual_seed(seed))
+
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        model = Thrice()
+        optimizer = torch.optim.Adagrad(model.parameters(), lr=0.3)
+        loader = AdaLoader(ids, batch_size=16, model=model, optimizer=optimizer, min_rows=1)
+        for _ in range(2):
+            for batch in loader:
+                optimizer.zero_grad()
+                (model(batch) * torch.linspace(-1, 2, len(batch))).square().sum().backward()
+                optimizer.step()
+        values = [value.clone() for value in model.state_dict().values()]
+        loader.close()
+        return values
+
+    together = trained()
+    assert taken[0]
+    taken[0] = 0
+    monkeypatch.setattr(planner, "blocks_of", lambda by_table: [])
+    alone = trained()
+    assert not taken[0]
+    assert all(map(torch.equal, together, alone))
