@@ -229,32 +229,29 @@ class _Delivery:
         return wanted
 
     def _summed(self, model: ManagedModel, reached: dict[int, list[tuple[int, torch.Tensor]]]) -> np.ndarray:
-        """Return the gradients `[U, dim]` of the block's rows."""
-        latest_first = [given[::-1] for given in reached.values()]
-        sums = self._sums_of_some(model, [given[0] for given in latest_first])
-        for turn in range(1, max(map(len, latest_first))):
-            # Added up as autograd does for lookups that are made by themselves: whether a batch has a block is a matter
-            # of when it was planned, and must not change a bit.
-            sums += self._sums_of_some(model, [given[turn] for given in latest_first if len(given) > turn])
-        return sums
-
-    def _sums_of_some(self, model: ManagedModel, given: list[tuple[int, torch.Tensor]]) -> np.ndarray:
-        """Return the sums `[U, dim]` over the block's rows of what some lookups were given, at most one of a table."""
+        """Return the gradients `[U, dim]` of the block's rows, the same bits as of lookups that are made by themselves:
+        whether a batch has a block is a matter of when it was planned.
+        """
         addresses, layouts = [0] * self._lookups, [(0, 0, 0)] * self._lookups
         kept = []
-        for at, grad in given:
-            strides = grad.stride()
-            if len(strides) not in (2, 3) or strides[-1] != 1 or grad.is_neg():
-                grad = grad.resolve_neg().contiguous()
-                strides = self._dim, 1
-            kept.append(grad)  # until the kernel has read it
-            addresses[at] = grad.data_ptr()
-            # A part of a wider tensor, as the backward of `cat` gives it, is summed where it is.
-            layouts[at] = (strides[0], 0, 0) if len(strides) == 2 else (strides[1], grad.shape[1], strides[0])
-        sums = model.buffers.take(len(self._rows), self._dim, self._tables[0].table.spec.dtype)
+        for given in reached.values():
+            for at, grad in given:
+                strides = grad.stride()
+                if len(strides) not in (2, 3) or strides[-1] != 1 or grad.is_neg():
+                    grad = grad.resolve_neg().contiguous()
+                    strides = self._dim, 1
+                kept.append(grad)  # until the kernel has read it
+                addresses[at] = grad.data_ptr()
+                # A part of a wider tensor, as the backward of `cat` gives it, is summed where it is.
+                layouts[at] = (strides[0], 0, 0) if len(strides) == 2 else (strides[1], grad.shape[1], strides[0])
+        rows, dtype, seen = len(self._rows), self._tables[0].table.spec.dtype, None
+        several = len(kept) > len(reached)  # lookups of one table, in which a row may be
+        sums = model.buffers.take(2 * rows if several else rows, self._dim, dtype)
+        if several:
+            seen = model.buffers.take(2 * rows, 1, "int64").reshape(-1)
         lookups = np.array(addresses, np.int64), np.array(layouts, np.int64)
-        cuda_ops.sum_segments(*lookups, self._ends, self._positions, self._skips, sums)
-        return sums
+        cuda_ops.sum_segments(*lookups, self._ends, self._positions, self._skips, sums, seen)
+        return sums[:rows]
 
     def _differentiable(self, place: int, given: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
         """Return the gradient `[rows, dim]` of one table, as a function of those that were given."""

@@ -68,6 +68,30 @@ def test_gradients_may_lie_in_groups(seed, dtype, dim, groups, group, rows):
     np.testing.assert_array_equal(out, cuda_ops.segment_sum(flat, positions, np.empty((rows, dim), dtype)))
 
 
+@settings(deadline=None)
+@given(seeds, dtypes, dims, lengths, st.integers(1, 30))
+def test_rows_of_several_segments_are_added_up_segment_by_segment_from_the_last(seed, dtype, dim, sizes, rows):
+    rng = np.random.default_rng(seed)
+    total = sum(sizes)
+    positions, skips = rng.integers(0, rows, total), rng.integers(-1, rows, len(sizes))
+    grads = (rng.standard_normal((total, dim)) * 10.0 ** rng.integers(-3, 4, (total, 1))).astype(dtype)
+    ends = np.cumsum(np.array(sizes, np.int64))
+    given_here = rng.random(len(sizes)) < 0.8
+    addresses, expected = np.zeros(len(sizes), np.int64), np.zeros((rows, dim), dtype)
+    for s in reversed(range(len(sizes))):
+        if given_here[s]:
+            addresses[s] = grads.ctypes.data + (ends[s] - sizes[s]) * grads.strides[0]
+            of_segment = np.zeros_like(expected)
+            for i in range(ends[s] - sizes[s], ends[s]):
+                if positions[i] != skips[s]:
+                    of_segment[positions[i]] += grads[i]
+            expected += of_segment
+    out, seen = np.full((2 * rows, dim), np.nan, dtype), np.full(2 * rows, 7)
+    layouts = np.tile([dim, 0, 0], (len(sizes), 1))
+    cuda_ops.sum_segments(addresses, layouts, ends, positions, skips, out, seen)
+    np.testing.assert_array_equal(out[:rows], expected)
+
+
 def test_what_does_not_fit_is_an_error():
     one, out = np.array([1]), np.zeros((2, 3), np.float32)
     grad = np.ones((1, 3), np.float32)
@@ -80,6 +104,10 @@ def test_what_does_not_fit_is_an_error():
         cuda_ops.sum_segments(address, one, one, np.array([0]), -one, out)
     with pytest.raises(IndexError, match=r"positions\[0\] is 2, which is not in \[0, 2\)"):
         cuda_ops.sum_segments(address, layout, one, np.array([2]), -one, out)
+    with pytest.raises(IndexError, match=r"positions\[0\] is 1, which is not in \[0, 1\)"):
+        cuda_ops.sum_segments(address, layout, one, np.array([1]), -one, out, np.zeros(2, np.int64))
+    with pytest.raises(ValueError, match="seen"):
+        cuda_ops.sum_segments(address, layout, one, np.array([0]), -one, out, np.zeros(3, np.int64))
     with pytest.raises(TypeError, match="out must be float32 or float64"):
         cuda_ops.sum_segments(address, layout, one, np.array([0]), -one, np.zeros((2, 3), np.int64))
     with pytest.raises(ValueError, match="1 segments with 2 bases"):
