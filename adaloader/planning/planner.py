@@ -63,6 +63,10 @@ class Planner:
             raise RuntimeError("this loader was closed; build another one to go on")
         self._given.append(batch)
 
+    def waits_for_begin(self, batch: Batch) -> bool:
+        """Whether `batch` was given to `plan`, and not to the thread yet."""
+        return any(each is batch for each in self._given)
+
     def begin(self) -> None:
         """Have the thread work off what it was given."""
         while self._given:

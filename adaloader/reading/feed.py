@@ -66,7 +66,8 @@ class Feed:
     def await_planned(self, batch: Batch) -> None:
         """Wait until the keys of `batch` are known."""
         if not batch.planned.is_set():
-            self.begin()
+            if self.planner.waits_for_begin(batch):
+                self.begin()
             batch.planned.wait()
 
     @contextlib.contextmanager

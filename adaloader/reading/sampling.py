@@ -160,8 +160,7 @@ class GlobalBatchSampler(Sampler):
     def __iter__(self) -> EpochIterator:
         epoch = EpochIterator(self)
         if self._resume is not None:
-            epoch.load_state_dict({**self._resume, "batches": 0})
-            epoch.resumed = self._resume
+            epoch.resume(self._resume)
         self._epoch = weakref.ref(epoch)
         return epoch
 
@@ -193,7 +192,8 @@ class EpochIterator(Iterator):
 
     def __init__(self, sampler: GlobalBatchSampler) -> None:
         self._sampler = sampler
-        self.resumed: dict[str, Any] | None = None  # what it goes on from, of another loader's
+        self._resumed: dict[str, Any] | None = None  # what it goes on from, of another loader's
+        self._resumed_draws: torch.Tensor | None = None  # the state of the user's generator then
         self._shares: Shares | None = None  # None until the epoch starts
         self._start_state: torch.Tensor | None = None  # of the order's generator, before its first draw
         self._source: Iterator[int] = iter(())  # torch's sampler, asked past its end by `_draw_end_if_due`
@@ -212,9 +212,11 @@ class EpochIterator(Iterator):
         return self
 
     def __next__(self) -> list[int] | int:
-        if self.resumed is not None:
-            self._sampler.begins(self.resumed)
-            self.resumed = None
+        if self._resumed is not None:
+            self._sampler.begins(self._resumed)
+            if self._resumed_draws is not None:  # torch's loader has drawn since, as it did before the state was taken
+                self._sampler.generator.set_state(self._resumed_draws)
+            self._resumed = self._resumed_draws = None
         if self._shares is None:
             self._start(self._draw_start_state())
         self._reads += 1
@@ -227,6 +229,13 @@ class EpochIterator(Iterator):
         if first == end:
             raise StopIteration
         return batch[first] if self._sampler.batch_size is None else batch[first:end]
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Be the rest of the epoch that `state` was taken in, with batches that are numbered from 0."""
+        self.load_state_dict({**state, "batches": 0})
+        self._resumed = state
+        if self._sampler.shuffle and self._sampler.generator is not None:
+            self._resumed_draws = self._sampler.generator.get_state()
 
     def keep_up(self, loop_reads: int) -> None:
         """Say how often the loop has asked for a batch of this epoch, the call that ends it included.

@@ -60,8 +60,12 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 @pytest.mark.parametrize("optimizer, num_workers", [("adagrad", 0), ("adam", 0), ("sgd", 1)])
 @pytest.mark.parametrize("from_one", [True, False])
-def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, folder, optimizer, num_workers, from_one):
-    """From one rank to all of them, or back: each sample once, and one process's results for the same batches."""
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(
+    comm, seed, folder, optimizer, num_workers, from_one, own_generator
+):
+    """From one rank to all of them, or back: each sample once, and one process's results for the same batches, in the
+    pass after it too."""
     from mpi4py import MPI
 
     samples, each = 4 * comm.size * 6 + 5, 4
@@ -69,6 +73,8 @@ def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, fol
     def script(ranks):
         size = each * comm.size // ranks
         options = {"num_workers": num_workers}
+        if own_generator:
+            options["generator"] = torch.Generator().manual_seed(seed)
         own = MPI.COMM_SELF if ranks == 1 else comm
         return Script(own, optimizer, torch.float64, 0.0, samples, size, seed, options)
 
@@ -80,7 +86,7 @@ def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, fol
         seen = begun.seen
         begun.close()
     if comm.rank == 0:
-        plain = script(1).start().finish_pass()
+        plain = script(1).start().finish_pass().finish_pass()
         expected = plain.state()
         plain.close()
     comm.Barrier()
@@ -90,6 +96,7 @@ def test_other_number_of_ranks_goes_on_with_the_rest_of_the_pass(comm, seed, fol
         resumed.load(folder / "saved")
         resumed.finish_pass()
         seen = seen + resumed.seen
+        resumed.finish_pass()
         state = resumed.state()
         resumed.close()
     everyones = comm.gather(seen)
